@@ -1,0 +1,1 @@
+"""On-device fine-tuning inside a memory cap."""

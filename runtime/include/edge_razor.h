@@ -1,0 +1,141 @@
+/* edge-razor: the native training runtime. C ABI, version 1.
+ *
+ * A session executes a plan (docs/plan-format.md): it owns one arena, the parameters and the optimizer state, and
+ * allocates nothing after er_session_create. Every call returns a status; er_last_error() gives the message of the calling thread's last
+ * failure. No call throws or aborts on bad input. Sizes are bytes unless a name says otherwise. All arrays are
+ * little-endian, contiguous and row-major.
+ *
+ * Threads: different sessions may be used from different threads at once. One session must not be used by two threads at
+ * the same time. */
+#ifndef EDGE_RAZOR_H
+#define EDGE_RAZOR_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define ER_API __declspec(dllexport)
+#else
+#define ER_API __attribute__((visibility("default")))
+#endif
+
+#define ER_ABI_VERSION 1
+#define ER_MAX_RANK 8
+
+typedef enum er_status {
+  ER_OK = 0,
+  ER_INVALID_ARGUMENT = 1, /* a wrong pointer, name, size or value in the call */
+  ER_BAD_PLAN = 2,         /* the plan is truncated, altered, of another version, or inconsistent */
+  ER_BAD_FILE = 3,         /* a weights file is not what it claims to be */
+  ER_OUT_OF_MEMORY = 4,    /* the arena, parameters or state cannot be allocated */
+  ER_NON_FINITE = 5,       /* the loss or a packed activation is NaN or infinite; no parameter was changed by this micro-batch */
+  ER_IO = 6                /* the operating system refused a read or write; message has its reason */
+} er_status;
+
+typedef struct er_session er_session;
+
+/* Message of this thread's last failing call; never NULL; valid until the thread's next call. */
+ER_API const char* er_last_error(void);
+/* ER_ABI_VERSION of the library. */
+ER_API uint32_t er_abi_version(void);
+/* Instruction set that the kernels were chosen for: "avx512", "avx2", "x86-64", "neon" or "portable". The environment variable
+ * EDGE_RAZOR_ISA names a lower one. */
+ER_API const char* er_isa(void);
+
+typedef struct er_info {
+  uint64_t arena_bytes, params_bytes, state_bytes;
+  uint32_t batch_size, micro_batch, threads;
+  uint32_t params, inputs, outputs; /* counts; inputs include the target, which comes last */
+  uint32_t train_steps, eval_steps;
+} er_info;
+
+typedef struct er_tensor_info {
+  const char* name; /* owned by the session */
+  uint32_t dtype;   /* 0 float32, 1 int32 */
+  uint32_t rank;
+  uint64_t shape[ER_MAX_RANK]; /* the user's layout (torch); inputs and outputs: first = micro_batch */
+  uint64_t elements;
+  uint32_t trainable; /* parameters */
+  uint32_t states;    /* parameters: optimizer state tensors of the same shape */
+} er_tensor_info;
+
+/* Checks the plan, allocates arena, parameters and state (zeroed), starts the threads. */
+ER_API er_status er_session_create(const void* plan, size_t plan_bytes, er_session** session);
+ER_API void er_session_free(er_session* session); /* NULL is fine */
+ER_API er_status er_session_info(const er_session* session, er_info* info);
+ER_API er_status er_param_info(const er_session* session, uint32_t index, er_tensor_info* info);
+ER_API er_status er_input_info(const er_session* session, uint32_t index, er_tensor_info* info);
+ER_API er_status er_output_info(const er_session* session, uint32_t index, er_tensor_info* info);
+
+/* Copies a parameter in or out, torch layout; elements must match. */
+ER_API er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements);
+ER_API er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements);
+/* Copies optimizer state tensor `slot` of a parameter in or out, torch layout. */
+ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t slot, const float* data, uint64_t elements);
+ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data, uint64_t elements);
+/* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the right shape;
+ * other tensors are ignored. Saving writes `path` in place; the caller renames. */
+ER_API er_status er_weights_load(er_session* session, const char* path);
+ER_API er_status er_weights_save(const er_session* session, const char* path);
+
+/* One batch in the caller's memory. */
+typedef struct er_array {
+  const void* data;
+  uint64_t bytes;
+  uint32_t dtype;  /* 0 float32, 1 int32, 2 uint8 (normalized with the plan's mul and add) */
+  uint32_t layout; /* 0 the user's (NCHW), 1 the runtime's (NHWC) */
+} er_array;
+
+/* One optimizer update from `samples` (1 … batch_size) samples; `arrays` = one per input, target last. `update` counts from 1 and, with
+ * `seed`, fixes dropout. *loss is the mean over the samples. */
+ER_API er_status er_train_step(er_session* session, const er_array* arrays, uint32_t samples, float learning_rate,
+                               uint64_t update, uint64_t seed, float* loss);
+/* Forward pass in inference mode over any number of samples; `outputs` holds, for each plan output, a buffer of
+ * samples × elements-a-sample float32 in the user's layout. */
+ER_API er_status er_predict(er_session* session, const er_array* inputs, uint64_t samples, float* const* outputs);
+
+typedef struct er_profile_entry {
+  const char *kernel, *label; /* owned by the session */
+  uint32_t phase;             /* 0 train, 1 eval */
+  uint64_t calls;
+  double seconds;
+} er_profile_entry;
+/* Starts (enabled = 1, counts from zero) or stops timing of every step. */
+ER_API er_status er_profile(er_session* session, int enabled);
+/* Entry `index` in plan order, train steps first. */
+ER_API er_status er_profile_read(const er_session* session, uint32_t index, er_profile_entry* entry);
+
+/* ---- For planners, tests and tools ---- */
+
+/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. 0 if the arguments are invalid. */
+ER_API uint64_t er_packed_bytes(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep);
+/* Writes the dense tensor that a kept tensor stands for. */
+ER_API er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep, const void* packed,
+                           uint64_t packed_bytes, float* dense);
+/* Scratch bytes that a kernel call needs. */
+ER_API er_status er_kernel_scratch(const char* kernel, const int64_t* ints, uint32_t n_ints, const float* floats,
+                                   uint32_t n_floats, uint32_t threads, uint64_t* bytes);
+
+typedef struct er_operand {
+  void* data; /* NULL: absent */
+  uint64_t bytes;
+} er_operand;
+typedef struct er_context { /* docs/plan-format.md, "Step context" */
+  float learning_rate;
+  uint64_t update, seed;
+  uint32_t micro_index, micro_count;
+  uint64_t valid_batch, valid_micro, first_sample;
+  double loss; /* losses add to it */
+} er_context;
+/* Checks and runs one kernel on the caller's buffers. */
+ER_API er_status er_kernel_run(const char* kernel, const int64_t* ints, uint32_t n_ints, const float* floats, uint32_t n_floats,
+                               const er_operand* operands, uint32_t n_operands, uint32_t threads, er_context* context);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

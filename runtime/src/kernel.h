@@ -1,0 +1,71 @@
+// The contract between the executor and the kernels. Kernel files are compiled once per instruction set, each time with another ER_ISA
+// (namespace) and ER_VECTOR_BYTES; registry.cpp collects the tables.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "edge_razor.h"
+
+namespace er {
+
+// A fixed pool; the caller is thread 0. Work is split statically, so the same thread count gives the same bits.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  int threads() const { return threads_; }
+  // Calls body(thread) once on every thread and returns when all are done. Not reentrant. body must not throw.
+  template <class F>
+  void run(F&& body) {
+    dispatch([](void* f, int thread) { (*static_cast<F*>(f))(thread); }, const_cast<void*>(static_cast<const void*>(&body)));
+  }
+  // Splits [0, items) into one contiguous range a thread (in multiples of `grain`): body(begin, end, thread).
+  template <class F>
+  void split(int64_t items, int64_t grain, F&& body) {
+    run([&](int t) {
+      int64_t chunks = (items + grain - 1) / grain, n = threads_;
+      int64_t begin = chunks * t / n * grain, end = chunks * (t + 1) / n * grain;
+      if (end > items) end = items;
+      if (begin < end) body(begin, end, t);
+    });
+  }
+
+ private:
+  void dispatch(void (*call)(void*, int), void* f);
+  int threads_;
+  struct Impl;
+  Impl* impl_;
+};
+
+struct Call {
+  const int64_t* ints;
+  uint32_t n_ints;
+  const float* floats;
+  uint32_t n_floats;
+  const er_operand* operands;
+  uint32_t n_operands;
+  ThreadPool* pool;     // null while checking
+  er_context* context;  // null while checking
+  template <class T>
+  T* as(int operand) const {
+    return static_cast<T*>(operands[operand].data);
+  }
+};
+
+struct Kernel {
+  const char* name;
+  // Says what is wrong with the call's attributes, operand counts and operand sizes ("" if nothing). Runs at plan load: operands have sizes, and data is
+  // non-null exactly where an operand is present, but must not be read. After it passes, run() may trust everything except tensor contents.
+  std::string (*check)(const Call& call);
+  // Scratch bytes for attributes that check() would accept; null: none. Must not crash or overflow on any attributes (returns UINT64_MAX for nonsense).
+  uint64_t (*scratch)(const Call& call, int threads);
+  // Runs the kernel. Reports a non-finite value it stumbles on by returning false.
+  bool (*run)(const Call& call);
+};
+
+// A table ends with an entry whose name is null.
+// Each kernel file defines `const Kernel <family>_kernels[]` in namespace er::ER_ISA and is listed in registry.cpp.
+
+}  // namespace er
