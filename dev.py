@@ -52,7 +52,7 @@ def environment(extra: str) -> Path:
         venv.create(home, with_pip=True)
     print(f"installing edge-razor with the extra '{extra}' (the first time this downloads PyTorch)", flush=True)
     run(bin_directory / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-        "-c", "constraints.txt", f".[{extra}]")  # fmt: skip
+        "-c", "constraints.txt", "-e", f".[{extra}]")  # fmt: skip
     for old in home.glob("edge-razor-*"):
         old.unlink()
     stamp.write_text(wanted)
