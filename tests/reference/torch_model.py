@@ -1,8 +1,8 @@
-"""A torch model whose backward pass keeps what docs/training-graph.md says is kept, and nothing else: the oracle at sparsity s.
+"""A torch model whose backward pass keeps what docs/training-graph.md says is kept: the oracle at sparsity s.
 
 The model is traced by torch.fx and interpreted: a convolution or linear layer (with the frozen BatchNorm behind it), a
-standalone BatchNorm, a broadcast product and a smooth activation become autograd functions that save the razor form of their input;
-everything else is plain autograd. Independent of the exporter and of the runtime.
+standalone BatchNorm, a broadcast product and a smooth activation become autograd functions that save the kept form
+of their input; everything else is plain autograd. Independent of the exporter and of the runtime.
 """
 
 from __future__ import annotations
@@ -75,7 +75,17 @@ class _ConvBatchNorm(torch.autograd.Function):
     """y = scale·conv(x, w) + shift with frozen statistics; gradients of w and gamma from the kept x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, w: Tensor, b: Tensor | None, gamma: Any, beta: Any, norm: Any, geometry: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        norm: nn.BatchNorm2d | None,
+        geometry: tuple,
+    ) -> Tensor:
         z = F.conv2d(x, w, b, *geometry)
         ctx.geometry, ctx.norm, ctx.shape = geometry, norm, x.shape
         ctx.save_for_backward(kept, w, b, gamma, beta)
@@ -194,8 +204,8 @@ class KeptModel(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, _Pending):
-            users = list(n.users)
-            follower = self.submodules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
+            user = next(iter(n.users)) if len(n.users) == 1 else None
+            follower = self.submodules.get(user.target) if user is not None and user.op == "call_module" else None
             if not isinstance(follower, nn.BatchNorm2d):
                 return self._convolve(value.module, value.x, None)
         return value
