@@ -1,12 +1,17 @@
 // Vectors of ER_VECTOR_BYTES (64 for AVX-512, 32 for AVX2, 16 for SSE2 and NEON) in GCC/Clang vector extensions.
+// Intrinsics only where the extensions have no word for it: partial loads and stores, and masks to bits.
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace er::ER_ISA {
 
 typedef float VecF __attribute__((vector_size(ER_VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(ER_VECTOR_BYTES)));
+typedef uint64_t VecU64 __attribute__((vector_size(ER_VECTOR_BYTES)));
 constexpr int kLanes = ER_VECTOR_BYTES / 4;
 
 inline VecF load(const float* p) {
@@ -16,7 +21,9 @@ inline VecF load(const float* p) {
 }
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
 inline VecF broadcast(float x) { return x - VecF{}; }
+inline VecI broadcast(int32_t x) { return x - VecI{}; }
 inline VecF select(VecI mask, VecF a, VecF b) { return mask ? a : b; }
+// One instruction each on x86. If an operand is NaN, the result is b: pass the value that must stay NaN second.
 inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
 inline VecF min(VecF a, VecF b) { return a < b ? a : b; }
 inline VecI bits(VecF v) { return (VecI)v; }
@@ -25,6 +32,122 @@ inline float sum(VecF v) {
   float s = 0;
   for (int i = 0; i < kLanes; i++) s += v[i];
   return s;
+}
+
+// 0, 1, 2, … kLanes − 1.
+inline VecI lane_index() {
+  VecI v;
+  for (int i = 0; i < kLanes; i++) v[i] = i;
+  return v;
+}
+
+// The first `count` (0 … kLanes) elements; the other lanes are 0 and their memory is not touched.
+inline VecF load_partial(const float* p, int count) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (VecF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#elif ER_VECTOR_BYTES == 32 && defined(__AVX__)
+  return (VecF)_mm256_maskload_ps(p, (__m256i)(lane_index() < count));
+#else
+  VecF v{};
+  for (int i = 0; i < count; i++) v[i] = p[i];
+  return v;
+#endif
+}
+inline void store_partial(float* p, VecF v, int count) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#elif ER_VECTOR_BYTES == 32 && defined(__AVX__)
+  _mm256_maskstore_ps(p, (__m256i)(lane_index() < count), (__m256)v);
+#else
+  for (int i = 0; i < count; i++) p[i] = v[i];
+#endif
+}
+inline VecF load_upto(const float* p, int64_t left) {
+  return left >= kLanes ? load(p) : load_partial(p, static_cast<int>(left));
+}
+inline void store_upto(float* p, VecF v, int64_t left) {
+  if (left >= kLanes)
+    store(p, v);
+  else
+    store_partial(p, v, static_cast<int>(left));
+}
+
+// Bit i is set where lane i of a comparison's result is true.
+inline uint32_t mask_bits(VecI mask) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif ER_VECTOR_BYTES == 32 && defined(__AVX__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif ER_VECTOR_BYTES == 16 && defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t out = 0;
+  for (int i = 0; i < kLanes; i++) out |= (static_cast<uint32_t>(mask[i]) & 1u) << i;
+  return out;
+#endif
+}
+// The reverse: lane i is true where bit i of `word` is set.
+inline VecI bits_mask(uint32_t word) {
+  VecI one;
+  for (int i = 0; i < kLanes; i++) one[i] = 1 << i;
+  return (broadcast(static_cast<int32_t>(word)) & one) != 0;
+}
+
+// Nearest integer, ties to even, for |x| < 2^22.
+inline VecF round_even(VecF x) {
+  const VecF magic = broadcast(12582912.0f);  // 1.5 · 2^23
+  return (x + magic) - magic;
+}
+inline VecI to_int(VecF x) { return __builtin_convertvector(x, VecI); }
+inline VecF to_float(VecI x) { return __builtin_convertvector(x, VecF); }
+
+// e^x, error about 1 ulp between −87 and 88; saturates outside (never 0, never infinite); NaN stays NaN.
+inline VecF exp(VecF x) {
+  x = min(broadcast(88.3f), max(broadcast(-87.3f), x));
+  VecF n = round_even(x * 1.44269504088896341f);
+  VecF r = x - n * 0.693359375f;  // ln 2 in two parts (Cody and Waite): n times the first is exact
+  r = r + n * 2.12194440e-4f;
+  VecF p = broadcast(1.9875691500e-4f);  // Cephes expf
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * (VecF)((to_int(n) + 127) << 23);
+}
+
+// tanh x, relative error about 2e-7. Near 0 a polynomial (Cephes tanhf), since 1 − 2/(e^2x + 1) cancels there.
+inline VecF tanh(VecF x) {
+  VecF a = abs(x), z = x * x;
+  VecF p = broadcast(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  VecF small = x + x * z * p;
+  VecF big = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+  big = (VecF)((VecI)big | ((VecI)x & INT32_MIN));
+  return select(a < 0.625f, small, big);
+}
+
+// The normal distribution's Φ(x) = erfc(−x/√2)/2. Relative error about 3e-7 (in the far lower tail 1e-5): Chebyshev fit
+// of erfc from Numerical Recipes, section 6.2.
+inline VecF normal_cdf(VecF x) {
+  VecF z = abs(x) * 0.70710678118654752f;
+  VecF t = 1.0f / (1.0f + 0.5f * z);
+  VecF p = broadcast(0.17087277f);
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  VecF half_erfc = 0.5f * t * exp(p - z * z);
+  return select(x < 0.0f, half_erfc, 1.0f - half_erfc);
 }
 
 }  // namespace er::ER_ISA
