@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Sets up an environment beside this file and runs a task in it. Needs Python 3.10 or newer, a C++17 compiler, no root.
 
-    python3 dev.py demo       the main job on real data (EfficientNet-Lite0, 160 MB cap), beside PyTorch
-    python3 dev.py test       all tests (arguments go to pytest)
-    python3 dev.py check      lint, formatting, types
-    python3 dev.py sanitize   native tests and kernel tests under the address and undefined-behaviour sanitizers
-    python3 dev.py bench NAME one of benchmarks/ (arguments follow)
+python3 dev.py demo       the main job on real data (EfficientNet-Lite0, 160 MB cap), beside PyTorch
+python3 dev.py test       all tests (arguments go to pytest)
+python3 dev.py check      lint, formatting, types
+python3 dev.py sanitize   native tests and kernel tests under the address and undefined-behaviour sanitizers
+python3 dev.py bench NAME one of benchmarks/ (arguments follow)
 """
 
 from __future__ import annotations
@@ -64,8 +64,6 @@ def main() -> None:
     if task not in EXTRAS:
         print(__doc__)
         raise SystemExit(0 if task in ("-h", "--help") else 2)
-    if sys.version_info < (3, 10):
-        raise SystemExit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
     bin_directory = environment(EXTRAS[task])
     python = bin_directory / "python"
     if task == "demo":

@@ -17,7 +17,7 @@ V2 = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Confined:
-    """Outcome of a confined run: the exit status (negative: killed by that signal), output, and the group's peak memory in bytes."""
+    """Outcome of a confined run: exit status (negative: killed by that signal), output, the group's peak in bytes."""
 
     returncode: int
     stdout: str

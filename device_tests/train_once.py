@@ -1,6 +1,6 @@
 """One short training in a process of its own, as an app would do it; prints one JSON line with the memory it took.
 
-    python -m device_tests.train_once MODEL.razor --mem-budget 128MB --batch-size 8 --sparsity 0.95 --steps 5
+python -m device_tests.train_once MODEL.razor --mem-budget 128MB --batch-size 8 --sparsity 0.95 --steps 5
 """
 
 from __future__ import annotations

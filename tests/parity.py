@@ -18,7 +18,7 @@ from tests.reference.torch_model import KeptModel
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of one step: the loss, relative; the worst parameter's max|Δ_ours − Δ_torch| / max|Δ_torch|, and its name."""
+    """Errors of one step: the loss, relative; the worst parameter's max|Δ_ours − Δ_torch| / max|Δ_torch|; its name."""
 
     loss_error: float
     update_error: float
@@ -58,8 +58,8 @@ def compare_step(
 ) -> Comparison:
     """Exports ``model``, takes ``steps`` steps on one random batch in both systems, compares the parameters' changes.
 
-    The learning rate is large by default (100 for SGD), so that the change, not the rounding of the parameter that it is added to,
-    is what is compared.
+    The learning rate is large by default (100 for SGD), so that the change, not the rounding of the parameter that it
+    is added to, is what is compared.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, *image, generator=generator)

@@ -1,0 +1,221 @@
+"""Accuracy on real data: EfficientNet-Lite0 (ImageNet weights) fine-tuned on Fashion-MNIST, ours against PyTorch.
+
+    python dev.py bench accuracy [--seeds 3] [--gradients-only]
+
+64×64, 4,000 training and 3,000 test images, 2 epochs, batch 16, Adam 1e-4 with a cosine schedule, BatchNorm statistics
+frozen. The same seed gives every system the same new head and the same order of images. Finished runs are kept in
+``results/accuracy.jsonl``, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import RESULTS, fashion_mnist, markdown_table, write_result
+
+SIZE, TRAIN, TEST, EPOCHS, BATCH, LEARNING_RATE, CLASSES = 64, 4000, 3000, 2, 16, 1e-4, 10
+MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+STD = np.array((0.229, 0.224, 0.225), np.float32)
+LOG = RESULTS / "accuracy.jsonl"
+CASES = {
+    "PyTorch, dense": ("torch", 0.0, ""),
+    "edge-razor, 0": ("edge-razor", 0.0, "centered"),
+    "edge-razor, plain 0.90": ("edge-razor", 0.9, "plain"),
+    "edge-razor, plain 0.97": ("edge-razor", 0.97, "plain"),
+    "edge-razor, centered 0.90": ("edge-razor", 0.9, "centered"),
+    "edge-razor, centered 0.97": ("edge-razor", 0.97, "centered"),
+    "edge-razor, centered 0.99": ("edge-razor", 0.99, "centered"),
+}
+
+
+def normalized(images: np.ndarray) -> np.ndarray:
+    """uint8 NHWC → float32 NCHW with ImageNet's mean and deviation."""
+    return np.ascontiguousarray(((images.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2))
+
+
+def model_for(seed: int) -> Any:
+    """EfficientNet-Lite0 with ImageNet weights and a head drawn from ``seed``."""
+    import torch
+
+    from edge_razor import demo
+
+    model = demo.digits_model(CLASSES, SIZE)
+    torch.manual_seed(seed)
+    model._fc.reset_parameters()
+    return model.eval()
+
+
+def export_for(seed: int, path: Path) -> None:
+    import torch
+
+    import edge_razor
+
+    edge_razor.export(model_for(seed), (torch.zeros(2, 3, SIZE, SIZE),), path, dropout=False)
+
+
+def learning_rates(steps: int) -> list[float]:
+    return [LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+
+
+def batches(count: int, seed: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    order = [generator.permutation(count) for _ in range(EPOCHS)]
+    return [epoch[i : i + BATCH] for epoch in order for i in range(0, count - BATCH + 1, BATCH)]
+
+
+def run_torch(seed: int) -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(2)
+    model = model_for(seed)
+    images, labels = fashion_mnist("train", TRAIN, SIZE)
+    test_images, test_labels = fashion_mnist("t10k", TEST, SIZE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    plan = batches(len(labels), seed)
+    losses = []
+    start = time.perf_counter()
+    for chosen, lr in zip(plan, learning_rates(len(plan)), strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.from_numpy(normalized(images[chosen]))), torch.from_numpy(labels[chosen])
+        )
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    seconds = time.perf_counter() - start
+    hits = 0
+    with torch.no_grad():
+        for i in range(0, TEST, 100):
+            logits = model(torch.from_numpy(normalized(test_images[i : i + 100])))
+            hits += int((logits.argmax(1).numpy() == test_labels[i : i + 100]).sum())
+    return {"loss": mean(losses[-100:]), "accuracy": 100 * hits / TEST, "seconds": seconds}
+
+
+def run_edge_razor(bundle: Path, sparsity: float, form: str, seed: int) -> dict[str, float]:
+    import edge_razor
+
+    trainer = edge_razor.Trainer(
+        bundle, batch_size=BATCH, sparsity=sparsity, razor=form, optimizer="adamw", weight_decay=0.0, lr=1.0, threads=2
+    )
+    images, labels = fashion_mnist("train", TRAIN, SIZE)
+    test_images, test_labels = fashion_mnist("t10k", TEST, SIZE)
+    plan = batches(len(labels), seed)
+    losses = []
+    start = time.perf_counter()
+    for chosen, lr in zip(plan, learning_rates(len(plan)), strict=True):
+        trainer.lr = lr
+        losses.append(trainer.step(normalized(images[chosen]), labels[chosen]))
+    seconds = time.perf_counter() - start
+    hits = 0
+    for i in range(0, TEST, 100):
+        logits = trainer.predict(normalized(test_images[i : i + 100]))
+        hits += int((logits.argmax(1) == test_labels[i : i + 100]).sum())
+    return {"loss": mean(losses[-100:]), "accuracy": 100 * hits / TEST, "seconds": seconds}
+
+
+def gradient(bundle: Path, sparsity: float, form: str) -> dict[str, np.ndarray]:
+    """Weight gradients (convolution and linear) of one batch: an SGD step with learning rate 1."""
+    import edge_razor
+
+    trainer = edge_razor.Trainer(
+        bundle, batch_size=BATCH, sparsity=sparsity, razor=form, optimizer="sgd", momentum=0.0, lr=1.0, threads=2
+    )
+    before = trainer.state_dict()
+    images, labels = fashion_mnist("train", BATCH, SIZE)
+    trainer.step(normalized(images), labels)
+    after = trainer.state_dict()
+    return {name: before[name] - after[name] for name in trainer.trainable if before[name].ndim > 1}
+
+
+def gradient_errors(bundle: Path) -> dict[str, float]:
+    exact = gradient(bundle, 0.0, "centered")
+    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in exact.values()))
+    errors = {}
+    for form in ("plain", "centered"):
+        for sparsity in (0.9, 0.95, 0.97, 0.99):
+            other = gradient(bundle, sparsity, form)
+            square = sum(float(((other[n] - exact[n]).astype(np.float64) ** 2).sum()) for n in exact)
+            errors[f"{form} {sparsity:.2f}"] = math.sqrt(square) / norm
+    return errors
+
+
+def one(case: str, seed: int) -> None:
+    system, sparsity, form = CASES[case]
+    if system == "torch":
+        result = run_torch(seed)
+    else:
+        result = run_edge_razor(bundle_for(seed), sparsity, form, seed)
+    print(json.dumps({"case": case, "seed": seed, **result}))
+
+
+def bundle_for(seed: int) -> Path:
+    path = Path(tempfile.gettempdir()) / f"edge-razor-accuracy-{seed}.razor"
+    if not path.exists():
+        subprocess.run([sys.executable, "-m", "benchmarks.accuracy", "--export", str(seed), str(path)], check=True)
+    return path
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    rows = []
+    for case in CASES:
+        mine = [run for run in runs if run["case"] == case]
+        if not mine:
+            continue
+        accuracy, loss = [run["accuracy"] for run in mine], [run["loss"] for run in mine]
+
+        def spread(values: list[float], digits: int) -> str:
+            return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+        each = ", ".join(f"{value:.1f}" for value in accuracy)
+        seconds = f"{mean([run['seconds'] for run in mine]):.0f}"
+        rows.append((case, len(mine), spread(loss, 3), spread(accuracy, 2), each, seconds))
+    header = ("system", "seeds", "final training loss", "test accuracy, %", "each seed", "seconds of training")
+    return markdown_table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--gradients-only", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--export", nargs=2, metavar=("SEED", "PATH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.export:
+        return export_for(int(options.export[0]), Path(options.export[1]))
+    if options.one:
+        return one(options.one[0], int(options.one[1]))
+    RESULTS.mkdir(exist_ok=True)
+    runs = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    if not options.gradients_only:
+        for seed in range(options.seeds):
+            for case in CASES:
+                if any(run["case"] == case and run["seed"] == seed for run in runs):
+                    continue
+                command = [sys.executable, "-m", "benchmarks.accuracy", "--one", case, str(seed)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                runs.append(json.loads(done.stdout.splitlines()[-1]))
+                with LOG.open("a") as log:
+                    log.write(json.dumps(runs[-1]) + "\n")
+                print(runs[-1], flush=True)
+    errors = gradient_errors(bundle_for(0))
+    body = table(runs) + "\nFinal training loss: mean of the last 100 steps. ± is the standard deviation over seeds.\n"
+    body += "\nGradient error, ‖compressed − exact‖ / ‖exact‖ over all weight gradients of one batch:\n\n"
+    body += markdown_table(("form", "error"), [(name, f"{error:.3f}") for name, error in errors.items()])
+    title = "Accuracy: EfficientNet-Lite0 → Fashion-MNIST, 64×64, 4,000 images, 2 epochs, Adam 1e-4 cosine"
+    write_result("accuracy", title, "python dev.py bench accuracy", body, "torch")
+
+
+if __name__ == "__main__":
+    main()
