@@ -1,0 +1,58 @@
+// Where the sections of a kept tensor lie (docs/plan-format.md, "Packed tensor"), for the kernels that write and read it.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace er {
+
+enum Form : int64_t { kDense = 0, kBf16 = 1, kPlain = 2, kCentered = 3 };
+
+constexpr int64_t kBlockRows = 64;     // at most; rows of one mask word
+constexpr int64_t kGroupColumns = 16;  // columns that share one stored value offset
+
+// A kept tensor of shape [samples, rows, cols]. Offsets in bytes from its beginning; only forms 2 and 3 have sections.
+struct PackedLayout {
+  int64_t form, samples, rows, cols, keep;
+  int64_t blocks, groups;  // a sample
+  uint64_t scale, mean, mask, offset, value, bytes;
+
+  int64_t row_begin(int64_t block) const { return block * rows / blocks; }
+  int64_t value_bytes() const { return form == kPlain ? 2 : 1; }
+  bool razor() const { return form >= kPlain; }
+};
+
+// Lays out a kept tensor. False if the arguments are invalid: a dimension below 1, more than 2^40 elements, 2^32 or more elements a
+// sample for forms 2 and 3, keep negative or above the elements of a sample, or not 0 for forms 0 and 1.
+bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, int64_t keep, PackedLayout* layout);
+
+inline float from_bf16(uint16_t half) {
+  uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Rounds to the nearest, ties to even. x is not NaN; overflow gives infinity.
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Typed pointers to the sections of a razor tensor. Const correctness is the caller's.
+struct PackedSections {
+  float* scale;     // [samples], centered
+  uint16_t* mean;   // [samples][blocks][cols], centered
+  uint64_t* mask;   // [samples][blocks][cols]
+  uint32_t* offset; // [samples][blocks][groups]
+  uint8_t* value;   // [samples][keep] of value_bytes()
+
+  PackedSections(const PackedLayout& at, void* packed)
+      : scale(reinterpret_cast<float*>(static_cast<uint8_t*>(packed) + at.scale)),
+        mean(reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(packed) + at.mean)),
+        mask(reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(packed) + at.mask)),
+        offset(reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(packed) + at.offset)),
+        value(static_cast<uint8_t*>(packed) + at.value) {}
+};
+
+}  // namespace er
