@@ -59,7 +59,8 @@ struct Kernel {
   // Says what is wrong with the call's attributes, operand counts and operand sizes ("" if nothing). Runs at plan load: operands have sizes, and data is
   // non-null exactly where an operand is present, but must not be read. After it passes, run() may trust everything except tensor contents.
   std::string (*check)(const Call& call);
-  // Scratch bytes for attributes that check() would accept; null: none. Must not crash or overflow on any attributes (returns UINT64_MAX for nonsense).
+  // Scratch bytes for attributes that check() would accept; null: none. A kernel with scratch() takes it as its last operand, whose size the
+  // executor compares with this (check() cannot: it does not know the threads). Operands are aligned to 8 bytes at least. Must not crash or overflow on any attributes (returns UINT64_MAX for nonsense).
   uint64_t (*scratch)(const Call& call, int threads);
   // Runs the kernel. Reports a non-finite value it stumbles on by returning false.
   bool (*run)(const Call& call);

@@ -3,8 +3,8 @@
 
 namespace er {
 
-#define ER_DECLARE_ISA(isa)                  \
-  namespace isa {                            \
+#define ER_DECLARE_ISA(isa)                    \
+  namespace isa {                              \
   const Kernel* find_kernel(const char* name); \
   }
 ER_DECLARE_ISA(portable)
@@ -17,5 +17,11 @@ ER_DECLARE_ISA(avx512)
 // The kernel `name` for the best instruction set of this machine (or EDGE_RAZOR_ISA), or null.
 const Kernel* find_kernel(const char* name);
 const char* isa_name();
+// What is wrong with EDGE_RAZOR_ISA; "" if nothing.
+const char* isa_problem();
+
+// Everything that must hold before `kernel` may run: its own check, and for a kernel with scratch() that the last
+// operand is large enough for `threads`. Returns what is wrong, "" if nothing.
+std::string check_call(const Kernel& kernel, const Call& call, int threads);
 
 }  // namespace er

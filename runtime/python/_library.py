@@ -1,0 +1,211 @@
+"""Finds and loads ``libedge_razor`` and OpenBLAS, declares the C functions, and turns statuses into exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from edge_razor.errors import BundleError, EdgeRazorError, NonFiniteError, PlanError, UsageError
+
+ABI_VERSION = 1
+MAX_RANK = 8
+LIBRARY_NAME = {"darwin": "libedge_razor.dylib", "win32": "edge_razor.dll"}.get(sys.platform, "libedge_razor.so")
+
+i64, u32, u64, size_t, f32, f64 = (
+    ctypes.c_int64,
+    ctypes.c_uint32,
+    ctypes.c_uint64,
+    ctypes.c_size_t,
+    ctypes.c_float,
+    ctypes.c_double,
+)
+void_p, char_p, POINTER = ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER
+
+
+class CInfo(ctypes.Structure):
+    """``er_info``"""
+
+    _fields_ = [(name, u64) for name in ("arena_bytes", "params_bytes", "state_bytes")] + [
+        (name, u32)
+        for name in (
+            "batch_size",
+            "micro_batch",
+            "threads",
+            "params",
+            "inputs",
+            "outputs",
+            "train_steps",
+            "eval_steps",
+        )
+    ]
+
+
+class CTensorInfo(ctypes.Structure):
+    """``er_tensor_info``"""
+
+    _fields_ = [
+        ("name", char_p),
+        ("dtype", u32),
+        ("rank", u32),
+        ("shape", u64 * MAX_RANK),
+        ("elements", u64),
+        ("trainable", u32),
+        ("states", u32),
+    ]
+
+
+class CArray(ctypes.Structure):
+    """``er_array``"""
+
+    _fields_ = [("data", void_p), ("bytes", u64), ("dtype", u32), ("layout", u32)]
+
+
+class CProfileEntry(ctypes.Structure):
+    """``er_profile_entry``"""
+
+    _fields_ = [("kernel", char_p), ("label", char_p), ("phase", u32), ("calls", u64), ("seconds", f64)]
+
+
+class COperand(ctypes.Structure):
+    """``er_operand``"""
+
+    _fields_ = [("data", void_p), ("bytes", u64)]
+
+
+class CContext(ctypes.Structure):
+    """``er_context``"""
+
+    _fields_ = [
+        ("learning_rate", f32),
+        ("update", u64),
+        ("seed", u64),
+        ("micro_index", u32),
+        ("micro_count", u32),
+        ("valid_batch", u64),
+        ("valid_micro", u64),
+        ("first_sample", u64),
+        ("loss", f64),
+    ]
+
+
+_session = void_p
+_attributes = (POINTER(i64), u32, POINTER(f32), u32)
+# name: (result, arguments)
+_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "er_last_error": (char_p, ()),
+    "er_abi_version": (u32, ()),
+    "er_isa": (char_p, ()),
+    "er_packed_bytes": (u64, (u32, u64, u64, u64, u64)),
+    "er_unpack": (u32, (u32, u64, u64, u64, u64, void_p, u64, void_p)),
+    "er_kernel_scratch": (u32, (char_p, *_attributes, u32, POINTER(u64))),
+    "er_kernel_run": (u32, (char_p, *_attributes, POINTER(COperand), u32, u32, POINTER(CContext))),
+}
+
+
+def _candidates() -> Iterable[Path]:
+    # An editable install keeps the compiled library apart from the sources: look in every directory of the package.
+    for directory in sys.modules[__package__].__path__:
+        yield Path(directory) / LIBRARY_NAME
+
+
+def library_path() -> Path:
+    """Path of the shared library: the environment variable ``EDGE_RAZOR_LIBRARY``, else the one installed with the package.
+
+    Raises:
+        EdgeRazorError: there is none.
+    """
+    chosen = os.environ.get("EDGE_RAZOR_LIBRARY")
+    if chosen:
+        return Path(chosen)
+    for path in _candidates():
+        if path.exists():
+            return path
+    raise EdgeRazorError(
+        f"the native library {LIBRARY_NAME} is not built: run 'pip install .', or set EDGE_RAZOR_LIBRARY to a build of it"
+    )
+
+
+def _preload_openblas() -> ctypes.CDLL | None:
+    """Loads the OpenBLAS of the wheel scipy-openblas32, so that the runtime finds it by its SONAME.
+
+    It is loaded with one thread: the runtime has its own pool, and each thread that OpenBLAS starts by itself would cost resident
+    memory. The wheel's module is not imported, since that loads the library with all threads.
+    """
+    spec = importlib.util.find_spec("scipy_openblas32")
+    if spec is None or spec.origin is None:
+        return None  # the runtime may be linked with another OpenBLAS
+    name = {"darwin": "libscipy_openblas.dylib", "win32": "libscipy_openblas.dll"}.get(
+        sys.platform, "libscipy_openblas.so"
+    )
+    path = Path(spec.origin).parent / "lib" / name
+    if not path.exists():
+        return None
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        return ctypes.CDLL(str(path))
+    finally:
+        if before is None:
+            del os.environ["OPENBLAS_NUM_THREADS"]
+        else:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library with its functions declared.
+
+    Raises:
+        EdgeRazorError: it is missing, cannot be loaded, or has another ABI version.
+    """
+    path = library_path()
+    try:
+        _preload_openblas()
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EdgeRazorError(f"the native library cannot be loaded: {error}") from error
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    version = loaded.er_abi_version()
+    if version != ABI_VERSION:
+        raise EdgeRazorError(
+            f"{path} has ABI version {version}, this package needs {ABI_VERSION}: install the package again"
+        )
+    return loaded
+
+
+_ERRORS: dict[int, type[Exception]] = {
+    1: UsageError,
+    2: PlanError,
+    3: BundleError,
+    4: EdgeRazorError,
+    5: NonFiniteError,
+    6: OSError,
+}
+
+
+def check(status: int) -> None:
+    """Raises what a status other than ``ER_OK`` stands for, with the library's message.
+
+    Raises:
+        UsageError, PlanError, BundleError, NonFiniteError, EdgeRazorError (out of memory), OSError (I/O).
+    """
+    if status:
+        message = library().er_last_error().decode("utf-8", "replace")
+        raise _ERRORS.get(status, EdgeRazorError)(message)
+
+
+def abi_version() -> int:
+    """ABI version of the loaded library."""
+    return int(library().er_abi_version())
+
+
+def isa() -> str:
+    """Instruction set that the kernels run with: ``avx512``, ``avx2`` or ``portable``."""
+    return library().er_isa().decode()
