@@ -1,0 +1,88 @@
+// Sums of many float32 terms that stay within a few roundings of the exact sum, whatever the number of rows: eight rows are added pairwise,
+// eight such groups make a block, blocks are added up.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../simd.h"
+#include "call_check.h"
+
+namespace er::ER_ISA {
+
+constexpr int64_t kSumBlock = 64;  // rows
+constexpr int kSumTile = 32;       // vectors of a column tile: a row's part is read in one run, the accumulators stay in L1
+
+// out[c] (=, or += if accumulate) Σ over r in [0, rows) of term(r, c, left), for c in [begin, end); term gives the kLanes terms from
+// column c on, of which `left` (at least 1) exist.
+template <class Term>
+void sum_columns(int64_t rows, int64_t begin, int64_t end, bool accumulate, float* out, Term&& term) {
+  VecF total[kSumTile], block[kSumTile];
+  for (int64_t tile = begin; tile < end; tile += kSumTile * kLanes) {
+    const int64_t stop = std::min(end, tile + kSumTile * kLanes);
+    const int vectors = static_cast<int>((stop - tile + kLanes - 1) / kLanes);
+    for (int v = 0; v < vectors; v++) total[v] = VecF{};
+    for (int64_t first = 0; first < rows; first += kSumBlock) {
+      const int64_t last = std::min(rows, first + kSumBlock);
+      for (int v = 0; v < vectors; v++) block[v] = VecF{};
+      int64_t r = first;
+      for (; r + 8 <= last; r += 8)
+        for (int v = 0; v < vectors; v++) {
+          const int64_t c = tile + int64_t{v} * kLanes, left = stop - c;
+          VecF low = (term(r, c, left) + term(r + 1, c, left)) + (term(r + 2, c, left) + term(r + 3, c, left));
+          VecF high = (term(r + 4, c, left) + term(r + 5, c, left)) + (term(r + 6, c, left) + term(r + 7, c, left));
+          block[v] += low + high;
+        }
+      for (; r < last; r++)
+        for (int v = 0; v < vectors; v++) {
+          const int64_t c = tile + int64_t{v} * kLanes;
+          block[v] += term(r, c, stop - c);
+        }
+      for (int v = 0; v < vectors; v++) total[v] += block[v];
+    }
+    for (int v = 0; v < vectors; v++) {
+      const int64_t c = tile + int64_t{v} * kLanes, left = stop - c;
+      store_upto(out + c, accumulate ? load_upto(out + c, left) + total[v] : total[v], left);
+    }
+  }
+}
+
+// Σ x[0 … n).
+inline double sum_contiguous(const float* x, int64_t n) {
+  double total = 0;
+  constexpr int64_t kBlock = 64 * kLanes;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t last = std::min(n, first + kBlock);
+    VecF acc[4] = {};
+    int64_t i = first;
+    for (; i + 4 * kLanes <= last; i += 4 * kLanes)
+      for (int v = 0; v < 4; v++) acc[v] += load(x + i + v * kLanes);
+    for (; i < last; i += kLanes) acc[0] += load_upto(x + i, last - i);
+    total += sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  }
+  return total;
+}
+
+// Rows are cut into a fixed number of chunks, so that a sum over rows can use every thread and yet does not depend on their number.
+inline int64_t sum_chunks(int64_t rows) { return std::clamp<int64_t>(rows / 512, 1, 32); }
+
+// out[c] = factor · Σ over rows of x[rows][cols]. partial: float [sum_chunks(rows)][cols], unused if that is one chunk.
+inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t cols, float factor, float* out, float* partial) {
+  const int64_t chunks = sum_chunks(rows), width = kSumTile * kLanes, tiles = (cols + width - 1) / width;
+  float* sums = chunks == 1 ? out : partial;
+  parallel(call, chunks * tiles, rows * cols / (chunks * tiles), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t chunk = unit / tiles, column = unit % tiles * width;
+      const int64_t first = rows * chunk / chunks, last = rows * (chunk + 1) / chunks;
+      sum_columns(last - first, column, std::min(cols, column + width), false, sums + chunk * cols,
+                  [=](int64_t r, int64_t c, int64_t left) { return load_upto(x + (first + r) * cols + c, left); });
+    }
+  });
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const int64_t left = cols - c;
+    VecF total{};
+    for (int64_t chunk = 0; chunk < chunks; chunk++) total += load_upto(sums + chunk * cols + c, left);
+    store_upto(out + c, total * factor, left);
+  }
+}
+
+}  // namespace er::ER_ISA
