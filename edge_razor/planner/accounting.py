@@ -1,0 +1,73 @@
+"""What the cap is spent on: the resident memory of the whole training process, item by item."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from edge_razor.errors import EdgeRazorError
+
+__all__ = ["BLAS_BYTES_PER_THREAD", "GROWTH_BYTES", "Accounting", "measure_base"]
+
+# OpenBLAS packs panels of both operands into one buffer a calling thread, and touches only what the largest product
+# needs.
+BLAS_BYTES_PER_THREAD = 2_500_000
+# What a process grows by after its imports beside the items below: allocator slack, the session's tables, thread
+# stacks, metrics.
+GROWTH_BYTES = 2_000_000
+
+# The imports and the loaded native library of a process that trains, and nothing else.
+_BASE_PROGRAM = """
+import edge_razor, edge_razor.runtime, edge_razor.trainer, psutil
+edge_razor.runtime.abi_version()
+print(psutil.Process().memory_info().rss)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """Bytes of each item; `items` is in the order in which they are reported."""
+
+    process: int
+    blas: int
+    growth: int
+    data: int
+    parameters: int
+    optimizer_state: int
+    accumulators: int
+    arena: int
+
+    @property
+    def items(self) -> dict[str, int]:
+        return {
+            "Python and libraries": self.process,
+            "BLAS buffers": self.blas,
+            "growth while training": self.growth,
+            "data pipeline": self.data,
+            "parameters": self.parameters,
+            "optimizer state": self.optimizer_state,
+            "gradient accumulators": self.accumulators,
+            "arena": self.arena,
+        }
+
+    @property
+    def total(self) -> int:
+        """The predicted peak resident set."""
+        return sum(self.items.values())
+
+
+def measure_base() -> int:
+    """Resident bytes of a fresh process after the trainer's imports, before it opens a session.
+
+    Raises:
+        EdgeRazorError: the process could not be started or failed.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", _BASE_PROGRAM], capture_output=True, text=True, env=os.environ, check=False
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise EdgeRazorError(f"cannot measure the training process's memory: {reason}")
+    return int(result.stdout)

@@ -1,0 +1,73 @@
+"""Lowering: training graph → kernel steps over unplaced buffers, one rule per operator."""
+
+from __future__ import annotations
+
+from edge_razor.errors import BundleError, PlanError
+
+from . import lower_conv, lower_math, lower_shape
+from .context import Lowering, Tensor
+from .graph import DOMAIN, Graph
+from .optimizer import Memory, Optimizer, update_step
+from .program import Program, Step
+from .storage import Storage
+
+__all__ = ["lower_inference", "lower_training"]
+
+RULES = {
+    **{(DOMAIN, op): rule for op, rule in lower_conv.RULES.items()},
+    **{
+        (DOMAIN if op.endswith(("Grad", "Loss")) or op in ("MaxPool", "AveragePool", "Dropout") else "", op): rule
+        for op, rule in lower_math.RULES.items()
+    },
+    **{("", op): rule for op, rule in lower_shape.RULES.items()},
+}
+
+
+def lower_training(
+    graph: Graph, samples: int, storage: dict[str, Storage], memory: Memory, optimizer: Optimizer, threads: int
+) -> tuple[Program, list[Step]]:
+    """Steps of one micro-batch of `samples` in graph order, and apart from them one update step a trainable parameter.
+
+    Raises:
+        BundleError: the graph breaks a rule of docs/training-graph.md.
+        PlanError: a gradient and its parameter are stored in different layouts.
+    """
+    lowering = _walk(graph, samples, storage, memory, threads)
+    updates: list[Step] = []
+    for name, value in graph.gradients.items():
+        gradient, parameter = lowering.tensors.get(value), memory.parameters.get(name)
+        if gradient is None or parameter is None:
+            raise BundleError(f"training graph: {value!r} is no float tensor, or parameter {name!r} is used by no node")
+        if (gradient.perm or tuple(range(len(gradient.shape)))) != parameter.perm or gradient.shape != parameter.shape:
+            raise PlanError(f"the gradient of {name!r} has another shape or layout than the parameter")
+        updates.append(update_step(parameter, gradient, optimizer))
+    program = Program(lowering.steps, [lowering.tensors[i].buffer for i in graph.inputs])
+    return program, updates
+
+
+def lower_inference(graph: Graph, samples: int, memory: Memory, threads: int) -> tuple[Program, Tensor]:
+    """Forward steps of `graph.inference()` for `samples`, and the model output's tensor."""
+    lowering = _walk(graph, samples, {}, memory, threads)
+    if graph.output not in lowering.tensors:
+        raise BundleError(f"training graph: output {graph.output!r} is no float tensor")
+    output = lowering.tensors[graph.output]
+    return Program(lowering.steps, [lowering.tensors[i].buffer for i in graph.inputs], [output.buffer]), output
+
+
+def _walk(graph: Graph, samples: int, storage: dict[str, Storage], memory: Memory, threads: int) -> Lowering:
+    params = {
+        name: Tensor(p.buffer, p.shape, None if p.perm == tuple(range(len(p.perm))) else p.perm)
+        for name, p in memory.parameters.items()
+    }
+    lowering = Lowering(graph, samples, storage, params, threads)
+    for name in graph.inputs:
+        lowering.bind_input(name)
+    for node in graph.nodes:
+        rule = RULES.get((node.domain, node.op))
+        if rule is None:
+            node.fail(f"unknown operator in domain {node.domain!r}")
+        try:
+            rule(lowering, node)
+        except (IndexError, KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+            node.fail(f"inconsistent shapes or attributes ({error})")
+    return lowering

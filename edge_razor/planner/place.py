@@ -1,0 +1,126 @@
+"""Arena placement: offline dynamic storage allocation.
+
+Each buffer is live from its first to its last step; buffers that live at the same time must not overlap. Finding the
+smallest arena is NP-hard; placing buffers one by one, largest first, each into the smallest gap that holds it, comes
+within a few percent of the lower bound (the maximum of live bytes). Several orders are tried, and the buffer that
+ends highest is moved forward in the order while that helps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .program import ALIGNMENT, Buffer, Program, Region
+
+__all__ = ["Lifetime", "lifetimes", "live_bytes", "place"]
+
+GOOD_ENOUGH = 1.005  # of the lower bound: stop searching
+MAX_ROUNDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """A buffer that needs memory from step `start` to step `end`, both included."""
+
+    buffer: Buffer
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes, rounded up to the alignment."""
+        return -(-self.buffer.bytes // ALIGNMENT) * ALIGNMENT
+
+
+def lifetimes(program: Program) -> list[Lifetime]:
+    """Lifetimes of the arena buffers of a scheduled program, scratch included."""
+    spans: dict[Buffer, list[int]] = {buffer: [0, 0] for buffer in program.inputs}
+    for index, step in enumerate(program.steps):
+        for buffer in step.operands:
+            if buffer is not None and buffer.region == Region.ARENA:
+                spans.setdefault(buffer, [index, index])[1] = index
+    for buffer in program.outputs:
+        if buffer.region == Region.ARENA:
+            spans.setdefault(buffer, [0, 0])[1] = len(program.steps)
+    return [Lifetime(buffer, start, end) for buffer, (start, end) in spans.items()]
+
+
+def live_bytes(lives: list[Lifetime]) -> np.ndarray:
+    """Bytes alive at each step (int64): their maximum is the lower bound of any placement."""
+    change = np.zeros(max((life.end for life in lives), default=0) + 2, np.int64)
+    for life in lives:
+        change[life.start] += life.size
+        change[life.end + 1] -= life.size
+    return np.cumsum(change)
+
+
+def place(lives: list[Lifetime]) -> int:
+    """Sets every buffer's offset; returns the arena's bytes."""
+    if not lives:
+        return 0
+    bound = int(live_bytes(lives).max())
+    sizes = np.array([life.size for life in lives], np.int64)
+    starts = np.array([life.start for life in lives], np.int64)
+    ends = np.array([life.end for life in lives], np.int64)
+    spans = ends - starts + 1
+    best: tuple[int, np.ndarray] | None = None
+    for order in (np.lexsort((starts, -sizes)), np.lexsort((-sizes, -spans)), np.lexsort((starts, -sizes * spans))):
+        offsets, total = _improve(order, sizes, starts, ends, bound)
+        if best is None or total < best[0]:
+            best = (total, offsets)
+        if total <= bound * GOOD_ENOUGH:
+            break
+    assert best is not None
+    for life, offset in zip(lives, best[1].tolist(), strict=True):
+        life.buffer.offset = offset
+    return best[0]
+
+
+def _improve(
+    order: np.ndarray, sizes: np.ndarray, starts: np.ndarray, ends: np.ndarray, bound: int
+) -> tuple[np.ndarray, int]:
+    """Best fit in `order`; then again and again with the buffer on top moved to the front, while there is hope."""
+    offsets, total = _best_fit(order, sizes, starts, ends)
+    best = (offsets, total)
+    seen_worse = 0
+    for _ in range(MAX_ROUNDS):
+        if best[1] <= bound * GOOD_ENOUGH or seen_worse > 12:
+            break
+        top = int(np.argmax(offsets + sizes))
+        rest = order[order != top]
+        position = int(np.flatnonzero(order == top)[0]) // 2
+        order = np.concatenate([rest[:position], [top], rest[position:]])
+        offsets, total = _best_fit(order, sizes, starts, ends)
+        if total < best[1]:
+            best, seen_worse = (offsets, total), 0
+        else:
+            seen_worse += 1
+    return best
+
+
+def _best_fit(order: np.ndarray, sizes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, int]:
+    """Places buffers in `order`, each into the smallest gap between the placed buffers that live when it does."""
+    count = len(order)
+    offsets = np.zeros(count, np.int64)
+    # Columns of the placed buffers, kept sorted by offset so that gaps come from one pass.
+    placed = np.empty((4, count), np.int64)  # offset, end offset, first step, last step
+    for n, index in enumerate(order.tolist()):
+        size = int(sizes[index])
+        view = placed[:, :n]
+        overlap = (view[2] <= ends[index]) & (view[3] >= starts[index])
+        lows, highs = view[0][overlap], view[1][overlap]
+        if len(lows):
+            tops = np.maximum.accumulate(highs)
+            edges = np.concatenate([[0], tops])
+            gaps = np.append(lows, np.iinfo(np.int64).max) - edges
+            gaps[gaps < size] = np.iinfo(np.int64).max  # the last gap is open, so it is taken only if no other fits
+            offset = int(edges[np.argmin(gaps)])
+        else:
+            offset = 0
+        offsets[index] = offset
+        at = int(np.searchsorted(view[0], offset))
+        placed[:, at + 1 : n + 1] = placed[:, at:n].copy()
+        placed[:, at] = (offset, offset + size, starts[index], ends[index])
+    return offsets, int((offsets + sizes).max())

@@ -1,0 +1,87 @@
+"""The plan as Python sees it: the bytes that the runtime executes, and a summary for people and reports."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_razor.errors import PlanError
+
+from .serialize import check_header
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`binary` is the plan file (docs/plan-format.md); `summary` is JSON-able (docs/planner.md lists its fields)."""
+
+    binary: bytes
+    summary: dict[str, Any]
+
+    @property
+    def bundle_id(self) -> str:
+        """sha256 (hex) of the `training.onnx` that the plan executes."""
+        return str(self.summary["bundle_id"])
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.summary["batch_size"])
+
+    @property
+    def micro_batch(self) -> int:
+        return int(self.summary["micro_batch"])
+
+    @property
+    def threads(self) -> int:
+        return int(self.summary["threads"])
+
+    @property
+    def sparsity(self) -> float:
+        return float(self.summary["sparsity"])
+
+    @property
+    def arena_bytes(self) -> int:
+        return int(self.summary["arena_bytes"])
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Predicted peak resident set of the training process, in bytes."""
+        return int(self.summary["predicted_peak_bytes"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan file, and the summary beside it as `<path>.json`."""
+        target = Path(path)
+        target.write_bytes(self.binary)
+        summary = self.summary | {"plan_sha256": hashlib.sha256(self.binary).hexdigest()}
+        _summary_path(target).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Reads what `save` wrote. The runtime checks the steps again when it opens the plan.
+
+        Raises:
+            PlanError: a file is missing, damaged, of another version, or the two do not belong together.
+        """
+        target = Path(path)
+        try:
+            binary = target.read_bytes()
+            bundle_id = check_header(binary)
+            summary = json.loads(_summary_path(target).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read {error.filename}: {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"{_summary_path(target)} is damaged: {error}") from error
+        if not isinstance(summary, dict) or summary.pop("plan_sha256", None) != hashlib.sha256(binary).hexdigest():
+            raise PlanError(f"{_summary_path(target)} does not belong to {target}; plan again")
+        if summary.get("bundle_id") != bundle_id:
+            raise PlanError(f"{target} and its summary name different bundles; plan again")
+        return Plan(binary, summary)
+
+
+def _summary_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")

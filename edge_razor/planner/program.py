@@ -1,0 +1,132 @@
+"""What lowering produces and scheduling and placement work on: buffers, and steps that read and write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+__all__ = ["KERNELS", "Buffer", "Program", "Region", "Signature", "Step"]
+
+ALIGNMENT = 64  # bytes; every offset in a plan is a multiple
+
+
+class Region(IntEnum):
+    """Where a buffer lives; the numbers are those of the plan file."""
+
+    ARENA = 1
+    PARAMS = 2
+    STATE = 3
+
+
+@dataclass(eq=False, slots=True)
+class Buffer:
+    """A stretch of memory. `offset` is -1 until the buffer is placed in its region."""
+
+    name: str
+    bytes: int
+    region: Region = Region.ARENA
+    offset: int = -1
+
+
+class Signature(NamedTuple):
+    """Operands of a kernel: which are written, which (written, read) pairs may share memory, scratch or not."""
+
+    operands: int
+    optional: frozenset[int]
+    writes: frozenset[int]
+    may_alias: tuple[tuple[int, int], ...]
+    scratch: bool
+
+
+def _signature(text: str, *may_alias: tuple[int, int], scratch: bool = False) -> Signature:
+    names = text.split()
+    return Signature(
+        len(names),
+        frozenset(i for i, n in enumerate(names) if "?" in n),
+        frozenset(i for i, n in enumerate(names) if "!" in n),
+        may_alias,
+        scratch,
+    )
+
+
+# The kernel table of docs/plan-format.md. "!" marks an operand that is written, "?" one that may be absent; pairs are
+# (written, read) operands that may share memory; scratch kernels take one more operand at the end.
+KERNELS: dict[str, Signature] = {
+    "conv": _signature("X W scale? shift? Y! kept?!", scratch=True),
+    "conv_grad_input": _signature("dY W scale? dX!", scratch=True),
+    "conv_grad_weight": _signature("X dY G!", scratch=True),
+    "pack": _signature("X out!", scratch=True),
+    "affine": _signature("X scale? shift? Y! kept?!", (3, 0)),
+    "activation_grad": _signature("dY kept dX!", (2, 0)),
+    "channel_sum": _signature("dY out!", scratch=True),
+    "batch_norm_fold": _signature("gamma? beta? mean var bias? scale! shift!"),
+    "batch_norm_grad": _signature("dot dshift mean var bias? dgamma!"),
+    "column_dot": _signature("W G out!", scratch=True),
+    "scale_columns": _signature("G scale out!", (2, 0)),
+    "mul_grad": _signature("X dY out!", scratch=True),
+    "binary": _signature("A B out!", (2, 0), (2, 1)),
+    "neg": _signature("X Y!", (1, 0)),
+    "reduce": _signature("X out!", scratch=True),
+    "broadcast": _signature("dY dX!"),
+    "max_pool": _signature("X Y! index?!"),
+    "max_pool_grad": _signature("dY index dX!"),
+    "average_pool": _signature("X Y!"),
+    "average_pool_grad": _signature("dY dX!"),
+    "softmax": _signature("X Y!", (1, 0)),
+    "softmax_grad": _signature("dY Y dX!", (2, 0)),
+    "copy": _signature("src dst!"),
+    "fill": _signature("dst!"),
+    "dropout": _signature("X Y!", (1, 0)),
+    "cross_entropy": _signature("logits target dlogits?!", (2, 0)),
+    "mse": _signature("prediction target dprediction?!", (2, 0)),
+    "bce_logits": _signature("prediction target dprediction?!", (2, 0)),
+    "sgd": _signature("param! grad momentum?! accumulator?!"),
+    "adamw": _signature("param! grad m! v! accumulator?!"),
+}
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """One kernel call. Operands are whole buffers, in the order of the kernel table, scratch last."""
+
+    kernel: str
+    label: str
+    ints: list[int]
+    floats: list[float]
+    operands: list[Buffer | None]
+
+    @property
+    def layer(self) -> str:
+        """Module path that the step comes from: the label up to its operator."""
+        return self.label.rpartition(":")[0]
+
+    @property
+    def writes(self) -> list[Buffer]:
+        """Buffers that the step writes, scratch left out."""
+        return [b for i, b in enumerate(self.operands) if b is not None and i in KERNELS[self.kernel].writes]
+
+    @property
+    def reads(self) -> list[Buffer]:
+        """Buffers whose contents the step uses."""
+        signature = KERNELS[self.kernel]
+        reads = [
+            b for i, b in enumerate(self.operands[: signature.operands]) if b is not None and i not in signature.writes
+        ]
+        if self.kernel in ("sgd", "adamw") or self.kernel == "conv_grad_input" and self.ints[-1]:
+            reads += self.writes  # updated, not overwritten
+        return reads
+
+    @property
+    def scratch(self) -> Buffer | None:
+        signature = KERNELS[self.kernel]
+        return self.operands[-1] if signature.scratch and len(self.operands) > signature.operands else None
+
+
+@dataclass(slots=True)
+class Program:
+    """Steps in execution order. `inputs` are filled before the first step, `outputs` are read after the last."""
+
+    steps: list[Step]
+    inputs: list[Buffer] = field(default_factory=list)
+    outputs: list[Buffer] = field(default_factory=list)

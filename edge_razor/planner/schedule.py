@@ -1,0 +1,166 @@
+"""Scheduling: the order of backward and update steps, gradients added where they are made, and steps in place.
+
+Every transformation keeps what each step reads and writes; `tests/planner/verifier.py` checks the results
+independently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .program import KERNELS, Buffer, Program, Region, Step
+
+__all__ = ["schedule_inference", "schedule_training"]
+
+_BINARY_ADD = 0
+
+
+def schedule_training(program: Program, updates: list[Step]) -> Program:
+    """Orders one micro-batch: forward, backward, and each parameter's update as soon as nothing else needs it."""
+    steps = fuse_accumulation(program.steps)
+    steps = order_weight_gradients(steps)
+    steps = insert_updates(steps, updates)
+    return share_buffers(Program(steps, program.inputs, program.outputs))
+
+
+def schedule_inference(program: Program) -> Program:
+    """The forward steps in graph order, in place where possible."""
+    return share_buffers(program)
+
+
+def _touches(steps: Iterable[Step]) -> dict[Buffer, list[int]]:
+    """For each buffer the indices of the steps that have it as an operand, ascending."""
+    touches: dict[Buffer, list[int]] = {}
+    for index, step in enumerate(steps):
+        for buffer in step.operands:
+            if buffer is not None and (buffer not in touches or touches[buffer][-1] != index):
+                touches.setdefault(buffer, []).append(index)
+    return touches
+
+
+def fuse_accumulation(steps: list[Step]) -> list[Step]:
+    """Turns dX = conv_grad_input(…); sum = other + dX into conv_grad_input accumulating into `other`.
+
+    Legal where dX has no other reader and `other` is complete before, and dead after.
+    """
+    order = {step: i for i, step in enumerate(steps)}
+    users: dict[Buffer, list[Step]] = {
+        buffer: [steps[i] for i in indices] for buffer, indices in _touches(steps).items()
+    }
+    removed: set[Step] = set()
+    for add in steps:
+        if add.kernel != "binary" or add.ints[0] != _BINARY_ADD or add.ints[1] != 1 or 0 in add.ints[3:5]:
+            continue
+        a, b, total = add.operands
+        if a is None or b is None or total is None or a is b or a.bytes != total.bytes or b.bytes != total.bytes:
+            continue
+        for made, other in ((b, a), (a, b)):
+            if other.region != Region.ARENA or len(users[made]) != 2 or users[other][-1] is not add:
+                continue
+            producer = users[made][0]
+            before = users[other][:-1]
+            if producer.kernel != "conv_grad_input" or producer.ints[-1] or not before:
+                continue
+            if order[before[-1]] >= order[producer]:
+                continue
+            producer.operands[3] = other
+            producer.ints[-1] = 1
+            for user in users[total]:
+                user.operands[:] = [other if o is total else o for o in user.operands]
+            users[other] = [*before, producer, *(u for u in users.pop(total) if u is not add)]
+            removed.add(add)
+            break
+    return [step for step in steps if step not in removed]
+
+
+def order_weight_gradients(steps: list[Step]) -> list[Step]:
+    """Runs a layer's weight gradient before or after its input gradient, whichever peaks lower.
+
+    With k = bytes of the kept input (freed by the weight gradient), g = of the weight gradient (alive until the
+    update, which waits for the input gradient since that reads the weight), x = of the input gradient and scratch sw,
+    sx: weight first peaks at max(k + g + sw, g + x + sx), input first at k + x + max(sx, g + sw).
+    """
+    steps = list(steps)
+    weight_steps = {(s.operands[1], s.layer): s for s in steps if s.kernel == "conv_grad_weight"}
+    for input_step in [s for s in steps if s.kernel == "conv_grad_input"]:
+        weight_step = weight_steps.get((input_step.operands[0], input_step.layer))
+        if weight_step is None:
+            continue
+        i, j = steps.index(input_step), steps.index(weight_step)
+        kept, gradient, made = weight_step.operands[0], weight_step.operands[2], input_step.operands[3]
+        assert kept is not None and gradient is not None and made is not None
+        k = 0 if any(kept in s.operands for s in steps[max(i, j) + 1 :]) or kept.region != Region.ARENA else kept.bytes
+        g, x = gradient.bytes, 0 if input_step.ints[-1] else made.bytes
+        sw, sx = (s.scratch.bytes if s.scratch else 0 for s in (weight_step, input_step))
+        if max(k + g + sw, g + x + sx) <= k + x + max(sx, g + sw):
+            end = _branch_end(steps, j)
+            if i < end and not any(_conflict(input_step, s) for s in steps[i + 1 : end + 1]):
+                steps.insert(end, steps.pop(i))
+        elif i > j and not any(_conflict(input_step, s) for s in steps[j:i]):
+            steps.insert(j, steps.pop(i))
+    return steps
+
+
+def _branch_end(steps: list[Step], start: int) -> int:
+    """Index of the last step after `start` that turns its result into gradients (ColumnDot, ScaleColumns, …)."""
+    made = set(steps[start].writes)
+    end = start
+    for index in range(start + 1, len(steps)):
+        step = steps[index]
+        if step.kernel in ("column_dot", "batch_norm_grad", "scale_columns") and made.intersection(step.reads):
+            made.update(step.writes)
+            end = index
+        elif step.kernel == "conv_grad_weight":
+            break
+    return end
+
+
+def _conflict(a: Step, b: Step) -> bool:
+    """Whether swapping the two steps would change what either computes."""
+    a_writes, b_writes = set(a.writes), set(b.writes)
+    return bool(a_writes.intersection(b.reads) or b_writes.intersection(a.reads) or a_writes & b_writes)
+
+
+def insert_updates(steps: list[Step], updates: list[Step]) -> list[Step]:
+    """Places each update after the last step that touches its gradient or reads its parameter."""
+    touches = _touches(steps)
+    after: dict[int, list[Step]] = {}
+    for update in updates:
+        parameter, gradient = update.operands[:2]
+        assert parameter is not None and gradient is not None
+        after.setdefault(max(touches[gradient][-1], touches[parameter][-1]), []).append(update)
+    result: list[Step] = []
+    for index, step in enumerate(steps):
+        result.append(step)
+        result.extend(after.get(index, ()))
+    return result
+
+
+def share_buffers(program: Program) -> Program:
+    """Lets a step write its result over an operand that dies there, where the kernel allows it."""
+    steps = program.steps
+    touches = _touches(steps)
+    first = {b: t[0] for b, t in touches.items()} | {b: -1 for b in program.inputs}
+    last = {b: t[-1] for b, t in touches.items()} | {b: len(steps) for b in program.outputs}
+    target: dict[Buffer, Buffer] = {}
+    for index, step in enumerate(steps):
+        step.operands[:] = [target.get(b, b) if b is not None else None for b in step.operands]
+        for written, read in KERNELS[step.kernel].may_alias:
+            out, source = step.operands[written], step.operands[read]
+            if (
+                out is None
+                or source is None
+                or out is source
+                or out.region != Region.ARENA
+                or source.region != Region.ARENA
+                or out.bytes != source.bytes
+                or first[out] != index
+                or last[source] != index
+            ):
+                continue
+            target[out] = source
+            last[source] = last[out]
+            step.operands[written] = source
+            break
+    outputs = [target.get(b, b) for b in program.outputs]
+    return Program(steps, program.inputs, outputs)
