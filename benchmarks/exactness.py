@@ -1,0 +1,78 @@
+"""One optimizer step against PyTorch, every family: at sparsity 0 against plain autograd, at sparsity s against the definition.
+
+python dev.py bench exactness
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import markdown_table, write_result
+from tests.models import FAMILIES
+from tests.parity import Comparison, compare_step, randomize_norms
+
+IMAGE, CLASSES = (3, 64, 64), 10
+CASES: list[tuple[str, dict[str, Any]]] = [("sparsity 0", {"sparsity": 0.0})]
+CASES += [
+    (f"{form} {sparsity}", {"sparsity": sparsity, "form": form})
+    for form in ("plain", "centered")
+    for sparsity in (0.5, 0.9, 0.97)
+]
+CASES += [
+    ("AdamW, 0", {"optimizer": "adamw"}),
+    ("SGD with momentum, micro-batch 1, 3 steps", {"momentum": 0.9, "micro_batch": 1, "steps": 3, "lr": 0.01}),
+    ("micro-batch 2, 0", {"micro_batch": 2}),
+    ("trainable: last:2", {"trainable": "last:2"}),
+    ("trainable: bias", {"trainable": "bias"}),
+    ("trainable: norm", {"trainable": "norm"}),
+]
+LOSS_LIMIT, UPDATE_LIMIT = 1e-5, 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    options = parser.parse_args()
+    rows, failures = [], 0
+    for family in options.families:
+        for label, settings in CASES:
+            with tempfile.TemporaryDirectory() as directory:
+                torch.manual_seed(0)
+                model = randomize_norms(FAMILIES[family](num_classes=CLASSES))
+                outcome: Comparison | str
+                try:
+                    outcome = compare_step(model, Path(directory), image=IMAGE, classes=CLASSES, **settings)
+                except Exception as error:  # a family that cannot run a case is a row of the table, not the end of it
+                    outcome = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            if isinstance(outcome, str):
+                failures += 1
+                rows.append((family, label, "–", "–", "–", outcome))
+            else:
+                good = outcome.loss_error <= LOSS_LIMIT and outcome.update_error <= UPDATE_LIMIT
+                failures += not good
+                rows.append(
+                    (
+                        family,
+                        label,
+                        outcome.parameters,
+                        f"{outcome.loss_error:.1e}",
+                        f"{outcome.update_error:.1e}",
+                        "yes" if good else f"**no** ({outcome.worst})",
+                    )
+                )
+            print(rows[-1], flush=True)
+    header = ("family", "case", "trained tensors", "loss error", "worst update error", "within limits")
+    body = markdown_table(header, rows)
+    body += f"\nLimits: loss {LOSS_LIMIT:g} relative; max|Δ_ours − Δ_torch| ≤ {UPDATE_LIMIT:g}·max|Δ_torch| for each parameter. "
+    body += f"{len(rows) - failures} of {len(rows)} cases within them. Input 64×64, batch 4.\n"
+    write_result("exactness", "One step against PyTorch", "python dev.py bench exactness", body, "torch")
+    raise SystemExit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
