@@ -1,0 +1,287 @@
+"""Model bundles: what the exporter writes and the planner, the trainer and the export back read (docs/bundle.md).
+
+A bundle is a directory, or a zip of stored (not deflated) members, with `bundle.json`, `training.onnx`, `inference.onnx` and
+`weights.safetensors`. It is untrusted input: sizes and checksums are verified when it is opened, nothing is unpacked, and nothing in
+it is executed. Reading imports neither onnx nor protobuf; `write_bundle` gets its models from a caller that has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from edge_razor.errors import BundleError
+from edge_razor.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, parse_manifest
+from edge_razor.tensors import TensorFile, TensorSpec, TensorWriter, sync_directory
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Bundle", "write_bundle"]
+
+_MANIFEST_LIMIT = 64_000_000  # bytes: far above any real list of parameter names
+_CHUNK = 1 << 20
+
+
+class _Member(NamedTuple):
+    """Where the bytes of one file of the bundle lie."""
+
+    path: Path
+    start: int
+    size: int
+
+
+class Bundle:
+    """An opened and verified bundle.
+
+    Attributes:
+        path: directory or zip file.
+        manifest: what bundle.json says, checked.
+        id: sha256 (hex) of training.onnx; plans name the bundle by it.
+        weights_id: sha256 (hex) of weights.safetensors; checkpoints name it beside `id`.
+        tensors: name → spec of everything in weights.safetensors.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the bundle and verifies size and checksum of every file (reads the whole bundle once, in pieces).
+
+        Raises:
+            BundleError: missing, truncated, altered, of a newer format version, or not a bundle at all.
+        """
+        self.path = Path(path)
+        try:
+            self._members = _find_members(self.path)
+            manifest_member = self._member(MANIFEST)
+            if manifest_member.size > _MANIFEST_LIMIT:
+                raise BundleError(f"{self.path}: {MANIFEST} is too large to be real")
+            self.manifest: Manifest = parse_manifest(self._read(manifest_member), str(self.path))
+            for name in FILES:
+                self._verify(name)
+            self.id = self.manifest.files[FILES[0]].sha256
+            weights = self._member("weights.safetensors")
+            self.weights_id = self.manifest.files["weights.safetensors"].sha256
+            try:
+                self._weights = TensorFile(weights.path, weights.start, weights.size)
+            except ValueError as error:
+                raise BundleError(f"{self.path}: weights.safetensors: {error}") from error
+        except OSError as error:
+            raise BundleError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        self.tensors = self._weights.tensors
+        self.weights_data_offset = self._weights.data_offset
+        wanted = (*self.manifest.trainable, *self.manifest.aliases.values())
+        missing = [n for n in wanted if n not in self.tensors]
+        missing += [n for n in self.manifest.state_dict if self.manifest.aliases.get(n, n) not in self.tensors]
+        if missing:
+            self.close()
+            raise BundleError(f"{self.path}: weights.safetensors has no tensor {missing[0]!r}; export the model again")
+
+    def read_file(self, name: str) -> bytes:
+        """The whole content of `training.onnx` or `inference.onnx`.
+
+        Raises:
+            BundleError: the bundle has no such file, or it was altered after it was opened.
+        """
+        data = self._read(self._member(name))
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise BundleError(f"{self.path}: {name} was altered while the bundle was open")
+        return data
+
+    def read_tensor(self, name: str) -> np.ndarray:
+        """A copy of one tensor of weights.safetensors.
+
+        Raises:
+            BundleError: no such tensor, or the file was truncated after the bundle was opened.
+        """
+        try:
+            return self._weights.read(name)
+        except KeyError:
+            raise BundleError(f"{self.path}: weights.safetensors has no tensor {name!r}") from None
+        except (ValueError, OSError) as error:
+            raise BundleError(f"{self.path}: weights.safetensors: {error}") from error
+
+    def close(self) -> None:
+        self._weights.close()
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _member(self, name: str) -> _Member:
+        if name not in self._members:
+            raise BundleError(f"{self.path}: {name} is missing; this is not a whole edge-razor bundle")
+        return self._members[name]
+
+    def _read(self, member: _Member) -> bytes:
+        with open(member.path, "rb") as file:
+            file.seek(member.start)
+            return file.read(member.size)
+
+    def _verify(self, name: str) -> None:
+        member, stated = self._member(name), self.manifest.files[name]
+        if member.size != stated.bytes:
+            raise BundleError(
+                f"{self.path}: {name} has {member.size} bytes where bundle.json states {stated.bytes}; the bundle is "
+                "truncated or altered, copy or export it again"
+            )
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_CHUNK))
+        with open(member.path, "rb", buffering=0) as file:
+            file.seek(member.start)
+            left = member.size
+            while left and (count := file.readinto(buffer[: min(left, _CHUNK)])):
+                digest.update(buffer[:count])
+                left -= count
+        if digest.hexdigest() != stated.sha256:
+            raise BundleError(f"{self.path}: {name} does not match its checksum; copy or export the bundle again")
+
+
+def _find_members(path: Path) -> dict[str, _Member]:
+    """The bundle's files by name. Only the four known names are looked at, so no member can point anywhere else."""
+    names = (MANIFEST, *FILES)
+    if path.is_dir():
+        files = {name: path / name for name in names}
+        return {n: _Member(f, 0, f.stat().st_size) for n, f in files.items() if f.is_file()}
+    if not path.exists():
+        raise BundleError(f"{path}: no such bundle")
+    members: dict[str, _Member] = {}
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for info in archive.infolist():
+                if info.filename not in names:
+                    continue
+                if info.filename in members:
+                    raise BundleError(f"{path}: {info.filename} occurs twice in the zip")
+                if (
+                    info.compress_type != zipfile.ZIP_STORED
+                    or info.flag_bits & 1
+                    or info.compress_size != info.file_size
+                ):
+                    raise BundleError(f"{path}: {info.filename} is compressed; bundles are zipped with 'zip -0'")
+                members[info.filename] = _Member(path, _data_start(file, info), info.file_size)
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, ValueError) as error:
+        raise BundleError(f"{path}: neither a bundle directory nor a whole zip: {error}") from error
+    return members
+
+
+def _data_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Byte position of a stored member's data: its local header has name and extra fields of its own lengths."""
+    file.seek(info.header_offset)
+    signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
+    if signature != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"no local header for {info.filename}")
+    return info.header_offset + 30 + name_bytes + extra_bytes
+
+
+def write_bundle(
+    path: str | os.PathLike[str],
+    training: onnx.ModelProto,
+    inference: onnx.ModelProto,
+    tensors: Mapping[str, np.ndarray],
+    manifest: Mapping[str, Any],
+) -> Path:
+    """Writes a bundle directory; it appears whole under its name or not at all. An existing bundle there is replaced.
+
+    Args:
+        path: the bundle directory to make.
+        training: training graph; initializers marked EXTERNAL get location, offset and length filled in (in place).
+        inference: forward graph, likewise.
+        tensors: everything for weights.safetensors, by name.
+        manifest: bundle.json without `format_version` and `files`, which are added here.
+
+    Returns:
+        `path`.
+
+    Raises:
+        BundleError: an external initializer has no tensor or another shape or type; or `path` is something else than a bundle.
+        OSError: the disk is full or not writable.
+    """
+    target = Path(path)
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise BundleError(f"{target}: exists and is not a bundle; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        with open(temporary / "weights.safetensors", "wb") as file:
+            writer = TensorWriter(file, {n: TensorSpec(a.dtype, a.shape) for n, a in tensors.items()})
+            for name, array in tensors.items():
+                writer.write(name, array)
+        for model, file_name in ((training, "training.onnx"), (inference, "inference.onnx")):
+            _fill_external_data(model, writer, file_name)
+            (temporary / file_name).write_bytes(model.SerializeToString(deterministic=True))
+        files = {name: _fingerprint(temporary / name) for name in FILES}
+        content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
+        text = json.dumps(content, indent=1).encode()
+        parse_manifest(text, str(target))  # what is written must be readable
+        (temporary / MANIFEST).write_bytes(text)
+        for name in (*FILES, MANIFEST):
+            with open(temporary / name, "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(temporary)
+        _swap_in(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _swap_in(temporary: Path, target: Path) -> None:
+    """Puts directory `temporary` in the place of `target`; an old bundle is moved aside first and then removed."""
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(temporary, target)
+    sync_directory(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _fill_external_data(model: onnx.ModelProto, writer: TensorWriter, file_name: str) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        spec = writer.specs.get(tensor.name)
+        if spec is None:
+            raise BundleError(f"{file_name}: initializer {tensor.name!r} has no tensor in weights.safetensors")
+        if tuple(tensor.dims) != spec.shape:
+            raise BundleError(
+                f"{file_name}: initializer {tensor.name!r} has shape {list(tensor.dims)}, its tensor {list(spec.shape)}"
+            )
+        del tensor.external_data[:]
+        for key, value in (
+            ("location", "weights.safetensors"),
+            ("offset", str(writer.data_offset + spec.begin)),
+            ("length", str(spec.end - spec.begin)),
+        ):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, value

@@ -1,0 +1,212 @@
+"""`bundle.json`: reading and checking (docs/bundle.md lists the fields)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from edge_razor.errors import BundleError
+
+__all__ = ["FILES", "FORMAT_VERSION", "MANIFEST", "FileEntry", "InputSpec", "Manifest", "OutputSpec", "Preprocessing"]
+
+MANIFEST = "bundle.json"
+FILES = ("training.onnx", "inference.onnx", "weights.safetensors")
+FORMAT_VERSION = 1
+LOSSES = ("cross_entropy", "mse", "bce_with_logits")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """A model input. `shape`: the user's layout without the batch dimension; `perm`: runtime dim d = user's dim perm[d]."""
+
+    name: str
+    shape: tuple[int, ...]
+    perm: tuple[int, ...]
+
+    @property
+    def runtime_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as the runtime lays it out (channels last)."""
+        return tuple(self.shape[d - 1] for d in self.perm[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """The model output, in the user's layout without the batch dimension; `perm`: user's dim d = runtime dim perm[d]."""
+
+    name: str
+    shape: tuple[int, ...]
+    perm: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How images become model inputs: shorter side to `resize`, crop `crop` (pixels), then (x/255 − mean)/std per channel."""
+
+    resize: int
+    crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of bundle.json; `raw` is the JSON object itself."""
+
+    producer: str
+    inputs: tuple[InputSpec, ...]
+    output: OutputSpec
+    loss: str
+    label_smoothing: float
+    trainable_spec: str
+    trainable: tuple[str, ...]
+    state_dict: tuple[str, ...]
+    aliases: dict[str, str]
+    classes: tuple[str, ...] | None
+    preprocessing: Preprocessing | None
+    files: dict[str, FileEntry]
+    raw: dict[str, Any]
+
+
+class _Reader:
+    """Typed access to JSON values; a wrong one is a BundleError that says where."""
+
+    def __init__(self, bundle: str) -> None:
+        self.bundle = bundle
+
+    def fail(self, where: str, expected: str) -> NoReturn:
+        raise BundleError(f"{self.bundle}: {MANIFEST}: {where} must be {expected}; export the model again")
+
+    def get(self, table: Any, key: str, where: str, kind: type | tuple[type, ...], expected: str) -> Any:
+        value = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self.fail(f"{where}{key}", expected)
+        return value
+
+    def text(self, table: Any, key: str, where: str = "") -> str:
+        return self.get(table, key, where, str, "a text")
+
+    def texts(self, table: Any, key: str, where: str = "") -> tuple[str, ...]:
+        values = self.get(table, key, where, list, "a list of texts")
+        return self.each(values, f"{where}{key}", lambda v: isinstance(v, str), "a list of texts")
+
+    def number(self, table: Any, key: str, where: str = "") -> float:
+        return float(self.get(table, key, where, (int, float), "a number"))
+
+    def integer(self, table: Any, key: str, where: str = "") -> int:
+        value = self.get(table, key, where, int, "a whole number, not negative")
+        if value < 0:
+            self.fail(f"{where}{key}", "a whole number, not negative")
+        return value
+
+    def each(self, values: list[Any], where: str, test: Callable[[Any], bool], expected: str) -> tuple[Any, ...]:
+        if not all(test(v) for v in values):
+            self.fail(where, expected)
+        return tuple(values)
+
+    def sample_shape(self, table: Any, where: str) -> tuple[int, ...]:
+        """`shape` without its first dimension, which is null for the batch."""
+        shape = self.get(table, "shape", where, list, "a shape")
+        if not 1 <= len(shape) <= 8 or shape[0] is not None:
+            self.fail(f"{where}shape", "a shape whose first dimension is null (the batch)")
+        return self.each(shape[1:], f"{where}shape", lambda d: type(d) is int and d > 0, "positive after the batch")
+
+    def permutation(self, table: Any, where: str, rank: int) -> tuple[int, ...]:
+        perm = self.get(table, "perm", where, list, "a permutation")
+        if sorted(d for d in perm if type(d) is int) != list(range(rank)) or len(perm) != rank or perm[0] != 0:
+            self.fail(f"{where}perm", "a permutation that leaves the batch dimension first")
+        return tuple(perm)
+
+
+def parse_manifest(text: bytes, bundle: str) -> Manifest:
+    """Reads and checks bundle.json; `bundle` names the bundle in errors.
+
+    Raises:
+        BundleError: not JSON, of a newer format version, or a field is missing or wrong (the message names it).
+    """
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{bundle}: {MANIFEST} is damaged: {error}") from error
+    read = _Reader(bundle)
+    version = read.integer(raw, "format_version")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{bundle}: format version {version} is newer than this edge-razor reads ({FORMAT_VERSION}); upgrade edge-razor"
+        )
+    if version < 1:
+        read.fail("format_version", "1")
+    inputs = []
+    for i, entry in enumerate(read.get(raw, "inputs", "", list, "a list of inputs")):
+        where = f"inputs[{i}]."
+        shape = read.sample_shape(entry, where)
+        inputs.append(InputSpec(read.text(entry, "name", where), shape, read.permutation(entry, where, len(shape) + 1)))
+    if not inputs:
+        read.fail("inputs", "a list of at least one input")
+    output = read.get(raw, "output", "", dict, "a table")
+    output_shape = read.sample_shape(output, "output.")
+    loss = read.get(raw, "loss", "", dict, "a table")
+    if read.text(loss, "name", "loss.") not in LOSSES:
+        read.fail("loss.name", "one of " + ", ".join(LOSSES))
+    trainable = read.get(raw, "trainable", "", dict, "a table")
+    aliases = read.get(raw, "aliases", "", dict, "a table of names")
+    read.each(list(aliases.values()), "aliases", lambda v: isinstance(v, str), "a table of names")
+    files = read.get(raw, "files", "", dict, "a table")
+    entries = {}
+    for name in FILES:
+        entry = read.get(files, name, "files.", dict, "a table")
+        sha256 = read.text(entry, "sha256", f"files.{name}.")
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            read.fail(f"files.{name}.sha256", "64 hexadecimal digits")
+        entries[name] = FileEntry(read.integer(entry, "bytes", f"files.{name}."), sha256)
+    return Manifest(
+        producer=read.text(raw, "producer"),
+        inputs=tuple(inputs),
+        output=OutputSpec(
+            read.text(output, "name", "output."),
+            output_shape,
+            read.permutation(output, "output.", len(output_shape) + 1),
+        ),
+        loss=loss["name"],
+        label_smoothing=read.number(loss, "label_smoothing", "loss.") if "label_smoothing" in loss else 0.0,
+        trainable_spec=read.text(trainable, "spec", "trainable."),
+        trainable=read.texts(trainable, "parameters", "trainable."),
+        state_dict=read.texts(raw, "state_dict"),
+        aliases=dict(aliases),
+        classes=None if raw.get("classes") is None else read.texts(raw, "classes"),
+        preprocessing=None if raw.get("preprocessing") is None else _preprocessing(raw["preprocessing"], read),
+        files=entries,
+        raw=raw,
+    )
+
+
+def _preprocessing(table: Any, read: _Reader) -> Preprocessing:
+    where = "preprocessing."
+    channels = {}
+    for key in ("mean", "std"):
+        values = read.get(table, key, where, list, "a list of numbers")
+        channels[key] = tuple(
+            float(v)
+            for v in read.each(
+                values, where + key, lambda v: type(v) in (int, float) and abs(v) < 1e6, "a list of numbers"
+            )
+        )
+    if len(channels["mean"]) != len(channels["std"]) or any(v <= 0 for v in channels["std"]):
+        read.fail(where + "std", "positive and as many as mean")
+    interpolation = table.get("interpolation", "bilinear")
+    if interpolation not in INTERPOLATIONS:
+        read.fail(where + "interpolation", "one of " + ", ".join(INTERPOLATIONS))
+    resize, crop = read.integer(table, "resize", where), read.integer(table, "crop", where)
+    if crop < 1 or resize < crop:
+        read.fail(where + "resize", "at least crop, and crop at least 1")
+    return Preprocessing(resize, crop, channels["mean"], channels["std"], interpolation)
