@@ -9,7 +9,8 @@ bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, in
   constexpr int64_t kElementLimit = int64_t{1} << 40;
   int64_t sample, total;
   if (form < kDense || form > kCentered || samples < 1 || rows < 1 || cols < 1 || keep < 0) return false;
-  if (__builtin_mul_overflow(rows, cols, &sample) || __builtin_mul_overflow(sample, samples, &total) || total > kElementLimit)
+  if (__builtin_mul_overflow(rows, cols, &sample) || __builtin_mul_overflow(sample, samples, &total) ||
+      total > kElementLimit)
     return false;
   PackedLayout at{};
   at.form = form, at.samples = samples, at.rows = rows, at.cols = cols, at.keep = keep;
@@ -40,7 +41,8 @@ bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, in
   return true;
 }
 
-// Writes one block and group of a razor tensor into `out` (row stride cols); false if its values lie outside the sample's.
+// Writes one block and group of a razor tensor into `out` (row stride cols); false if its values lie outside the
+// sample's.
 static bool unpack_group(const PackedLayout& at, const PackedSections& in, int64_t sample, int64_t block, int64_t group,
                          float* out) {
   const int64_t begin = at.row_begin(block), rows = at.row_begin(block + 1) - begin;
@@ -94,12 +96,12 @@ extern "C" uint64_t er_packed_bytes(uint32_t form, uint64_t samples, uint64_t ro
   return er::packed_layout(form, er::size(samples), er::size(rows), er::size(cols), er::size(keep), &at) ? at.bytes : 0;
 }
 
-extern "C" er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep, const void* packed,
-                               uint64_t packed_bytes, float* dense) {
+extern "C" er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep,
+                               const void* packed, uint64_t packed_bytes, float* dense) {
   er::PackedLayout at;
   if (!er::packed_layout(form, er::size(samples), er::size(rows), er::size(cols), er::size(keep), &at))
-    return er::fail(ER_INVALID_ARGUMENT, "unpack: no kept tensor has form %u, these sizes and %llu values a sample", form,
-                    static_cast<unsigned long long>(keep));
+    return er::fail(ER_INVALID_ARGUMENT, "unpack: no kept tensor has form %u, these sizes and %llu values a sample",
+                    form, static_cast<unsigned long long>(keep));
   if (!packed || !dense) return er::fail(ER_INVALID_ARGUMENT, "unpack: a NULL array");
   if (packed_bytes < at.bytes)
     return er::fail(ER_INVALID_ARGUMENT, "unpack: %llu bytes given, the kept tensor has %llu",

@@ -1,4 +1,5 @@
-// Where the sections of a kept tensor lie (docs/plan-format.md, "Packed tensor"), for the kernels that write and read it.
+// Where the sections of a kept tensor lie (docs/plan-format.md, "Packed tensor"), for the kernels that write and read
+// it.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -21,8 +22,9 @@ struct PackedLayout {
   bool razor() const { return form >= kPlain; }
 };
 
-// Lays out a kept tensor. False if the arguments are invalid: a dimension below 1, more than 2^40 elements, 2^32 or more elements a
-// sample for forms 2 and 3, keep negative or above the elements of a sample, or not 0 for forms 0 and 1.
+// Lays out a kept tensor. False if the arguments are invalid: a dimension below 1, more than 2^40 elements, 2^32 or
+// more elements a sample for forms 2 and 3, keep negative or above the elements of a sample, or not 0 for forms 0
+// and 1.
 bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, int64_t keep, PackedLayout* layout);
 
 inline float from_bf16(uint16_t half) {
@@ -41,11 +43,11 @@ inline uint16_t to_bf16(float x) {
 
 // Typed pointers to the sections of a razor tensor. Const correctness is the caller's.
 struct PackedSections {
-  float* scale;     // [samples], centered
-  uint16_t* mean;   // [samples][blocks][cols], centered
-  uint64_t* mask;   // [samples][blocks][cols]
-  uint32_t* offset; // [samples][blocks][groups]
-  uint8_t* value;   // [samples][keep] of value_bytes()
+  float* scale;      // [samples], centered
+  uint16_t* mean;    // [samples][blocks][cols], centered
+  uint64_t* mask;    // [samples][blocks][cols]
+  uint32_t* offset;  // [samples][blocks][groups]
+  uint8_t* value;    // [samples][keep] of value_bytes()
 
   PackedSections(const PackedLayout& at, void* packed)
       : scale(reinterpret_cast<float*>(static_cast<uint8_t*>(packed) + at.scale)),

@@ -1,0 +1,127 @@
+// Reading of kept tensors, tile by tile, for the kernels that compute on them.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../packed.h"
+#include "../simd.h"
+
+namespace er::ER_ISA {
+
+constexpr int kGroupVectors = kGroupColumns / kLanes;
+static_assert(kGroupColumns % kLanes == 0, "a vector crosses no column group");
+
+// Reads the kept tensor `data` of any form. Mask words and offsets are tensor contents, so nothing says that they are
+// those of a packed tensor: what they point to is checked.
+class KeptReader {
+ public:
+  KeptReader(const PackedLayout& layout, const void* kept)
+      : at(layout),
+        dense_(static_cast<const float*>(kept)),
+        half_(static_cast<const uint16_t*>(kept)),
+        in_(layout, const_cast<void*>(kept)) {}
+
+  const PackedLayout at;
+
+  // First mask word and mean of a block; add the column.
+  const uint64_t* mask(int64_t sample, int64_t block) const {
+    return in_.mask + (sample * at.blocks + block) * at.cols;
+  }
+  const uint16_t* mean(int64_t sample, int64_t block) const {
+    return in_.mean + (sample * at.blocks + block) * at.cols;
+  }
+  // First element of a row of a tensor in form 0 or 1, rows counted over all samples.
+  const float* dense_row(int64_t row) const { return dense_ + row * at.cols; }
+  const uint16_t* half_row(int64_t row) const { return half_ + row * at.cols; }
+
+  // Forms 2 and 3: the values of a block and column group as floats, in packed order (column, row), at most 1024;
+  // centered: the residuals. Writes up to kLanes − 1 floats more. False if the group's mask and offset point outside
+  // the sample's values.
+  bool values(int64_t sample, int64_t block, int64_t group, float* out) const {
+    const uint64_t* words = mask(sample, block);
+    int64_t n = 0;
+    for (int64_t c = group * kGroupColumns; c < std::min(at.cols, (group + 1) * kGroupColumns); c++)
+      n += __builtin_popcountll(words[c]);
+    const int64_t first = in_.offset[(sample * at.blocks + block) * at.groups + group];
+    if (first + n > at.keep) return false;
+    const int64_t index = sample * at.keep + first;
+    if (at.form == kCentered)
+      widen(reinterpret_cast<const int8_t*>(in_.value) + index, n, in_.scale[sample], out);
+    else
+      widen(reinterpret_cast<const uint16_t*>(in_.value) + index, n, out);
+    return true;
+  }
+
+  // Writes a block's columns [begin, begin + count), all inside one column group, as [rows of the block][kGroupColumns]
+  // with row stride `stride`; columns up to the next multiple of kLanes may be written too. `values` is working space
+  // of kGroupValues floats. False as above.
+  bool tile(int64_t sample, int64_t block, int64_t begin, int64_t count, float* out, int64_t stride,
+            float* scratch) const {
+    const int64_t first = at.row_begin(block), rows = at.row_begin(block + 1) - first;
+    if (at.form == kDense || at.form == kBf16) {
+      for (int64_t i = 0; i < rows; i++) {
+        const int64_t row = sample * at.rows + first + i;
+        if (at.form == kDense)
+          std::memcpy(out + i * stride, dense_row(row) + begin, count * sizeof(float));
+        else
+          for (int64_t j = 0; j < count; j++) out[i * stride + j] = from_bf16(half_row(row)[begin + j]);
+      }
+      return true;
+    }
+    if (!values(sample, block, begin / kGroupColumns, scratch)) return false;
+    const uint64_t* words = mask(sample, block);
+    const uint64_t inside = rows == kBlockRows ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
+    float means[kGroupColumns] = {};
+    if (at.form == kCentered)
+      for (int64_t j = 0; j < count; j++) means[j] = from_bf16(mean(sample, block)[begin + j]);
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < count; j += kLanes) store(out + i * stride + j, load(means + j));
+    const float* value = scratch;
+    for (int64_t c = begin / kGroupColumns * kGroupColumns; c < begin + count; c++) {
+      if (c < begin) {
+        value += __builtin_popcountll(words[c]);
+        continue;
+      }
+      for (uint64_t w = words[c] & inside; w; w &= w - 1)
+        out[__builtin_ctzll(w) * stride + c - begin] = means[c - begin] + *value++;
+      value += __builtin_popcountll(words[c] & ~inside);
+    }
+    return true;
+  }
+
+ private:
+  typedef int8_t VecB __attribute__((vector_size(ER_VECTOR_BYTES / 4)));
+  typedef uint16_t VecH __attribute__((vector_size(ER_VECTOR_BYTES / 2)));
+  typedef uint32_t VecU __attribute__((vector_size(ER_VECTOR_BYTES)));
+
+  static void widen(const int8_t* in, int64_t n, float scale, float* out) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      VecB b{};
+      copy_in(&b, in + i, n - i);
+      store(out + i, __builtin_convertvector(b, VecF) * broadcast(scale));
+    }
+  }
+  static void widen(const uint16_t* in, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      VecH h{};
+      copy_in(&h, in + i, n - i);
+      store(out + i, (VecF)(__builtin_convertvector(h, VecU) << 16));
+    }
+  }
+  template <class V, class T>
+  static void copy_in(V* v, const T* in, int64_t left) {
+    if (left >= kLanes)
+      std::memcpy(v, in, sizeof *v);
+    else
+      std::memcpy(v, in, left * sizeof(T));
+  }
+
+  const float* dense_;
+  const uint16_t* half_;
+  PackedSections in_;
+};
+
+// Floats that KeptReader::values may write.
+constexpr int64_t kGroupValues = kBlockRows * kGroupColumns + kLanes;
+
+}  // namespace er::ER_ISA
