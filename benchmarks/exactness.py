@@ -1,4 +1,4 @@
-"""One optimizer step against PyTorch, every family: at sparsity 0 against plain autograd, at sparsity s against the definition.
+"""One optimizer step against PyTorch, every family: at sparsity 0 against autograd, at s against the definition.
 
 python dev.py bench exactness
 """
@@ -68,7 +68,8 @@ def main() -> None:
             print(rows[-1], flush=True)
     header = ("family", "case", "trained tensors", "loss error", "worst update error", "within limits")
     body = markdown_table(header, rows)
-    body += f"\nLimits: loss {LOSS_LIMIT:g} relative; max|Δ_ours − Δ_torch| ≤ {UPDATE_LIMIT:g}·max|Δ_torch| for each parameter. "
+    body += f"\nLimits: loss {LOSS_LIMIT:g} relative;"
+    body += f" max|Δ_ours − Δ_torch| ≤ {UPDATE_LIMIT:g}·max|Δ_torch| for each parameter. "
     body += f"{len(rows) - failures} of {len(rows)} cases within them. Input 64×64, batch 4.\n"
     write_result("exactness", "One step against PyTorch", "python dev.py bench exactness", body, "torch")
     raise SystemExit(1 if failures else 0)

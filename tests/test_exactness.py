@@ -1,4 +1,4 @@
-"""The whole pipeline, export → plan → native step, equals PyTorch: every family, the case table of benchmarks/exactness.py in small."""
+"""The whole pipeline, export → plan → native step, equals PyTorch: every family and setting."""
 
 from __future__ import annotations
 
