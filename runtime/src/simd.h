@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -92,6 +93,21 @@ inline VecI bits_mask(uint32_t word) {
   for (int i = 0; i < kLanes; i++) one[i] = 1 << i;
   return (broadcast(static_cast<int32_t>(word)) & one) != 0;
 }
+
+template <int kStep, size_t... kLane>
+inline void swap_blocks(VecF& a, VecF& b, std::index_sequence<kLane...>) {
+  VecF low = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
+  a = low;
+}
+template <int kStep>
+inline void transpose_stages(VecF* v) {
+  for (int r = 0; r < kLanes; r++)
+    if (!(r & kStep)) swap_blocks<kStep>(v[r], v[r + kStep], std::make_index_sequence<kLanes>());
+  if constexpr (kStep > 1) transpose_stages<kStep / 2>(v);
+}
+// Transposes the square of kLanes vectors in place.
+inline void transpose(VecF* v) { transpose_stages<kLanes / 2>(v); }
 
 // Nearest integer, ties to even, for |x| < 2^22.
 inline VecF round_even(VecF x) {

@@ -1,9 +1,238 @@
-#include "../kernel.h"
+// conv: Y = act(scale · conv(X, W) + shift) with the kept form of the activation, and conv_grad_input: dX (+)=
+// convᵀ(scale · dY, W). X is [n,ih,iw,ic], W [kh,kw,ic/group,oc], Y and dY [n,oh,ow,oc], scale and shift [oc], float32
+// (docs/plan-format.md).
+#include "conv_paths.h"
 
 namespace er::ER_ISA {
+namespace {
+
+bool is_depthwise(const ConvShape& s) { return s.group > 1 && s.group == s.ic && s.group == s.oc; }
+
+GatherGemm forward_gemm(const ConvShape& s) {
+  GatherGemm g{};
+  g.rows_axis = forward_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh);
+  g.cols_axis = forward_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw);
+  g.samples = s.n;
+  g.out_h = s.oh;
+  g.out_w = s.ow;
+  if (s.pointwise()) {  // one long row of pixels
+    g.samples = g.out_h = 1;
+    g.out_w = s.n * s.oh * s.ow;
+    g.rows_axis = forward_axis(1, 1, 1, 1, 0, 1);
+    g.cols_axis = forward_axis(g.out_w, g.out_w, 1, 1, 0, 1);
+  }
+  g.source_cols = s.ic;
+  g.out_cols = s.oc;
+  g.group = s.group;
+  g.k_tap = s.ic / s.group;
+  g.n = s.oc / s.group;
+  g.kernel_w = s.kw;
+  g.oc = s.oc;
+  return g;
+}
+
+// The input positions (phase_y, phase_x), (phase_y, phase_x + sw), …
+GatherGemm gradient_gemm(const ConvShape& s, int64_t phase_y, int64_t phase_x) {
+  GatherGemm g{};
+  g.rows_axis = gradient_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh, phase_y);
+  g.cols_axis = gradient_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw, phase_x);
+  g.samples = s.n;
+  g.out_h = s.ih;
+  g.out_w = s.iw;
+  if (s.pointwise()) {
+    g.samples = g.out_h = 1;
+    g.out_w = s.n * s.ih * s.iw;
+    g.rows_axis = gradient_axis(1, 1, 1, 1, 0, 1, 0);
+    g.cols_axis = gradient_axis(g.out_w, g.out_w, 1, 1, 0, 1, 0);
+  }
+  g.source_cols = s.oc;
+  g.out_cols = s.ic;
+  g.group = s.group;
+  g.k_tap = s.oc / s.group;
+  g.n = s.ic / s.group;
+  g.kernel_w = s.kw;
+  g.oc = s.oc;
+  g.transposed = true;
+  return g;
+}
+
+template <class F>
+void each_phase(const ConvShape& s, F&& body) {
+  for (int64_t y = 0; y < std::min(s.sh, s.ih); y++)
+    for (int64_t x = 0; x < std::min(s.sw, s.iw); x++) body(y, x);
+}
+
+// One phase for each pair of positions and taps that occurs along an axis (at most six), so that sizing scratch never
+// walks all pairs of phases.
+template <class MakeAxis>
+int distinct_phases(int64_t phases, MakeAxis&& make_axis, int64_t found[6]) {
+  int count = 0;
+  for (int64_t phase = 0; phase < phases; phase++) {
+    Axis axis = make_axis(phase);
+    bool known = false;
+    for (int i = 0; i < count && !known; i++) {
+      Axis other = make_axis(found[i]);
+      known = other.count == axis.count && other.taps == axis.taps;
+    }
+    if (!known && count < 6) found[count++] = phase;
+  }
+  return count;
+}
+
+uint64_t aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// One row of zeros for padding, then each thread's part.
+uint64_t scratch_bytes(const ConvShape& s, bool gradient, int threads, uint64_t* part) {
+  *part = 0;
+  if (is_depthwise(s)) return 0;
+  if (gradient) {
+    int64_t ys[6], xs[6];
+    auto y_axis = [&](int64_t y) { return gradient_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh, y); };
+    auto x_axis = [&](int64_t x) { return gradient_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw, x); };
+    const int ny = distinct_phases(std::min(s.sh, s.ih), y_axis, ys);
+    const int nx = distinct_phases(std::min(s.sw, s.iw), x_axis, xs);
+    for (int y = 0; y < ny; y++)
+      for (int x = 0; x < nx; x++)
+        *part = std::max(*part, aligned(gather_gemm_scratch(gradient_gemm(s, ys[y], xs[x]))));
+  } else {
+    *part = aligned(gather_gemm_scratch(forward_gemm(s)));
+  }
+  return aligned(static_cast<uint64_t>(gradient ? s.oc : s.ic) * 4) + *part * static_cast<uint64_t>(threads);
+}
+
+template <bool kGradient>
+uint64_t scratch(const Call& call, int threads) {
+  if (!conv_shape_error(call).empty() || threads < 1) return UINT64_MAX;
+  uint64_t part;
+  return scratch_bytes(conv_shape(call.ints), kGradient, threads, &part);
+}
+
+// "" if operand `index` has `bytes` bytes, or is absent and may be.
+std::string operand_error(const Call& call, uint32_t index, const char* name, int64_t bytes, bool optional = false) {
+  const er_operand& o = call.operands[index];
+  if (!o.data) return optional ? "" : std::string(name) + " is missing";
+  if (o.bytes == static_cast<uint64_t>(bytes)) return "";
+  return std::string(name) + " has " + std::to_string(o.bytes) + " bytes, needs " + std::to_string(bytes);
+}
+
+std::string first_error(std::initializer_list<std::string> errors) {
+  for (const std::string& e : errors)
+    if (!e.empty()) return e;
+  return "";
+}
+
+Activation activation_of(const Call& call) { return {call.ints[kConvInts], call.floats[0], call.floats[1]}; }
+
+std::string conv_check(const Call& call) {
+  std::string error = conv_shape_error(call);
+  if (!error.empty()) return error;
+  if (call.n_ints != kConvInts + 2) return "needs 18 integers, got " + std::to_string(call.n_ints);
+  if (call.n_floats != 2) return "needs 2 floats, got " + std::to_string(call.n_floats);
+  if (call.n_operands != 7) return "needs 7 operands, got " + std::to_string(call.n_operands);
+  const ConvShape s = conv_shape(call.ints);
+  const int64_t keep = call.ints[kConvInts + 1];
+  error = activation_error(activation_of(call), keep);
+  if (!error.empty()) return error;
+  const int64_t kept = s.n * s.oh * s.ow * kept_row_bytes(keep, s.oc);
+  if (!keep && call.operands[5].data) return "kept is present, but nothing is kept";
+  return first_error({operand_error(call, 0, "X", s.x_elements() * 4), operand_error(call, 1, "W", s.w_elements() * 4),
+                      operand_error(call, 2, "scale", s.oc * 4, true), operand_error(call, 3, "shift", s.oc * 4, true),
+                      operand_error(call, 4, "Y", s.y_elements() * 4),
+                      operand_error(call, 5, "kept", kept, keep == kKeepNothing)});
+}
+
+bool conv_run(const Call& call) {
+  const ConvShape s = conv_shape(call.ints);
+  const int64_t keep = call.ints[kConvInts + 1];
+  const Finish finish{call.as<const float>(2), call.as<const float>(3),   false, activation_of(call), keep,
+                      call.as<uint8_t>(5),     kept_row_bytes(keep, s.oc)};
+  const int threads = call.pool->threads();
+  if (is_depthwise(s)) {
+    Depthwise d{forward_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh),
+                forward_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw),
+                s.n,
+                s.ic,
+                call.as<const float>(0),
+                call.as<float>(4),
+                s.oh,
+                s.ow,
+                call.as<const float>(1),
+                s.kw,
+                finish};
+    call.pool->run([&](int thread) { depthwise(d, thread, threads); });
+    return true;
+  }
+  GatherGemm g = forward_gemm(s);
+  g.source = call.as<const float>(0);
+  g.weight = call.as<const float>(1);
+  g.out = call.as<float>(4);
+  g.finish = finish;
+  uint64_t part;
+  scratch_bytes(s, false, threads, &part);
+  float* zeros = call.as<float>(6);
+  std::fill_n(zeros, s.ic, 0.0f);
+  char* parts = call.as<char>(6) + aligned(static_cast<uint64_t>(s.ic) * 4);
+  call.pool->run(
+      [&](int thread) { gather_gemm(g, thread, threads, parts + part * static_cast<uint64_t>(thread), zeros); });
+  return true;
+}
+
+std::string conv_grad_input_check(const Call& call) {
+  std::string error = conv_shape_error(call);
+  if (!error.empty()) return error;
+  if (call.n_ints != kConvInts + 1) return "needs 17 integers, got " + std::to_string(call.n_ints);
+  if (call.n_floats != 0) return "needs no floats, got " + std::to_string(call.n_floats);
+  if (call.n_operands != 5) return "needs 5 operands, got " + std::to_string(call.n_operands);
+  if (call.ints[kConvInts] != 0 && call.ints[kConvInts] != 1) return "accumulate must be 0 or 1";
+  const ConvShape s = conv_shape(call.ints);
+  return first_error({operand_error(call, 0, "dY", s.y_elements() * 4), operand_error(call, 1, "W", s.w_elements() * 4),
+                      operand_error(call, 2, "scale", s.oc * 4, true),
+                      operand_error(call, 3, "dX", s.x_elements() * 4)});
+}
+
+bool conv_grad_input_run(const Call& call) {
+  const ConvShape s = conv_shape(call.ints);
+  const float* scale = call.as<const float>(2);
+  Finish finish{};
+  finish.accumulate = call.ints[kConvInts] == 1;
+  const int threads = call.pool->threads();
+  if (is_depthwise(s)) {
+    finish.scale = scale;
+    call.pool->run([&](int thread) {
+      each_phase(s, [&](int64_t y, int64_t x) {
+        depthwise(
+            {gradient_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh, y), gradient_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw, x),
+             s.n, s.ic, call.as<const float>(0), call.as<float>(3), s.ih, s.iw, call.as<const float>(1), s.kw, finish},
+            thread, threads);
+      });
+    });
+    return true;
+  }
+  uint64_t part;
+  scratch_bytes(s, true, threads, &part);
+  float* zeros = call.as<float>(4);
+  std::fill_n(zeros, s.oc, 0.0f);
+  char* parts = call.as<char>(4) + aligned(static_cast<uint64_t>(s.oc) * 4);
+  call.pool->run([&](int thread) {
+    each_phase(s, [&](int64_t y, int64_t x) {
+      GatherGemm g = gradient_gemm(s, y, x);
+      g.source = call.as<const float>(0);
+      g.weight = call.as<const float>(1);
+      g.weight_scale = scale;
+      g.out = call.as<float>(3);
+      g.finish = finish;
+      gather_gemm(g, thread, threads, parts + part * static_cast<uint64_t>(thread), zeros);
+    });
+  });
+  return true;
+}
+
+}  // namespace
 
 extern const Kernel conv_kernels[];
 const Kernel conv_kernels[] = {
+    {"conv", conv_check, scratch<false>, conv_run},
+    {"conv_grad_input", conv_grad_input_check, scratch<true>, conv_grad_input_run},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

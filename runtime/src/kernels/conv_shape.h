@@ -38,10 +38,11 @@ inline std::string conv_shape_error(const Call& call) {
                                                "kw", "sh", "sw", "pt", "pl", "dh", "dw", "group"};
   if (call.n_ints < kConvInts)
     return "needs " + std::to_string(kConvInts) + " shape integers, got " + std::to_string(call.n_ints);
-  constexpr int64_t kDimLimit = int64_t{1} << 30, kStepLimit = int64_t{1} << 20, kElementLimit = int64_t{1} << 40;
+  constexpr int64_t kDimLimit = int64_t{1} << 30, kStepLimit = int64_t{1} << 20, kStrideLimit = 1024,
+                    kElementLimit = int64_t{1} << 40;
   for (uint32_t i = 0; i < kConvInts; i++) {
-    bool pad = i == 11 || i == 12, step = i >= 9 && i <= 14;
-    int64_t low = pad ? 0 : 1, high = step ? kStepLimit : kDimLimit, value = call.ints[i];
+    bool pad = i == 11 || i == 12, stride = i == 9 || i == 10, step = i >= 11 && i <= 14;
+    int64_t low = pad ? 0 : 1, high = stride ? kStrideLimit : step ? kStepLimit : kDimLimit, value = call.ints[i];
     if (value < low || value > high)
       return std::string(names[i]) + " = " + std::to_string(value) + " is not within " + std::to_string(low) + " and " +
              std::to_string(high);

@@ -1,0 +1,228 @@
+// Convolutions as one GEMM over gathered rows (an "indirect convolution", Dukhan 2019): no column buffer, any stride,
+// padding, dilation and group, forward and input gradient alike. A tile of rows keeps a table of row pointers, one per
+// tap; padding points at zeros.
+#include "conv_paths.h"
+#include "gemm_tile.h"
+
+namespace er::ER_ISA {
+namespace {
+
+constexpr int64_t kMaxTileRows = 144;
+constexpr int64_t kTableBytes = 128 << 10;  // row pointers of a tile
+constexpr int64_t kDepth =
+    512;  // inner products per pass over B: 512 × 64 columns = 128 KB, stays in the second-level cache
+constexpr int64_t kResidentBytes = 256 << 10;  // a packed B up to this size is packed once, not once a tile
+constexpr int64_t kSmallRows = 32;             // with fewer rows a thread, packing B costs more than it gains
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How the work is cut; the same for scratch and run.
+struct Layout {
+  int64_t rows, taps, tile_rows;
+  int64_t vectors, panels;         // of one group
+  int64_t chunks, taps_per_block;  // depth blocks: chunks of a tap, or several taps
+  int64_t blocks;
+  bool pack, resident;
+
+  explicit Layout(const GatherGemm& g) {
+    rows = g.samples * g.rows_axis.count * g.cols_axis.count;
+    taps = g.rows_axis.taps * g.cols_axis.taps;
+    int64_t fit = kTableBytes / static_cast<int64_t>(sizeof(float*)) / (taps + 1);
+    tile_rows = std::max<int64_t>(kTileRowsNarrow, std::min({fit, kMaxTileRows, rows}));
+    vectors = ceil_div(g.n, kLanes);
+    panels = ceil_div(vectors, kTileVectors);
+    chunks = ceil_div(g.k_tap, kDepth);
+    taps_per_block = std::max<int64_t>(1, kDepth / g.k_tap);
+    blocks = chunks > 1 ? taps * chunks : ceil_div(taps, taps_per_block);
+    pack = g.transposed || (rows > kSmallRows && (panels > 1 || g.n % kLanes));
+    resident = packed_floats(g) * 4 <= kResidentBytes;
+  }
+  int64_t packed_floats(const GatherGemm& g) const {
+    int64_t cols = vectors * kLanes;
+    if (g.group > kResidentBytes / cols || taps * g.k_tap > kResidentBytes / cols / g.group) return kResidentBytes;
+    return g.group * taps * g.k_tap * cols;
+  }
+  int64_t buffer_floats(const GatherGemm& g) const {
+    if (!pack) return 0;
+    if (resident) return packed_floats(g);
+    int64_t depth = chunks > 1 ? ceil_div(g.k_tap, chunks) : std::min(taps, taps_per_block) * g.k_tap;
+    return depth * std::min<int64_t>(vectors, kTileVectors) * kLanes;
+  }
+  // First vector of panel p of a group. Panels are even in width; with 4 lanes they start at multiples of two vectors,
+  // so that kept bits of two panels never share a byte.
+  int64_t panel_start(int64_t p) const {
+    constexpr int64_t unit = kLanes < 8 ? 2 : 1;
+    return std::min(vectors, ceil_div(vectors, unit) * p / panels * unit);
+  }
+};
+
+struct DepthBlock {
+  int64_t tap, taps, begin, depth;  // `taps` taps from `tap` on, channels [begin, begin + depth) of each
+};
+DepthBlock depth_block(const Layout& l, int64_t k_tap, int64_t b) {
+  if (l.chunks == 1) {
+    int64_t tap = b * l.taps_per_block;
+    return {tap, std::min(l.taps_per_block, l.taps - tap), 0, k_tap};
+  }
+  int64_t chunk = b % l.chunks, begin = k_tap * chunk / l.chunks;
+  return {b / l.chunks, 1, begin, k_tap * (chunk + 1) / l.chunks - begin};
+}
+
+// The weight's first element for tap t of the walk and input channel 0 of a group.
+const float* tap_weight(const GatherGemm& g, int64_t t) {
+  int64_t ty = t / g.cols_axis.taps, tx = t % g.cols_axis.taps;
+  int64_t ky = g.rows_axis.kernel_start + ty * g.rows_axis.kernel_step;
+  int64_t kx = g.cols_axis.kernel_start + tx * g.cols_axis.kernel_step;
+  return g.weight + (ky * g.kernel_w + kx) * (g.transposed ? g.n : g.k_tap) * g.oc;
+}
+
+// Columns [column, column + vectors·kLanes) of B's depth block, zeros past column n: [taps·depth][vectors·kLanes].
+void pack(const GatherGemm& g, int64_t group, const DepthBlock& block, int64_t column, int64_t vectors, float* out) {
+  const int64_t ld = vectors * kLanes;
+  for (int64_t t = block.tap; t < block.tap + block.taps; t++, out += block.depth * ld) {
+    const float* w = tap_weight(g, t);
+    if (!g.transposed) {
+      w += block.begin * g.oc + group * g.n + column;
+      for (int64_t k = 0; k < block.depth; k++, w += g.oc)
+        for (int64_t v = 0; v < vectors; v++)
+          store(out + k * ld + v * kLanes, load_upto(w + v * kLanes, g.n - column - v * kLanes));
+      continue;
+    }
+    for (int64_t k = 0; k < block.depth; k += kLanes) {
+      const int64_t o = group * g.k_tap + block.begin + k, left = block.depth - k;
+      VecF scale = g.weight_scale ? load_upto(g.weight_scale + o, left) : broadcast(1.0f);
+      for (int64_t v = 0; v < vectors; v++) {
+        VecF square[kLanes];
+        for (int i = 0; i < kLanes; i++) {
+          int64_t c = column + v * kLanes + i;
+          square[i] = c < g.n ? load_upto(w + c * g.oc + o, left) * scale : VecF{};
+        }
+        transpose(square);
+        for (int i = 0; i < kLanes && i < left; i++) store(out + (k + i) * ld + v * kLanes, square[i]);
+      }
+    }
+  }
+}
+
+// Row pointers of rows [row, row + count): sources[t·stride + r] and outputs[r].
+void gather(const GatherGemm& g, const Layout& l, int64_t row, int64_t count, const float** sources, float** outputs,
+            const float* zeros) {
+  const Axis &ys = g.rows_axis, &xs = g.cols_axis;
+  for (int64_t done = 0; done < count;) {
+    int64_t i = (row + done) % xs.count, line = (row + done) / xs.count;
+    int64_t j = line % ys.count, s = line / ys.count, length = std::min(count - done, xs.count - i);
+    float* out = g.out + ((s * g.out_h + ys.out_start + j * ys.out_step) * g.out_w + xs.out_start + i * xs.out_step) *
+                             g.out_cols;
+    for (int64_t r = 0; r < length; r++) outputs[done + r] = out + r * xs.out_step * g.out_cols;
+    for (int64_t ty = 0; ty < ys.taps; ty++) {
+      int64_t y = ys.src_start + j * ys.src_step + ty * ys.tap_step;
+      for (int64_t tx = 0; tx < xs.taps; tx++) {
+        const float** table = sources + (ty * xs.taps + tx) * l.tile_rows + done;
+        int64_t first = 0, last = 0;
+        if (y >= 0 && y < ys.source) xs.position_range(tx, &first, &last);
+        first = std::clamp(first - i, int64_t{0}, length);
+        last = std::clamp(last - i, first, length);
+        int64_t r = 0;
+        for (; r < first; r++) table[r] = zeros;
+        if (first < last) {
+          int64_t x = xs.src_start + tx * xs.tap_step + i * xs.src_step;
+          const int64_t base = ((s * ys.source + y) * xs.source + x) * g.source_cols,
+                        step = xs.src_step * g.source_cols;
+          for (; r < last; r++) table[r] = g.source + (base + r * step);
+        }
+        for (; r < length; r++) table[r] = zeros;
+      }
+    }
+    done += length;
+  }
+}
+
+}  // namespace
+
+uint64_t gather_gemm_scratch(const GatherGemm& g) {
+  Layout l(g);
+  uint64_t table = static_cast<uint64_t>(l.tile_rows) * static_cast<uint64_t>(l.taps + 1) * sizeof(float*);
+  return (table + 63) / 64 * 64 + static_cast<uint64_t>(l.buffer_floats(g)) * 4;
+}
+
+void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros) {
+  const Layout l(g);
+  const Finish& f = g.finish;
+  const float** sources = reinterpret_cast<const float**>(scratch);
+  float** outputs = reinterpret_cast<float**>(scratch) + l.tile_rows * l.taps;
+  float* buffer =
+      reinterpret_cast<float*>(scratch + (l.tile_rows * (l.taps + 1) * int64_t{sizeof(float*)} + 63) / 64 * 64);
+
+  // Few rows: each thread takes all rows of some panels. Groups do not start at whole bytes of kept bits, so they split
+  // by rows.
+  int64_t row_begin = 0, row_end = l.rows, panel_begin = 0, panel_end = g.group * l.panels;
+  if (l.rows >= threads * kSmallRows || g.group > 1 || l.panels < threads) {
+    row_begin = l.rows * thread / threads;
+    row_end = l.rows * (thread + 1) / threads;
+  } else {
+    panel_begin = l.panels * thread / threads;
+    panel_end = l.panels * (thread + 1) / threads;
+  }
+  if (row_begin == row_end || panel_begin == panel_end) return;
+
+  const int64_t tiles = ceil_div(row_end - row_begin, l.tile_rows);
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t row = row_begin + (row_end - row_begin) * tile / tiles;
+    const int64_t count = row_begin + (row_end - row_begin) * (tile + 1) / tiles - row;
+    gather(g, l, row, count, sources, outputs, zeros);
+    if (l.taps == 0) {  // no output position reads these inputs
+      for (int64_t r = 0; r < count && !f.accumulate; r++) std::fill_n(outputs[r], g.out_cols, 0.0f);
+      continue;
+    }
+    for (int64_t p = panel_begin; p < panel_end; p++) {
+      const int64_t group = p / l.panels, start = l.panel_start(p % l.panels),
+                    vectors = l.panel_start(p % l.panels + 1) - start;
+      if (vectors == 0) continue;
+      const int64_t column = start * kLanes, left = g.n - column - (vectors - 1) * kLanes, to = group * g.n + column;
+      GemmTile t{};
+      t.a_stride = l.tile_rows;
+      t.c_offset = to;
+      t.last = static_cast<int>(std::min<int64_t>(left, kLanes));
+      t.scale = f.scale ? f.scale + to : nullptr;
+      t.shift = f.shift ? f.shift + to : nullptr;
+      t.low = f.low();
+      t.high = f.high();
+      for (int64_t b = 0; b < l.blocks; b++) {
+        const DepthBlock block = depth_block(l, g.k_tap, b);
+        if (l.pack) {
+          t.ldb = vectors * kLanes;
+          float* panel = buffer;
+          if (l.resident)
+            panel += ((group * l.vectors + start) * l.taps + vectors * block.tap) * g.k_tap * kLanes +
+                     vectors * block.begin * kLanes;
+          if (!l.resident || tile == 0) pack(g, group, block, column, vectors, panel);
+          t.b = panel;
+        } else {
+          t.ldb = g.oc;
+          t.b = tap_weight(g, block.tap) + block.begin * g.oc + to;
+        }
+        t.taps = block.taps;
+        t.k = block.depth;
+        t.a_offset = group * g.k_tap + block.begin;
+        t.load_c = b > 0 || f.accumulate;
+        t.finish = b == l.blocks - 1;
+        const int64_t pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(vectors)));
+        for (int64_t i = 0; i < pieces; i++) {
+          const int64_t r = count * i / pieces;
+          t.a = sources + block.tap * l.tile_rows + r;
+          t.c = outputs + r;
+          gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(vectors),
+                    !l.pack && t.last < kLanes);
+        }
+      }
+    }
+    if (f.second_pass()) {
+      bool all = panel_begin == 0 && panel_end == g.group * l.panels;
+      int64_t begin = all ? 0 : l.panel_start(panel_begin) * kLanes;
+      int64_t end = all ? g.out_cols : std::min(g.n, l.panel_start(panel_end) * kLanes);
+      f.run(g.out, g.out_cols, row, count, begin, end);
+    }
+  }
+}
+
+}  // namespace er::ER_ISA

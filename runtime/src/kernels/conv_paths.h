@@ -1,0 +1,71 @@
+// What the convolution's entry points (conv.cpp) and its two engines share.
+#pragma once
+#include "activation.h"
+#include "conv_axis.h"
+#include "conv_shape.h"
+
+namespace er::ER_ISA {
+
+// What happens to a finished accumulator z: y = f(scale·z + shift), with the kept form, or y += scale·z.
+struct Finish {
+  const float* scale;  // [columns] or null
+  const float* shift;  // [columns] or null
+  bool accumulate;
+  Activation act;
+  int64_t keep;
+  uint8_t* kept;
+  int64_t kept_row;  // bytes
+
+  // relu and clip without a kept form are two instructions on the accumulator; the others run over finished rows.
+  bool clamps() const { return keep == kKeepNothing && (act.code == kActRelu || act.code == kActClip); }
+  bool second_pass() const { return act.code != kActNone && !clamps(); }
+  float low() const { return !clamps() ? -INFINITY : act.code == kActRelu ? 0.0f : act.alpha; }
+  float high() const { return clamps() && act.code == kActClip ? act.beta : INFINITY; }
+
+  // The second pass over `rows` rows of y from row number `row` on, columns [begin, end); begin is a multiple of 8.
+  void run(float* y, int64_t cols, int64_t row, int64_t rows, int64_t begin, int64_t end) const {
+    int64_t skip = keep == kKeepBits ? begin / 8 : keep == kKeepQ4 ? begin / 2 : begin * 4;
+    float* at = y + row * cols + begin;
+    activate_rows(act, keep, at, cols, at, cols, kept ? kept + row * kept_row + skip : nullptr, kept_row, rows,
+                  end - begin);
+  }
+};
+
+// A sum over taps of small matrix products with gathered rows:
+//   out[s, y(j), x(i), g·n + c] = Σ_t Σ_k source[s, …, g·k_tap + k] · B_g[t·k_tap + k, c],
+// B_g from the weight as it lies (forward: n output channels, k_tap input channels of a group) or transposed and scaled
+// (gradient).
+struct GatherGemm {
+  Axis rows_axis, cols_axis;
+  int64_t samples;
+  const float* source;
+  int64_t source_cols;
+  float* out;
+  int64_t out_h, out_w, out_cols;
+  int64_t group, k_tap, n;
+  const float* weight;  // HWIO
+  int64_t kernel_w,
+      oc;  // of the weight: tap (ky, kx) starts at row (ky·kernel_w + kx)·(channels in a group), rows have oc elements
+  bool transposed;  // B_g[t·k_tap + o, i] = weight[tap, i, g·k_tap + o] · weight_scale[g·k_tap + o]
+  const float* weight_scale;
+  Finish finish;
+};
+// Bytes of per-thread scratch; zero_row bytes are needed once.
+uint64_t gather_gemm_scratch(const GatherGemm& g);
+// `scratch` is this thread's, `zeros` has source_cols zeros. Every thread calls it with its number.
+void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros);
+
+// group = channels, one output channel each: out[s, y(j), x(i), c] = Σ_t source[s, …, c] · weight[t, c].
+struct Depthwise {
+  Axis rows_axis, cols_axis;
+  int64_t samples, channels;
+  const float* source;
+  float* out;
+  int64_t out_h, out_w;
+  const float* weight;  // [kh, kw, channels]
+  int64_t kernel_w;
+  Finish finish;
+};
+void depthwise(const Depthwise& d, int thread, int threads);
+
+}  // namespace er::ER_ISA

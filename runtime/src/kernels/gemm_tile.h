@@ -1,0 +1,106 @@
+// The innermost loop of the convolutions: a few rows by a few vectors of accumulators in registers. Unlike a BLAS call
+// it takes its rows from anywhere (one pointer a row and tap), so that no column buffer is needed, and finishes the
+// sums before they are stored.
+#pragma once
+#include <cmath>
+
+#include "../simd.h"
+
+namespace er::ER_ISA {
+
+// Registers: 32 with AVX-512 and NEON, else 16. kTileVectors × kTileRows accumulators leave room for B's vectors and
+// one broadcast.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4, kTileRowsWide = 6, kTileRowsNarrow = 8;
+#else
+constexpr int kTileVectors = 2, kTileRowsWide = 6, kTileRowsNarrow = 8;
+#endif
+
+struct GemmTile {
+  const float* const* a;  // row r of tap t: a[t·a_stride + r] + a_offset, k contiguous values
+  int64_t a_stride, a_offset, taps, k;
+  const float* b;  // [taps·k][vectors·kLanes], rows ldb apart
+  int64_t ldb;
+  float* const* c;  // row r: c[r] + c_offset
+  int64_t c_offset;
+  int last;                    // columns in the last vector, 1 … kLanes
+  bool load_c;                 // start from C instead of 0
+  bool finish;                 // C = min(high, max(low, scale·sum + shift)), else C = sum
+  const float *scale, *shift;  // at the first column; null: 1, 0
+  float low, high;
+};
+
+template <int kRows, int kVectors, bool kPartialB>
+void gemm_tile(const GemmTile& g) {
+  VecF acc[kRows][kVectors];
+  constexpr int kEnd = kVectors - 1;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) acc[r][v] = VecF{};
+  const float* b = g.b;
+  const int64_t ldb = g.ldb, count = g.k;
+  for (int64_t t = 0; t < g.taps; t++) {
+    const float* a[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) a[r] = g.a[t * g.a_stride + r] + g.a_offset;
+    for (int64_t k = 0; k < count; k++) {
+      VecF bv[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++)
+        bv[v] = kPartialB && v == kEnd ? load_partial(b + v * kLanes, g.last) : load(b + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) {
+        VecF x = broadcast(a[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) acc[r][v] += x * bv[v];
+      }
+      b += ldb;
+    }
+  }
+  const bool whole = g.last == kLanes;
+  auto fetch = [&](const float* p, int v) {
+    return v == kEnd && !whole ? load_partial(p + v * kLanes, g.last) : load(p + v * kLanes);
+  };
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v++) {
+    VecF scale = broadcast(1.0f), shift{};
+    if (g.finish && g.scale) scale = fetch(g.scale, v);
+    if (g.finish && g.shift) shift = fetch(g.shift, v);
+    VecF low = broadcast(g.low), high = broadcast(g.high);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      float* c = g.c[r] + g.c_offset;
+      VecF z = acc[r][v];
+      if (g.load_c) z += fetch(c, v);
+      if (g.finish) z = min(high, max(low, z * scale + shift));
+      if (v == kEnd && !whole)
+        store_partial(c + v * kLanes, z, g.last);
+      else
+        store(c + v * kLanes, z);
+    }
+  }
+}
+
+inline int gemm_tile_rows(int vectors) { return vectors == kTileVectors ? kTileRowsWide : kTileRowsNarrow; }
+
+// rows: 1 … gemm_tile_rows(vectors).
+inline void gemm_tile(const GemmTile& g, int rows, int vectors, bool partial_b) {
+  using Function = void (*)(const GemmTile&);
+#define ER_ROWS(v, p)                                                                                              \
+  {                                                                                                                \
+    gemm_tile<1, v, p>, gemm_tile<2, v, p>, gemm_tile<3, v, p>, gemm_tile<4, v, p>, gemm_tile<5, v, p>,            \
+        gemm_tile<6, v, p>, gemm_tile<v == kTileVectors ? 6 : 7, v, p>, gemm_tile<v == kTileVectors ? 6 : 8, v, p> \
+  }
+  static constexpr Function table[2][kTileVectors][8] = {
+#if defined(__AVX512F__) || defined(__aarch64__)
+      {ER_ROWS(1, false), ER_ROWS(2, false), ER_ROWS(3, false), ER_ROWS(4, false)},
+      {ER_ROWS(1, true), ER_ROWS(2, true), ER_ROWS(3, true), ER_ROWS(4, true)}};
+#else
+      {ER_ROWS(1, false), ER_ROWS(2, false)}, {ER_ROWS(1, true), ER_ROWS(2, true)}};
+#endif
+#undef ER_ROWS
+  table[partial_b][vectors - 1][rows - 1](g);
+}
+
+}  // namespace er::ER_ISA
