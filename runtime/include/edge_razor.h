@@ -1,7 +1,7 @@
 /* edge-razor: the native training runtime. C ABI, version 1.
  *
  * A session executes a plan (docs/plan-format.md): it owns one arena, the parameters and the optimizer state, and
- * allocates nothing after er_session_create. Every call returns a status; er_last_error() gives the message of the calling thread's last
+ * allocates nothing after er_session_create (er_weights_load and er_weights_save: the file's header, for the time of the call). Every call returns a status; er_last_error() gives the message of the calling thread's last
  * failure. No call throws or aborts on bad input. Sizes are bytes unless a name says otherwise. All arrays are
  * little-endian, contiguous and row-major.
  *
@@ -42,8 +42,8 @@ typedef struct er_session er_session;
 ER_API const char* er_last_error(void);
 /* ER_ABI_VERSION of the library. */
 ER_API uint32_t er_abi_version(void);
-/* Instruction set that the kernels were chosen for: "avx512", "avx2", "x86-64", "neon" or "portable". The environment variable
- * EDGE_RAZOR_ISA names a lower one. */
+/* Instruction set that the kernels were chosen for: "avx512", "avx2" or "portable" (the compiler's baseline: SSE2, NEON). The
+ * environment variable EDGE_RAZOR_ISA names a lower one; with a name that this machine or build does not have, every call fails. */
 ER_API const char* er_isa(void);
 
 typedef struct er_info {
@@ -131,7 +131,7 @@ typedef struct er_context { /* docs/plan-format.md, "Step context" */
   uint64_t valid_batch, valid_micro, first_sample;
   double loss; /* losses add to it */
 } er_context;
-/* Checks and runs one kernel on the caller's buffers. */
+/* Checks and runs one kernel on the caller's buffers, each aligned to 8 bytes. Scratch, if the kernel needs some, is the last operand. */
 ER_API er_status er_kernel_run(const char* kernel, const int64_t* ints, uint32_t n_ints, const float* floats, uint32_t n_floats,
                                const er_operand* operands, uint32_t n_operands, uint32_t threads, er_context* context);
 

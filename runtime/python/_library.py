@@ -93,13 +93,30 @@ class CContext(ctypes.Structure):
     ]
 
 
-_session = void_p
 _attributes = (POINTER(i64), u32, POINTER(f32), u32)
+_copy = (void_p, u32, void_p, u64)
+_copy_state = (void_p, u32, u32, void_p, u64)
 # name: (result, arguments)
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_last_error": (char_p, ()),
     "er_abi_version": (u32, ()),
     "er_isa": (char_p, ()),
+    "er_session_create": (u32, (char_p, size_t, POINTER(void_p))),
+    "er_session_free": (None, (void_p,)),
+    "er_session_info": (u32, (void_p, POINTER(CInfo))),
+    "er_param_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
+    "er_input_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
+    "er_output_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
+    "er_param_write": (u32, _copy),
+    "er_param_read": (u32, _copy),
+    "er_state_write": (u32, _copy_state),
+    "er_state_read": (u32, _copy_state),
+    "er_weights_load": (u32, (void_p, char_p)),
+    "er_weights_save": (u32, (void_p, char_p)),
+    "er_train_step": (u32, (void_p, POINTER(CArray), u32, f32, u64, u64, POINTER(f32))),
+    "er_predict": (u32, (void_p, POINTER(CArray), u64, POINTER(void_p))),
+    "er_profile": (u32, (void_p, ctypes.c_int)),
+    "er_profile_read": (u32, (void_p, u32, POINTER(CProfileEntry))),
     "er_packed_bytes": (u64, (u32, u64, u64, u64, u64)),
     "er_unpack": (u32, (u32, u64, u64, u64, u64, void_p, u64, void_p)),
     "er_kernel_scratch": (u32, (char_p, *_attributes, u32, POINTER(u64))),
@@ -114,7 +131,7 @@ def _candidates() -> Iterable[Path]:
 
 
 def library_path() -> Path:
-    """Path of the shared library: the environment variable ``EDGE_RAZOR_LIBRARY``, else the one installed with the package.
+    """Path of the shared library: environment variable ``EDGE_RAZOR_LIBRARY``, else the one beside the package.
 
     Raises:
         EdgeRazorError: there is none.
@@ -126,15 +143,15 @@ def library_path() -> Path:
         if path.exists():
             return path
     raise EdgeRazorError(
-        f"the native library {LIBRARY_NAME} is not built: run 'pip install .', or set EDGE_RAZOR_LIBRARY to a build of it"
+        f"the native library {LIBRARY_NAME} is not built: run 'pip install .', or set EDGE_RAZOR_LIBRARY to a build"
     )
 
 
 def _preload_openblas() -> ctypes.CDLL | None:
     """Loads the OpenBLAS of the wheel scipy-openblas32, so that the runtime finds it by its SONAME.
 
-    It is loaded with one thread: the runtime has its own pool, and each thread that OpenBLAS starts by itself would cost resident
-    memory. The wheel's module is not imported, since that loads the library with all threads.
+    It is loaded with one thread: the runtime has its own pool, and each thread that OpenBLAS starts by itself would cost
+    resident memory. The wheel's module is not imported, since that loads the library with all threads.
     """
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or spec.origin is None:

@@ -44,8 +44,8 @@ def kernel_run(
     """Checks and runs one kernel on the caller's arrays (C-contiguous, written in place).
 
     Args:
-        name, ints, floats, operands: as the kernel table of docs/plan-format.md says; None is an absent operand. Scratch, where a
-            kernel needs some, is the last operand: nothing is added implicitly.
+        name, ints, floats, operands: as the kernel table of docs/plan-format.md says; None is an absent operand.
+            Scratch, where a kernel needs some, is the last operand: nothing is added implicitly.
         threads: size of the thread pool.
         context: fields of `Context`.
 

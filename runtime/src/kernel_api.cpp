@@ -3,12 +3,12 @@
 
 #include "blas.h"
 #include "error.h"
+#include "plan.h"
 #include "registry.h"
 
 namespace er {
 namespace {
 
-constexpr uint32_t kMaxThreads = 64;
 // Kernels may read any scalar of a tensor with an aligned load; the widest is the razor mask's u64.
 constexpr uintptr_t kAlignment = 8;
 
@@ -93,6 +93,9 @@ er_status er_kernel_run(const char* name, const int64_t* ints, uint32_t n_ints, 
       if (reinterpret_cast<uintptr_t>(operands[i].data) % kAlignment)
         return fail(ER_INVALID_ARGUMENT, "%s: operand %u is not aligned to %u bytes", name, i,
                     static_cast<unsigned>(kAlignment));
+    for (uint32_t i = 0; i < n_operands; i++)
+      if (!operands[i].data && operands[i].bytes)
+        return fail(ER_INVALID_ARGUMENT, "%s: operand %u is NULL but has a size", name, i);
     Call call{ints, n_ints, floats, n_floats, operands, n_operands, nullptr, nullptr};
     const std::string problem = check_call(*kernel, call, static_cast<int>(threads));
     if (!problem.empty()) return fail(ER_INVALID_ARGUMENT, "%s: %s", name, problem.c_str());

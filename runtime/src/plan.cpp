@@ -1,0 +1,285 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "byte_reader.h"
+#include "crc32.h"
+#include "error.h"
+#include "registry.h"
+#include "utf8.h"
+
+namespace er {
+namespace {
+
+constexpr char kMagic[] = "EDGERZR\n";
+constexpr uint32_t kVersion = 1;
+constexpr size_t kHeaderBytes = 24;
+constexpr uint64_t kAlignment = 64;
+constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 46;  // far above any device, far below overflow
+constexpr uint32_t kMaxBatch = 1u << 20;
+
+#define ER_BAD(...) \
+  throw Error { ER_BAD_PLAN, text(__VA_ARGS__) }
+
+unsigned long long ull(uint64_t x) { return x; }
+
+class PlanReader {
+ public:
+  explicit PlanReader(ByteReader bytes) : bytes_(bytes) {}
+
+  Plan read() {
+    bytes_.string();  // bundle_id: the trainer compares it, the runtime does not know bundles
+    plan_.batch_size = bytes_.value<uint32_t>();
+    plan_.micro_batch = bytes_.value<uint32_t>();
+    plan_.threads = bytes_.value<uint32_t>();
+    if (bytes_.value<uint64_t>() != 0) ER_BAD("the plan uses a reserved field: it needs a newer runtime");
+    plan_.arena_bytes = region("arena");
+    plan_.params_bytes = region("parameters");
+    plan_.state_bytes = region("state");
+    if (plan_.batch_size < 1 || plan_.batch_size > kMaxBatch || plan_.micro_batch < 1 ||
+        plan_.micro_batch > plan_.batch_size)
+      ER_BAD("the plan has batch size %u and micro-batch %u", plan_.batch_size, plan_.micro_batch);
+    if (plan_.threads < 1 || plan_.threads > kMaxThreads)
+      ER_BAD("the plan has %u threads, 1 to %u are possible", plan_.threads, kMaxThreads);
+    params();
+    inputs();
+    outputs();
+    steps(plan_.train);
+    steps(plan_.eval);
+    if (bytes_.left()) ER_BAD("the plan has %llu bytes after its end", ull(bytes_.left()));
+    losses();
+    return std::move(plan_);
+  }
+
+ private:
+  uint64_t region(const char* name) {
+    const uint64_t bytes = bytes_.value<uint64_t>();
+    if (bytes > kMaxRegionBytes) ER_BAD("the plan's %s region of %llu bytes is beyond reason", name, ull(bytes));
+    return bytes;
+  }
+
+  std::string name(const char* what) {
+    std::string name = bytes_.string();
+    if (name.empty() || name.size() > 4096 || !is_utf8(name)) ER_BAD("the plan has %s with an invalid name", what);
+    return name;
+  }
+
+  std::vector<uint64_t> shape(const std::string& owner, uint64_t* elements) {
+    std::vector<uint64_t> dims = bytes_.values<uint64_t>();
+    if (dims.size() > ER_MAX_RANK)
+      ER_BAD("'%.200s' has %llu dimensions, %d are possible", owner.c_str(), ull(dims.size()), ER_MAX_RANK);
+    *elements = 1;
+    for (uint64_t dim : dims)
+      if (dim == 0 || __builtin_mul_overflow(*elements, dim, elements) || *elements > kMaxRegionBytes / 4)
+        ER_BAD("'%.200s' has an impossible shape", owner.c_str());
+    return dims;
+  }
+
+  std::vector<uint8_t> permutation(const std::string& owner, size_t rank) {
+    std::vector<uint8_t> perm = bytes_.values<uint8_t>();
+    unsigned seen = 0;
+    for (uint8_t p : perm) seen |= p < ER_MAX_RANK ? 1u << p : 1u << 31;
+    if (perm.size() != rank || seen != (1u << rank) - 1) ER_BAD("'%.200s' has an invalid permutation", owner.c_str());
+    return perm;
+  }
+
+  void inside(const std::string& owner, const char* what, uint64_t offset, uint64_t bytes, uint64_t region_bytes) {
+    if (offset % kAlignment || offset > region_bytes || bytes > region_bytes - offset)
+      ER_BAD("'%.200s': %s at %llu with %llu bytes does not lie inside its region of %llu bytes", owner.c_str(), what,
+             ull(offset), ull(bytes), ull(region_bytes));
+  }
+
+  // Refuses overlaps among (offset, bytes) spans.
+  static void disjoint(const char* what, std::vector<std::pair<uint64_t, uint64_t>> spans) {
+    std::sort(spans.begin(), spans.end());
+    for (size_t i = 1; i < spans.size(); i++)
+      if (spans[i - 1].first + spans[i - 1].second > spans[i].first)
+        ER_BAD("two %s of the plan overlap at byte %llu", what, ull(spans[i].first));
+  }
+
+  void params() {
+    const uint32_t n = bytes_.count(29);
+    std::set<std::string> names;
+    std::vector<std::pair<uint64_t, uint64_t>> values, states;
+    for (uint32_t i = 0; i < n; i++) {
+      PlanParam p;
+      p.name = name("a parameter");
+      const uint8_t trainable = bytes_.value<uint8_t>();
+      if (trainable > 1) ER_BAD("'%.200s': trainable is %u", p.name.c_str(), trainable);
+      p.trainable = trainable;
+      p.shape = shape(p.name, &p.elements);
+      p.perm = permutation(p.name, p.shape.size());
+      p.offset = bytes_.value<uint64_t>();
+      p.state_offsets = bytes_.values<uint64_t>();
+      inside(p.name, "the parameter", p.offset, p.elements * 4, plan_.params_bytes);
+      values.emplace_back(p.offset, p.elements * 4);
+      for (uint64_t offset : p.state_offsets) {
+        inside(p.name, "its state", offset, p.elements * 4, plan_.state_bytes);
+        states.emplace_back(offset, p.elements * 4);
+      }
+      if (!names.insert(p.name).second) ER_BAD("the plan has two parameters '%.200s'", p.name.c_str());
+      plan_.params.push_back(std::move(p));
+    }
+    disjoint("parameters", std::move(values));
+    disjoint("state tensors", std::move(states));
+  }
+
+  void inputs() {
+    const uint32_t n = bytes_.count(41);
+    if (n == 0) ER_BAD("the plan has no target");
+    std::set<std::string> names;
+    std::vector<std::pair<uint64_t, uint64_t>> train, eval;
+    for (uint32_t i = 0; i < n; i++) {
+      PlanInput in;
+      in.name = name("an input");
+      in.dtype = bytes_.value<uint8_t>();
+      if (in.dtype > 1) ER_BAD("input '%.200s' has dtype %u", in.name.c_str(), in.dtype);
+      in.shape = shape(in.name, &in.elements);
+      in.perm = permutation(in.name, in.shape.size());
+      batched(in.name, in.shape, in.perm);
+      in.train_offset = bytes_.value<uint64_t>();
+      in.eval_offset = bytes_.value<uint64_t>();
+      in.mul = bytes_.values<float>();
+      in.add = bytes_.values<float>();
+      inside(in.name, "the input", in.train_offset, in.elements * 4, plan_.arena_bytes);
+      train.emplace_back(in.train_offset, in.elements * 4);
+      if (in.eval_offset != kAbsent) {
+        inside(in.name, "the input", in.eval_offset, in.elements * 4, plan_.arena_bytes);
+        eval.emplace_back(in.eval_offset, in.elements * 4);
+      }
+      const uint64_t channels = in.shape.size() > 1 && in.dtype == 0 ? in.shape[in.perm.back()] : 0;
+      if (in.mul.size() != in.add.size() || (!in.mul.empty() && in.mul.size() != channels))
+        ER_BAD("input '%.200s' has %llu channels, but normalization for %llu and %llu", in.name.c_str(), ull(channels),
+               ull(in.mul.size()), ull(in.add.size()));
+      for (size_t c = 0; c < in.mul.size(); c++)
+        if (!std::isfinite(in.mul[c]) || !std::isfinite(in.add[c]))
+          ER_BAD("input '%.200s' has a non-finite normalization", in.name.c_str());
+      if (!names.insert(in.name).second) ER_BAD("the plan has two inputs '%.200s'", in.name.c_str());
+      plan_.inputs.push_back(std::move(in));
+    }
+    const PlanInput& target = plan_.inputs.back();
+    if (target.name != "target" || target.eval_offset != kAbsent) ER_BAD("the plan's last input is not a target");
+    disjoint("inputs", std::move(train));
+    disjoint("inputs", std::move(eval));
+  }
+
+  void batched(const std::string& owner, const std::vector<uint64_t>& shape, const std::vector<uint8_t>& perm) {
+    if (shape.empty() || shape[0] != plan_.micro_batch || perm[0] != 0)
+      ER_BAD("'%.200s': the first dimension is not the micro-batch of %u", owner.c_str(), plan_.micro_batch);
+  }
+
+  void outputs() {
+    const uint32_t n = bytes_.count(20);
+    for (uint32_t i = 0; i < n; i++) {
+      PlanOutput out;
+      out.name = name("an output");
+      const std::vector<uint64_t> runtime = shape(out.name, &out.elements);
+      const std::vector<uint8_t> perm = permutation(out.name, runtime.size());
+      batched(out.name, runtime, perm);
+      out.shape.resize(runtime.size());
+      out.perm.resize(runtime.size());
+      for (size_t d = 0; d < runtime.size(); d++) {
+        out.shape[d] = runtime[perm[d]];
+        out.perm[perm[d]] = static_cast<uint8_t>(d);
+      }
+      out.eval_offset = bytes_.value<uint64_t>();
+      inside(out.name, "the output", out.eval_offset, out.elements * 4, plan_.arena_bytes);
+      plan_.outputs.push_back(std::move(out));
+    }
+  }
+
+  void steps(std::vector<PlanStep>& steps) {
+    const uint32_t n = bytes_.count(20);
+    for (uint32_t i = 0; i < n; i++) {
+      const std::string kernel = bytes_.string();
+      PlanStep step;
+      step.kernel = find_kernel(kernel.c_str());
+      if (!step.kernel || kernel != step.kernel->name)
+        ER_BAD("step %u needs the kernel '%.64s', which this runtime does not have", i, kernel.c_str());
+      step.label = bytes_.string();
+      if (step.label.size() > 4096 || !is_utf8(step.label))
+        ER_BAD("step %u (%s) has an invalid label", i, step.kernel->name);
+      step.ints = bytes_.values<int64_t>();
+      step.floats = bytes_.values<float>();
+      const uint32_t operands = bytes_.count(17);
+      for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step));
+      check(step);
+      step.loss = kernel == "cross_entropy" || kernel == "mse" || kernel == "bce_logits";
+      steps.push_back(std::move(step));
+    }
+  }
+
+  PlanOperand operand(const PlanStep& step) {
+    PlanOperand o;
+    o.region = bytes_.value<uint8_t>();
+    o.offset = bytes_.value<uint64_t>();
+    o.bytes = bytes_.value<uint64_t>();
+    const uint64_t sizes[] = {0, plan_.arena_bytes, plan_.params_bytes, plan_.state_bytes};
+    const std::string owner = std::string(step.kernel->name) + " " + step.label;
+    if (o.region > kState) ER_BAD("'%.200s' has an operand in region %u", owner.c_str(), o.region);
+    inside(owner, "an operand", o.offset, o.bytes, sizes[o.region]);
+    return o;
+  }
+
+  void check(const PlanStep& step) {
+    // The regions do not exist yet; checks look only at whether a pointer is null. One past the header is as good as
+    // any.
+    static char somewhere;
+    std::vector<er_operand> operands;
+    for (const PlanOperand& o : step.operands) operands.push_back({o.region == kNone ? nullptr : &somewhere, o.bytes});
+    const Call call{step.ints.data(),
+                    static_cast<uint32_t>(step.ints.size()),
+                    step.floats.data(),
+                    static_cast<uint32_t>(step.floats.size()),
+                    operands.data(),
+                    static_cast<uint32_t>(operands.size()),
+                    nullptr,
+                    nullptr};
+    const std::string problem = check_call(*step.kernel, call, static_cast<int>(plan_.threads));
+    if (!problem.empty()) ER_BAD("step '%.200s' (%s): %.400s", step.label.c_str(), step.kernel->name, problem.c_str());
+  }
+
+  // A training plan has a loss, and an int32 target gets the class count that its values are checked against from the
+  // loss.
+  void losses() {
+    plan_.classes = 0;
+    bool loss = false;
+    for (const PlanStep& step : plan_.eval)
+      if (step.loss) ER_BAD("the evaluation part of the plan has a loss");
+    for (const PlanStep& step : plan_.train) {
+      loss |= step.loss;
+      if (!std::strcmp(step.kernel->name, "cross_entropy")) plan_.classes = step.ints.at(2);
+    }
+    if (!plan_.train.empty() && !loss) ER_BAD("the training part of the plan has no loss");
+    if (!plan_.train.empty() && (plan_.inputs.back().dtype == 1) != (plan_.classes > 0))
+      ER_BAD("the plan's loss does not fit its target");
+    if (plan_.eval.empty()) return;
+    for (size_t i = 0; i + 1 < plan_.inputs.size(); i++)
+      if (plan_.inputs[i].eval_offset == kAbsent)
+        ER_BAD("input '%.200s' has no place in the evaluation part", plan_.inputs[i].name.c_str());
+  }
+
+  ByteReader bytes_;
+  Plan plan_{};
+};
+
+}  // namespace
+
+Plan read_plan(const void* data, size_t bytes) {
+  const uint8_t* begin = static_cast<const uint8_t*>(data);
+  if (bytes < kHeaderBytes || std::memcmp(begin, kMagic, 8)) ER_BAD("this is not a plan file");
+  ByteReader header(begin + 8, kHeaderBytes - 8);
+  const uint32_t version = header.value<uint32_t>(), crc = header.value<uint32_t>();
+  const uint64_t payload = header.value<uint64_t>();
+  if (version != kVersion) ER_BAD("the plan has format version %u; this runtime reads version %u", version, kVersion);
+  if (payload != bytes - kHeaderBytes)
+    ER_BAD("the plan is truncated or altered: %llu bytes where its header says %llu", ull(bytes - kHeaderBytes),
+           ull(payload));
+  if (crc != crc32(begin + kHeaderBytes, bytes - kHeaderBytes))
+    ER_BAD("the plan is altered: its checksum does not match");
+  return PlanReader(ByteReader(begin + kHeaderBytes, bytes - kHeaderBytes)).read();
+}
+
+}  // namespace er

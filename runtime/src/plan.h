@@ -1,0 +1,68 @@
+// A plan in memory (docs/plan-format.md), fully validated.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace er {
+
+constexpr uint64_t kAbsent = UINT64_MAX;  // an offset that is not there
+constexpr uint32_t kMaxThreads = 64;
+
+enum Region : uint8_t { kNone = 0, kArena = 1, kParams = 2, kState = 3 };
+
+struct PlanParam {
+  std::string name;
+  bool trainable;
+  std::vector<uint64_t> shape;  // torch layout
+  std::vector<uint8_t> perm;
+  uint64_t elements, offset;
+  std::vector<uint64_t> state_offsets;
+};
+
+struct PlanInput {
+  std::string name;
+  uint32_t dtype;               // 0 float32, 1 int32
+  std::vector<uint64_t> shape;  // the user's layout, first = micro_batch
+  std::vector<uint8_t> perm;
+  uint64_t elements, train_offset, eval_offset;
+  std::vector<float> mul, add;
+};
+
+struct PlanOutput {
+  std::string name;
+  std::vector<uint64_t> shape;  // the user's layout
+  std::vector<uint8_t> perm;    // like an input's: runtime dimension d is the user's perm[d]
+  uint64_t elements, eval_offset;
+};
+
+struct PlanOperand {
+  uint8_t region;
+  uint64_t offset, bytes;
+};
+
+struct PlanStep {
+  const Kernel* kernel;
+  std::string label;
+  std::vector<int64_t> ints;
+  std::vector<float> floats;
+  std::vector<PlanOperand> operands;
+  bool loss;  // adds to Context::loss
+};
+
+struct Plan {
+  uint32_t batch_size, micro_batch, threads;
+  uint64_t arena_bytes, params_bytes, state_bytes;
+  std::vector<PlanParam> params;
+  std::vector<PlanInput> inputs;  // the target is the last
+  std::vector<PlanOutput> outputs;
+  std::vector<PlanStep> train, eval;
+  int64_t classes;  // of an int32 target
+};
+
+// Reads and checks a plan. Throws Error with ER_BAD_PLAN if anything about it is wrong.
+Plan read_plan(const void* data, size_t bytes);
+
+}  // namespace er

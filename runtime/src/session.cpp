@@ -1,0 +1,244 @@
+#include "session.h"
+
+#include <sys/mman.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+#include "error.h"
+
+namespace er {
+namespace {
+
+enum ArrayType : uint32_t { kFloat32 = 0, kInt32 = 1, kUint8 = 2 };
+const char* const kTypeNames[] = {"float32", "int32", "uint8"};
+constexpr uint64_t kTypeBytes[] = {4, 4, 1};
+
+unsigned long long ull(uint64_t x) { return x; }
+
+// One sample in the user's (identity = false) or already the runtime's layout. The batch dimension comes first in both.
+Layout sample_layout(const std::vector<uint64_t>& shape, const std::vector<uint8_t>& perm, bool identity) {
+  uint64_t dims[ER_MAX_RANK];
+  uint8_t order[ER_MAX_RANK];
+  const int rank = static_cast<int>(shape.size()) - 1;
+  for (int d = 0; d < rank; d++) {
+    const uint8_t p = static_cast<uint8_t>(perm[d + 1] - 1);
+    dims[d] = shape[(identity ? p : d) + 1];
+    order[d] = identity ? static_cast<uint8_t>(d) : p;
+  }
+  return make_layout(rank, dims, order, true);
+}
+
+template <class From, class To, class F>
+void bind_sample(const Layout& layout, const void* from, void* to, F&& value) {
+  const From* user = static_cast<const From*>(from);
+  To* sample = static_cast<To*>(to);
+  for_each_run(layout, 0, layout.elements,
+               [&](uint64_t at, uint64_t out, uint64_t stride, uint64_t n, uint64_t channel, uint64_t step) {
+                 for (uint64_t i = 0; i < n; i++) sample[out + i * stride] = value(user[at + i], channel + i * step);
+               });
+}
+
+}  // namespace
+
+Pages::Pages(uint64_t bytes) : data_(nullptr), bytes_(bytes) {
+  if (!bytes_) return;
+  void* pages = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED)
+    throw Error{ER_OUT_OF_MEMORY, text("cannot allocate %llu bytes: %s", ull(bytes_), std::strerror(errno))};
+  data_ = static_cast<uint8_t*>(pages);
+}
+
+Pages::~Pages() {
+  if (data_) ::munmap(data_, bytes_);
+}
+
+Session::Session(Plan plan)
+    : plan_(std::move(plan)),
+      arena_(plan_.arena_bytes),
+      params_(plan_.params_bytes),
+      state_(plan_.state_bytes),
+      pool_(static_cast<int>(plan_.threads)) {
+  size_t operands = 0;
+  for (const auto* steps : {&plan_.train, &plan_.eval})
+    for (const PlanStep& step : *steps) operands += step.operands.size();
+  operands_.reserve(operands);  // calls keep pointers into it
+  train_ = prepare(plan_.train);
+  eval_ = prepare(plan_.eval);
+  for (const PlanInput& in : plan_.inputs)
+    inputs_.push_back({sample_layout(in.shape, in.perm, false), sample_layout(in.shape, in.perm, true),
+                       in.elements / plan_.micro_batch});
+  for (const PlanOutput& out : plan_.outputs)
+    outputs_.push_back({sample_layout(out.shape, out.perm, false), sample_layout(out.shape, out.perm, true),
+                        out.elements / plan_.micro_batch});
+}
+
+std::vector<Session::Step> Session::prepare(const std::vector<PlanStep>& steps) {
+  uint8_t* const regions[] = {nullptr, arena_.data(), params_.data(), state_.data()};
+  std::vector<Step> out;
+  out.reserve(steps.size());
+  for (const PlanStep& step : steps) {
+    const er_operand* first = operands_.data() + operands_.size();
+    for (const PlanOperand& o : step.operands)
+      operands_.push_back({o.region == kNone ? nullptr : regions[o.region] + o.offset, o.bytes});
+    const Call call{step.ints.data(),
+                    static_cast<uint32_t>(step.ints.size()),
+                    step.floats.data(),
+                    static_cast<uint32_t>(step.floats.size()),
+                    first,
+                    static_cast<uint32_t>(step.operands.size()),
+                    &pool_,
+                    &context_};
+    out.push_back({&step, call, 0, 0.0});
+  }
+  return out;
+}
+
+er_status Session::check_arrays(const er_array* arrays, size_t count, uint64_t samples) const {
+  for (size_t i = 0; i < count; i++) {
+    const PlanInput& in = plan_.inputs[i];
+    const er_array& array = arrays[i];
+    const char* name = in.name.c_str();
+    if (!array.data) return fail(ER_INVALID_ARGUMENT, "input '%.200s' is NULL", name);
+    if (array.layout > 1) return fail(ER_INVALID_ARGUMENT, "input '%.200s' has layout %u", name, array.layout);
+    if (array.dtype > kUint8) return fail(ER_INVALID_ARGUMENT, "input '%.200s' has dtype %u", name, array.dtype);
+    if (array.dtype == kUint8 && in.dtype == kFloat32) {
+      if (in.mul.empty())
+        return fail(ER_INVALID_ARGUMENT, "input '%.200s' is uint8, but the plan states no normalization for it", name);
+    } else if (array.dtype != in.dtype) {
+      return fail(ER_INVALID_ARGUMENT, "input '%.200s' is %s, %s is needed", name, kTypeNames[array.dtype],
+                  kTypeNames[in.dtype]);
+    }
+    if (reinterpret_cast<uintptr_t>(array.data) % kTypeBytes[array.dtype])
+      return fail(ER_INVALID_ARGUMENT, "input '%.200s' is not aligned to its elements", name);
+    uint64_t bytes;
+    if (__builtin_mul_overflow(samples, inputs_[i].sample_elements * kTypeBytes[array.dtype], &bytes) ||
+        array.bytes != bytes)
+      return fail(ER_INVALID_ARGUMENT, "input '%.200s' has %llu bytes, %llu samples of %llu are needed", name,
+                  ull(array.bytes), ull(samples), ull(inputs_[i].sample_elements * kTypeBytes[array.dtype]));
+  }
+  return ER_OK;
+}
+
+er_status Session::check_labels(const er_array& labels, uint64_t samples) const {
+  const int32_t* label = static_cast<const int32_t*>(labels.data);
+  const uint64_t positions = inputs_.back().sample_elements;
+  for (uint64_t i = 0; i < samples * positions; i++)
+    if (label[i] < 0 || label[i] >= plan_.classes)
+      return fail(ER_INVALID_ARGUMENT, "target of sample %llu is class %d; the model has classes 0 to %lld",
+                  ull(i / positions), label[i], static_cast<long long>(plan_.classes - 1));
+  return ER_OK;
+}
+
+void Session::bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid) {
+  for (size_t i = 0; i < count; i++) {
+    const PlanInput& in = plan_.inputs[i];
+    const Port& port = inputs_[i];
+    const er_array& array = arrays[i];
+    const Layout& layout = array.layout ? port.runtime : port.user;
+    uint8_t* to = arena_.data() + (train ? in.train_offset : in.eval_offset);
+    const uint64_t elements = port.sample_elements;
+    pool_.split(plan_.micro_batch, 1, [&](int64_t begin, int64_t end, int) {
+      for (uint64_t s = static_cast<uint64_t>(begin); s < static_cast<uint64_t>(end); s++) {
+        uint8_t* sample = to + s * elements * 4;
+        const uint8_t* from =
+            static_cast<const uint8_t*>(array.data) + (first + s) * elements * kTypeBytes[array.dtype];
+        if (s >= valid)
+          std::memset(sample, 0, elements * 4);
+        else if (array.dtype == kUint8)
+          bind_sample<uint8_t, float>(layout, from, sample,
+                                      [&](uint8_t x, uint64_t c) { return x * in.mul[c] + in.add[c]; });
+        else if (array.dtype == kInt32)
+          bind_sample<int32_t, int32_t>(layout, from, sample, [](int32_t x, uint64_t) { return x; });
+        else
+          bind_sample<float, float>(layout, from, sample, [](float x, uint64_t) { return x; });
+      }
+    });
+  }
+}
+
+er_status Session::run(std::vector<Step>& steps) {
+  using Clock = std::chrono::steady_clock;
+  for (Step& step : steps) {
+    const Clock::time_point begin = profiling_ ? Clock::now() : Clock::time_point();
+    const bool finite = step.plan->kernel->run(step.call);
+    if (profiling_) {
+      step.calls++;
+      step.seconds += std::chrono::duration<double>(Clock::now() - begin).count();
+    }
+    if (!finite)
+      return fail(ER_NON_FINITE, "a value in %.200s (%s) is NaN or infinite", step.plan->label.c_str(),
+                  step.plan->kernel->name);
+    if (step.plan->loss && !std::isfinite(context_.loss)) return fail(ER_NON_FINITE, "the loss is NaN or infinite");
+  }
+  return ER_OK;
+}
+
+er_status Session::train_step(const er_array* arrays, uint32_t samples, float learning_rate, uint64_t update,
+                              uint64_t seed, float* loss) {
+  if (train_.empty()) return fail(ER_INVALID_ARGUMENT, "the plan has no training part");
+  if (samples < 1 || samples > plan_.batch_size)
+    return fail(ER_INVALID_ARGUMENT, "%u samples; the plan takes 1 to %u", samples, plan_.batch_size);
+  if (update < 1) return fail(ER_INVALID_ARGUMENT, "updates count from 1");
+  if (!std::isfinite(learning_rate)) return fail(ER_INVALID_ARGUMENT, "the learning rate is not finite");
+  if (const er_status status = check_arrays(arrays, inputs_.size(), samples)) return status;
+  if (plan_.inputs.back().dtype == kInt32)
+    if (const er_status status = check_labels(arrays[inputs_.size() - 1], samples)) return status;
+  const uint32_t micro = plan_.micro_batch;
+  // Micro-batches without a valid sample do not run; the optimizer updates at the last one that does.
+  const uint32_t count = (samples + micro - 1) / micro;
+  context_ = {learning_rate, update, seed, 0, count, samples, 0, 0, 0.0};
+  for (uint32_t m = 0; m < count; m++) {
+    context_.micro_index = m;
+    context_.first_sample = uint64_t{m} * micro;
+    context_.valid_micro = std::min(micro, samples - m * micro);
+    bind(arrays, inputs_.size(), true, context_.first_sample, context_.valid_micro);
+    if (const er_status status = run(train_)) return status;
+  }
+  *loss = static_cast<float>(context_.loss);
+  return ER_OK;
+}
+
+er_status Session::predict(const er_array* inputs, uint64_t samples, float* const* outputs) {
+  if (eval_.empty()) return fail(ER_INVALID_ARGUMENT, "the plan has no evaluation part");
+  const size_t count = inputs_.size() - 1;
+  if (const er_status status = check_arrays(inputs, count, samples)) return status;
+  for (size_t o = 0; o < outputs_.size(); o++)
+    if (!outputs[o]) return fail(ER_INVALID_ARGUMENT, "output '%.200s' is NULL", plan_.outputs[o].name.c_str());
+  const uint64_t micro = plan_.micro_batch;
+  for (uint64_t first = 0; first < samples; first += micro) {
+    const uint64_t valid = std::min(micro, samples - first);
+    context_ = {0.0f, 0, 0, static_cast<uint32_t>(first / micro), 1, samples, valid, first, 0.0};
+    bind(inputs, count, false, first, valid);
+    if (const er_status status = run(eval_)) return status;
+    for (size_t o = 0; o < outputs_.size(); o++) {
+      const Port& port = outputs_[o];
+      const float* from = reinterpret_cast<const float*>(arena_.data() + plan_.outputs[o].eval_offset);
+      for (uint64_t s = 0; s < valid; s++)
+        copy_out(port.user, 0, port.sample_elements, from + s * port.sample_elements,
+                 outputs[o] + (first + s) * port.sample_elements);
+    }
+  }
+  return ER_OK;
+}
+
+void Session::profile(bool enabled) {
+  if (enabled)
+    for (auto* steps : {&train_, &eval_})
+      for (Step& step : *steps) {
+        step.calls = 0;
+        step.seconds = 0.0;
+      }
+  profiling_ = enabled;
+}
+
+bool Session::profile_read(uint32_t index, er_profile_entry* entry) const {
+  if (index >= train_.size() + eval_.size()) return false;
+  const bool eval = index >= train_.size();
+  const Step& step = eval ? eval_[index - train_.size()] : train_[index];
+  *entry = {step.plan->kernel->name, step.plan->label.c_str(), eval, step.calls, step.seconds};
+  return true;
+}
+
+}  // namespace er

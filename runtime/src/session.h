@@ -1,0 +1,73 @@
+// A plan being executed: its three memory regions, its threads, and its steps with pointers in place of offsets.
+#pragma once
+#include <vector>
+
+#include "layout.h"
+#include "plan.h"
+
+namespace er {
+
+// Zeroed pages from the operating system; resident only once touched.
+class Pages {
+ public:
+  explicit Pages(uint64_t bytes);  // throws Error with ER_OUT_OF_MEMORY
+  ~Pages();
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t* data_;
+  uint64_t bytes_;
+};
+
+class Session {
+ public:
+  explicit Session(Plan plan);
+
+  const Plan& plan() const { return plan_; }
+  float* params() const { return reinterpret_cast<float*>(params_.data()); }
+  float* param(uint32_t index) const { return params() + plan_.params[index].offset / 4; }
+  float* state(uint32_t index, uint32_t slot) const {
+    return reinterpret_cast<float*>(state_.data() + plan_.params[index].state_offsets[slot]);
+  }
+
+  er_status train_step(const er_array* arrays, uint32_t samples, float learning_rate, uint64_t update, uint64_t seed,
+                       float* loss);
+  er_status predict(const er_array* inputs, uint64_t samples, float* const* outputs);
+
+  void profile(bool enabled);
+  bool profile_read(uint32_t index, er_profile_entry* entry) const;
+
+ private:
+  struct Step {
+    const PlanStep* plan;
+    Call call;
+    uint64_t calls;
+    double seconds;
+  };
+  struct Port {  // an input or output; the layouts are one sample's
+    Layout user, runtime;
+    uint64_t sample_elements;
+  };
+  std::vector<Step> prepare(const std::vector<PlanStep>& steps);
+  er_status check_arrays(const er_array* arrays, size_t count, uint64_t samples) const;
+  er_status check_labels(const er_array& labels, uint64_t samples) const;
+  void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
+  er_status run(std::vector<Step>& steps);
+
+  const Plan plan_;
+  Pages arena_, params_, state_;
+  ThreadPool pool_;
+  er_context context_{};
+  std::vector<er_operand> operands_;  // of all steps; calls point into it
+  std::vector<Step> train_, eval_;
+  std::vector<Port> inputs_, outputs_;
+  bool profiling_ = false;
+};
+
+}  // namespace er
+
+struct er_session : er::Session {
+  using er::Session::Session;
+};
