@@ -136,11 +136,11 @@ class Lowering:
         return tensor
 
     def alias(self, node: Node, source: Tensor) -> None:
-        """Output 0 is `source`'s memory in another shape."""
+        """Output 0 is `source`'s memory, in another shape if its storage is row-major."""
         shape = self.graph.shape(node.output(0), node).at(self.samples)
-        if prod(shape) != source.elements:
-            node.fail(f"cannot view shape {list(source.shape)} as {list(shape)}")
-        self.tensors[node.output(0)] = Tensor(source.buffer, shape)
+        if prod(shape) != source.elements or source.perm is not None and shape != source.shape:
+            node.fail(f"cannot view shape {list(source.shape)}, stored as {source.perm}, as {list(shape)}")
+        self.tensors[node.output(0)] = Tensor(source.buffer, shape, source.perm)
 
     def keep(self, node: Node, index: int) -> Buffer | None:
         """The buffer for kept output `index`, if anything consumes it."""

@@ -12,16 +12,12 @@ from .storage import ACTIVATIONS, ActivationKeep, Form, Storage
 
 __all__ = ["RULES"]
 
-_DEFAULT_BOUNDS = {"leaky_relu": (0.01, 0.0), "hardsigmoid": (1 / 6, 0.5)}
-
-
 def activation(node: Node) -> tuple[int, list[float]]:
     """Code and (alpha, beta) of the node's activation."""
     name = node.text("activation", "none")
     if name not in ACTIVATIONS:
         node.fail(f"unknown activation {name!r}")
-    alpha, beta = _DEFAULT_BOUNDS.get(name, (0.0, 0.0))
-    return ACTIVATIONS[name], [node.number("alpha", alpha), node.number("beta", beta)]
+    return ACTIVATIONS[name], [node.number("alpha", 0.0), node.number("beta", 0.0)]
 
 
 def conv_shape(node: Node, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> list[int]:

@@ -171,7 +171,7 @@ def _dropout(lowering: Lowering, node: Node) -> None:
     _same_size(node, x, y)
     if x.elements % lowering.samples:
         node.fail(f"shape {list(x.shape)} has no batch dimension")
-    ints = [x.elements // lowering.samples, lowering.samples, node.integer("stream")]
+    ints = [x.elements // lowering.samples, lowering.samples, node.integer("stream", 0)]
     lowering.emit(node, "dropout", ints, [ratio], [x.buffer, y.buffer])
 
 

@@ -24,7 +24,7 @@ def _copy(
 
 
 def _reshape(lowering: Lowering, node: Node) -> None:
-    lowering.alias(node, lowering.plain(node, 0))
+    lowering.alias(node, lowering.tensor(node, 0))
 
 
 def _transpose(lowering: Lowering, node: Node) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_razor.bundle import Bundle
 from edge_razor.errors import BudgetError, BundleError, UsageError
 from edge_razor.units import format_bytes, parse_bytes
 
@@ -59,8 +60,6 @@ def plan(
         BundleError: the bundle is damaged or its graph breaks docs/training-graph.md.
         UsageError: an argument is out of range.
     """
-    from edge_razor.bundle import read_bundle
-
     budget = None if mem_budget is None else parse_bytes(mem_budget)
     if isinstance(sparsity, str) and sparsity != "auto":
         try:
@@ -69,7 +68,8 @@ def plan(
             raise UsageError(f'sparsity must be "auto" or a number, not {sparsity!r}') from None
     rule = Optimizer(optimizer, momentum, nesterov, (float(betas[0]), float(betas[1])), eps, weight_decay)
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
-    source = read_bundle(bundle)
+    with Bundle(bundle) as source:
+        training, manifest = source.read_file("training.onnx"), source.manifest.raw
     settings = Settings(
         batch_size=batch_size,
         sparsity=None if sparsity == "auto" else float(sparsity),
@@ -82,7 +82,7 @@ def plan(
         growth_bytes=GROWTH_BYTES,
         data_bytes=data_bytes,
     )
-    return plan_graph(source.training, source.manifest, settings, budget)
+    return plan_graph(training, manifest, settings, budget)
 
 
 def plan_graph(training: bytes, manifest: Mapping[str, Any], settings: Settings, budget: int | None) -> Plan:

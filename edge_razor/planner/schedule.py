@@ -17,8 +17,9 @@ _BINARY_ADD = 0
 
 def schedule_training(program: Program, updates: list[Step]) -> Program:
     """Orders one micro-batch: forward, backward, and each parameter's update as soon as nothing else needs it."""
-    steps = fuse_accumulation(program.steps)
+    steps = fuse_accumulation(program.steps, {u.operands[1] for u in updates})
     steps = order_weight_gradients(steps)
+    steps = defer_for_reuse(steps, program.inputs)
     steps = insert_updates(steps, updates)
     return share_buffers(Program(steps, program.inputs, program.outputs))
 
@@ -38,10 +39,11 @@ def _touches(steps: Iterable[Step]) -> dict[Buffer, list[int]]:
     return touches
 
 
-def fuse_accumulation(steps: list[Step]) -> list[Step]:
+def fuse_accumulation(steps: list[Step], gradients: set[Buffer | None]) -> list[Step]:
     """Turns dX = conv_grad_input(…); sum = other + dX into conv_grad_input accumulating into `other`.
 
-    Legal where dX has no other reader and `other` is complete before, and dead after.
+    Legal where dX has no other reader, `other` is complete before and dead after, and neither is among `gradients`,
+    which the updates still read.
     """
     order = {step: i for i, step in enumerate(steps)}
     users: dict[Buffer, list[Step]] = {
@@ -52,7 +54,9 @@ def fuse_accumulation(steps: list[Step]) -> list[Step]:
         if add.kernel != "binary" or add.ints[0] != _BINARY_ADD or add.ints[1] != 1 or 0 in add.ints[3:5]:
             continue
         a, b, total = add.operands
-        if a is None or b is None or total is None or a is b or a.bytes != total.bytes or b.bytes != total.bytes:
+        if a is None or b is None or total is None or a is b or a in gradients or b in gradients:
+            continue
+        if a.bytes != total.bytes or b.bytes != total.bytes:
             continue
         for made, other in ((b, a), (a, b)):
             if other.region != Region.ARENA or len(users[made]) != 2 or users[other][-1] is not add:
@@ -98,6 +102,31 @@ def order_weight_gradients(steps: list[Step]) -> list[Step]:
                 steps.insert(end, steps.pop(i))
         elif i > j and not any(_conflict(input_step, s) for s in steps[j:i]):
             steps.insert(j, steps.pop(i))
+    return steps
+
+
+def defer_for_reuse(steps: list[Step], inputs: list[Buffer]) -> list[Step]:
+    """Moves a step that could work in place behind the last reader of its operand, if that comes soon after.
+
+    Backward of a product by a factor: dY·factor can overwrite dY once the factor's gradient has read dY.
+    """
+    window = 8  # steps; further away, the late result would keep other buffers alive
+    steps = list(steps)
+    touches = _touches(steps)
+    moves: list[tuple[Step, Step]] = []
+    for index, step in enumerate(steps):
+        for written, read in KERNELS[step.kernel].may_alias:
+            out, source = step.operands[written], step.operands[read]
+            if out is None or source is None or out.bytes != source.bytes or source in inputs:
+                continue
+            last = touches[source][-1]
+            if source.region == Region.ARENA and touches[out][0] == index < last <= index + window:
+                if not any(_conflict(step, s) for s in steps[index + 1 : last + 1]):
+                    moves.append((step, steps[last]))
+            break
+    for step, reader in moves:
+        steps.remove(step)
+        steps.insert(steps.index(reader) + 1, step)
     return steps
 
 

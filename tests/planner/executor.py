@@ -1,0 +1,82 @@
+"""Runs a scheduled and placed program kernel by kernel, in plain Python: a second executor beside the native session."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_razor.planner.program import Buffer, Program, Region
+from edge_razor.planner.search import Candidate
+from edge_razor.runtime import kernel_run
+
+
+def _aligned(size: int) -> np.ndarray:
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
+class Executor:
+    """The three regions of a candidate's plan, and its steps."""
+
+    def __init__(self, candidate: Candidate, parameters: dict[str, np.ndarray]) -> None:
+        self.candidate = candidate
+        self.threads = candidate.search.settings.threads
+        self.regions = {
+            Region.ARENA: _aligned(candidate.accounting.arena),
+            Region.PARAMS: _aligned(candidate.memory.params_bytes),
+            Region.STATE: _aligned(candidate.memory.state_bytes),
+        }
+        # Stale memory must never matter: fill it with NaN.
+        self.regions[Region.ARENA].fill(0xFF)
+        for name, parameter in candidate.memory.parameters.items():
+            stored = parameters[name].transpose(parameter.perm) if parameter.perm else parameters[name]
+            self.array(parameter.buffer)[:] = np.ascontiguousarray(stored, np.float32).reshape(-1)
+
+    def array(self, buffer: Buffer) -> np.ndarray:
+        return self.bytes(buffer).view(np.float32)
+
+    def bytes(self, buffer: Buffer) -> np.ndarray:
+        return self.regions[buffer.region][buffer.offset : buffer.offset + buffer.bytes]
+
+    def parameter(self, name: str) -> np.ndarray:
+        """The parameter in torch layout."""
+        parameter = self.candidate.memory.parameters[name]
+        stored = self.array(parameter.buffer).reshape([parameter.shape[p] for p in parameter.perm])
+        return stored.transpose(np.argsort(parameter.perm)) if parameter.perm else stored
+
+    def train_step(self, x: np.ndarray, target: np.ndarray, learning_rate: float, update: int = 1) -> float:
+        """One update from a whole batch; `x` and `target` in the runtime's layout."""
+        micro, loss = self.candidate.micro_batch, 0.0
+        count = len(x) // micro
+        for m in range(count):
+            part = slice(m * micro, (m + 1) * micro)
+            first, second = self.candidate.train.inputs
+            self.array(first)[:] = x[part].astype(np.float32).reshape(-1)
+            label = target[part].astype(np.int32 if target.dtype.kind == "i" else np.float32)
+            self.bytes(second)[:] = label.reshape(-1).view(np.uint8)
+            loss = self._run(
+                self.candidate.train,
+                loss,
+                learning_rate=learning_rate,
+                update=update,
+                seed=7,
+                micro_index=m,
+                micro_count=count,
+                valid_batch=len(x),
+                valid_micro=micro,
+                first_sample=m * micro,
+            )
+        return loss
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Outputs for one micro-batch, flat."""
+        program = self.candidate.evaluate
+        self.array(program.inputs[0])[:] = x.astype(np.float32).reshape(-1)
+        self._run(program, 0.0, valid_batch=len(x), valid_micro=len(x))
+        return self.array(program.outputs[0]).copy()
+
+    def _run(self, program: Program, loss: float, **context: float) -> float:
+        for step in program.steps:
+            operands = [self.bytes(b) if b is not None else None for b in step.operands]
+            loss = kernel_run(step.kernel, step.ints, step.floats, operands, self.threads, loss=loss, **context).loss
+        return loss

@@ -1,0 +1,142 @@
+"""An independent check of a scheduled and placed program: it simulates memory byte range by byte range.
+
+It knows nothing of lifetimes: every buffer's bytes carry the identity of their last writer, and a step that reads a buffer must find
+exactly what that buffer's own writers left there.
+"""
+
+from __future__ import annotations
+
+from edge_razor.planner.program import ALIGNMENT, KERNELS, Buffer, Program, Region, Step
+
+# Written operands that may share memory with a read operand, as docs/plan-format.md's table says.
+MAY_ALIAS = {
+    "affine": {(3, 0)},
+    "activation_grad": {(2, 0)},
+    "scale_columns": {(2, 0)},
+    "binary": {(2, 0), (2, 1)},
+    "neg": {(1, 0)},
+    "softmax": {(1, 0)},
+    "softmax_grad": {(2, 0)},
+    "dropout": {(1, 0)},
+    "cross_entropy": {(2, 0)},
+    "mse": {(2, 0)},
+    "bce_logits": {(2, 0)},
+}
+
+
+class Memory:
+    """Who owns which arena bytes: disjoint ranges, each with the buffer that last wrote it."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int, Buffer]] = []
+
+    def write(self, buffer: Buffer) -> None:
+        start, end = buffer.offset, buffer.offset + buffer.bytes
+        cut: list[tuple[int, int, Buffer]] = []
+        for low, high, owner in self.ranges:
+            if low < start < high:
+                cut.append((low, start, owner))
+            if low < end < high:
+                cut.append((end, high, owner))
+            if high <= start or low >= end:
+                cut.append((low, high, owner))
+        self.ranges = [*cut, (start, end, buffer)]
+
+    def holds(self, buffer: Buffer) -> bool:
+        start, end = buffer.offset, buffer.offset + buffer.bytes
+        covered = sum(
+            min(high, end) - max(low, start)
+            for low, high, owner in self.ranges
+            if owner is buffer and low < end and high > start
+        )
+        return covered == buffer.bytes
+
+
+def _overlap(a: Buffer, b: Buffer) -> bool:
+    return (
+        a.region == b.region and a.offset < b.offset + b.bytes and b.offset < a.offset + a.bytes
+    )
+
+
+def verify(program: Program, arena_bytes: int) -> None:
+    """Raises AssertionError at the first step that would read or overwrite wrong bytes."""
+    memory = Memory()
+    for buffer in program.inputs:
+        assert buffer.offset >= 0
+        memory.write(buffer)
+    for position, step in enumerate(program.steps):
+        where = f"step {position} {step.label} ({step.kernel})"
+        signature = KERNELS[step.kernel]
+        assert len(step.operands) == signature.operands + signature.scratch, where
+        for index, buffer in enumerate(step.operands):
+            if buffer is None:
+                assert index in signature.optional or index == signature.operands, f"{where}: operand {index} missing"
+                continue
+            assert buffer.offset >= 0 and buffer.offset % ALIGNMENT == 0 and buffer.bytes > 0, where
+            if buffer.region == Region.ARENA:
+                assert buffer.offset + buffer.bytes <= arena_bytes, f"{where}: {buffer.name} ends outside the arena"
+        for buffer in step.reads:
+            if buffer.region == Region.ARENA:
+                assert memory.holds(buffer), f"{where}: reads {buffer.name}, which was overwritten or never written"
+        for i, a in enumerate(step.operands):
+            for j, b in enumerate(step.operands):
+                if i >= j or a is None or b is None or not _overlap(a, b):
+                    continue
+                written = signature.writes | ({signature.operands} if signature.scratch else set())
+                if i in written or j in written:
+                    pairs = MAY_ALIAS.get(step.kernel, set())
+                    assert a is b and ((i, j) in pairs or (j, i) in pairs), (
+                        f"{where}: {a.name} and {b.name} overlap"
+                    )
+        if step.scratch is not None:
+            memory.write(step.scratch)
+        for buffer in step.writes:
+            if buffer.region == Region.ARENA:
+                memory.write(buffer)
+    for buffer in program.outputs:
+        assert memory.holds(buffer), f"output {buffer.name} does not survive"
+
+
+def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
+    """What each update step is given, as an expression over inputs and parameters: update label → expression.
+
+    Two orders of the same steps mean the same if the expressions are equal. Adding into an existing gradient is the same as a
+    later addition.
+    """
+    content: dict[Buffer, object] = {buffer: buffer.name for buffer in inputs}
+    updates: dict[str, object] = {}
+    for step in steps:
+        signature = KERNELS[step.kernel]
+        ints, accumulates = list(step.ints), False
+        if step.kernel == "conv_grad_input":
+            accumulates, ints[-1] = bool(ints[-1]), 0
+        given = tuple(
+            None if b is None else content.get(b, b.name if b.region == Region.PARAMS else None)
+            for i, b in enumerate(step.operands[: signature.operands])
+            if i not in signature.writes or step.kernel in ("sgd", "adamw") and i == 0
+        )
+        result: object = hash((step.kernel, step.label, tuple(ints), tuple(step.floats), given))
+        if step.kernel == "binary" and ints[:2] == [0, 1] and 0 not in ints[3:5]:
+            result = _sum(*given)
+        for index, buffer in enumerate(step.operands[: signature.operands]):
+            if buffer is None or index not in signature.writes:
+                continue
+            if accumulates:
+                content[buffer] = _sum(content[buffer], hash((result, index)))
+            elif step.kernel == "copy":
+                content[buffer] = hash((content.get(buffer), result))
+            elif step.kernel == "binary":
+                content[buffer] = result
+            else:
+                content[buffer] = hash((result, index))
+        if step.kernel in ("sgd", "adamw"):
+            updates[step.label] = given
+    return updates
+
+
+def _sum(*terms: object) -> object:
+    """A sum that does not depend on the order of its terms."""
+    flat: list[object] = []
+    for term in terms:
+        flat.extend(term[1:] if isinstance(term, tuple) and term[0] == "sum" else [term])
+    return ("sum", *sorted(flat, key=repr))
