@@ -1,4 +1,4 @@
-"""`conv` and `conv_grad_input` against PyTorch in float64: every path, odd shapes, every fused activation and kept form."""
+"""`conv` and `conv_grad_input` against PyTorch in float64: every path, odd shapes, fused activations, kept forms."""
 
 from __future__ import annotations
 
