@@ -1,0 +1,48 @@
+"""Standard ONNX in all its spellings → the few forward operators of docs/training-graph.md, still in NCHW order.
+
+A pass that cannot convert a node leaves it and says why in ``node.meta["why"]``; `check_supported` reports all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from edge_razor.exporters.canonicalize.activations import canonicalize_activations
+from edge_razor.exporters.canonicalize.axes import canonicalize_axes
+from edge_razor.exporters.canonicalize.convolution import canonicalize_convolutions
+from edge_razor.exporters.canonicalize.dropout import canonicalize_dropout
+from edge_razor.exporters.canonicalize.elementwise import canonicalize_elementwise
+from edge_razor.exporters.canonicalize.linear import canonicalize_linear
+from edge_razor.exporters.canonicalize.padding import canonicalize_padding
+from edge_razor.exporters.canonicalize.pooling import canonicalize_pooling
+from edge_razor.exporters.canonicalize.reshapes import canonicalize_reshapes
+from edge_razor.exporters.canonicalize.supported import check_supported
+
+__all__ = ["PASSES", "canonicalize"]
+
+# In order: views first so that patterns meet their neighbours; pooling and convolution before padding, which folds into both.
+PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
+    canonicalize_reshapes,
+    canonicalize_axes,
+    canonicalize_elementwise,
+    canonicalize_activations,
+    canonicalize_convolutions,
+    canonicalize_pooling,
+    canonicalize_padding,
+    canonicalize_linear,
+    canonicalize_dropout,
+)
+
+
+def canonicalize(model: ir.Model) -> ir.Model:
+    """Runs all passes in place; shapes must be resolved (`resolve_shapes`).
+
+    Raises:
+        UnsupportedOpError: lists every node that is none of the operators known.
+    """
+    for rewrite in PASSES:
+        model = rewrite(model)
+    check_supported(model)
+    return model

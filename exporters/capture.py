@@ -1,0 +1,254 @@
+"""Front end for torch: ``nn.Module`` → ONNX graph with a symbolic batch dimension and the state dict's names.
+
+``torch.onnx.export(dynamo=True)`` traces the module in eval mode, so batch statistics, stochastic depth and functional dropout vanish.
+``nn.Dropout`` modules are kept: while tracing, each one calls a custom operator that becomes an ONNX Dropout node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_razor.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 20
+
+
+@dataclass
+class Captured:
+    """A model as it comes from a front end.
+
+    Attributes:
+        model: standard ONNX ops; parameters are initializers marked by ``mark_parameters``.
+        state_dict: names that the user's own file has, in order.
+        aliases: tied tensors, second name → first name.
+        extra: tensors of the state dict that the graph does not use (``num_batches_tracked``), by name.
+    """
+
+    model: ir.Model
+    state_dict: list[str]
+    aliases: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def mark_parameters(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Marks the initializers ``names`` as tensors of the user's model: passes keep their name, data and layout."""
+    for name in names:
+        graph.initializers[name].meta["parameter"] = True
+
+
+def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True) -> Captured:
+    """Traces ``model``. Its training flags, ``requires_grad`` and forward methods are as before afterwards, also after an error.
+
+    Args:
+        example_inputs: a tensor or a tuple of tensors, float32, first dimension = batch (of any size).
+        dropout: keep nn.Dropout for training.
+
+    Raises:
+        UsageError: an input is no float32 tensor with a batch dimension, a parameter is not float32, or torch cannot trace the model.
+    """
+    import torch
+
+    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    _check_inputs(inputs)
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UsageError(f"parameter {name} is {tensor.dtype}; export needs float32: call model.float()")
+    # A batch of one would be specialized by torch.export; two rows of the same data trace the same graph.
+    inputs = tuple(torch.cat([x[:1], x[:1]]) for x in inputs)
+    with _eval_mode(model), _visible_dropout(model, enabled=dropout), _quiet():
+        try:
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in inputs),
+                custom_translation_table=_dropout_translation(),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UsageError(f"torch cannot export the model: {_root_cause(error)}") from error
+    assert program is not None
+    graph = program.model.graph
+    state = model.state_dict()
+    aliases = _aliases(state)
+    _restore_names(graph, state, aliases)
+    used = [name for name in state if name in graph.initializers]
+    mark_parameters(graph, used)
+    for node in graph:
+        node.metadata_props["layer"] = _layer(node)
+    stored = set(used) | set(aliases)
+    extra = {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items() if name not in stored}
+    return Captured(program.model, list(state), aliases, extra)
+
+
+def _check_inputs(inputs: tuple[Any, ...]) -> None:
+    import torch
+
+    if not inputs:
+        raise UsageError("example_inputs is empty; give one tensor for each argument of forward()")
+    for position, x in enumerate(inputs):
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+            given = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise UsageError(f"example input {position} is {given}; export needs float32 tensors")
+        if x.dim() < 2 or x.shape[0] < 1:
+            raise UsageError(
+                f"example input {position} has shape {tuple(x.shape)}; the first dimension must be a batch of at least 1"
+            )
+
+
+def _root_cause(error: BaseException) -> str:
+    """First line of the innermost cause that has a message."""
+    message, cause = str(error), error.__cause__
+    while cause is not None:
+        message, cause = str(cause) or message, cause.__cause__
+    return message.strip().splitlines()[0] if message.strip() else type(error).__name__
+
+
+def _aliases(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Tied tensors: names that share storage, offset, shape and strides → the first of them."""
+    first: dict[tuple[Any, ...], str] = {}
+    aliases = {}
+    for name, tensor in state.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases
+
+
+def _restore_names(graph: ir.Graph, state: dict[str, torch.Tensor], aliases: dict[str, str]) -> None:
+    """Uses of a tied tensor's second name read the first one. Data is copied, so that the graph does not share memory with the model."""
+    for alias, name in aliases.items():
+        value = graph.initializers.get(alias)
+        if value is None:
+            continue
+        if name in graph.initializers:
+            ir.convenience.replace_all_uses_with(value, graph.initializers[name])
+            del graph.initializers[alias]
+        else:
+            del graph.initializers[alias]
+            value.name = name
+            graph.initializers[name] = value
+    for name, value in graph.initializers.items():
+        if name in state:
+            value.const_value = ir.tensor(state[name].detach().cpu().contiguous().numpy().copy(), name=name)
+
+
+def _layer(node: ir.Node) -> str:
+    """Path of the torch module that ``node`` comes from; torch.onnx records the scopes, the operator's own name last."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+    return parts[-2] if len(parts) > 1 and not parts[-2].startswith("_empty_nn_module") else ""
+
+
+@contextlib.contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _visible_dropout(model: torch.nn.Module, *, enabled: bool) -> Iterator[None]:
+    """While active, nn.Dropout modules with p > 0 call ``edge_razor::dropout``, which the trace keeps.
+
+    An instance attribute hides the class's forward method; nothing in the module tree is replaced.
+    """
+    import torch
+
+    patched = []
+    if enabled:
+        for module in model.modules():
+            # Subclasses may mean something else (a user's own schedule), and Dropout2d drops whole channels.
+            if type(module) is torch.nn.Dropout and 0.0 < module.p < 1.0:
+                module.forward = _traced_dropout(module.p)  # type: ignore[method-assign]
+                patched.append(module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _traced_dropout(ratio: float) -> Any:
+    operator = _dropout_operator()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return operator(x, ratio)
+
+    return forward
+
+
+_registered: list[Any] = []
+
+
+def _dropout_operator() -> Any:
+    """The custom operator ``edge_razor::dropout(x, ratio)``, registered with torch on first use."""
+    import torch
+
+    if not _registered:
+        # The schema is explicit since torch reads string annotations of this module otherwise.
+        operator = torch.library.custom_op(
+            "edge_razor::dropout",
+            lambda x, ratio: x.clone(),
+            mutates_args=(),
+            schema="(Tensor x, float ratio) -> Tensor",
+        )
+        operator.register_fake(lambda x, ratio: torch.empty_like(x))
+        _registered.append(operator)
+    return _registered[0]
+
+
+def _dropout_translation() -> dict[Any, Any]:
+    import onnxscript
+    import torch
+
+    _dropout_operator()
+    op = onnxscript.values.Opset("", OPSET)
+
+    def dropout(x: Any, ratio: float) -> Any:
+        # training_mode = true keeps constant folding from removing the node.
+        return op.Dropout(x, op.Constant(value_float=ratio), op.Constant(value=ir.tensor(np.array(True))))[0]
+
+    return {torch.ops.edge_razor.dropout.default: dropout}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's progress lines and its warnings about packages that are not installed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,143 @@
+"""``edge_razor.export``: torch module or ONNX file → bundle. The stages of the exporter in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import edge_razor
+from edge_razor.bundle import write_bundle
+from edge_razor.errors import UsageError
+from edge_razor.exporters.capture import Captured, capture
+from edge_razor.exporters.differentiate import LOSSES, differentiate
+from edge_razor.exporters.forward import Forward, build_forward
+from edge_razor.exporters.graph_edit import BATCH, is_parameter
+from edge_razor.exporters.load_onnx import load_onnx
+from edge_razor.exporters.razor import insert_packs
+from edge_razor.exporters.training_graph import to_proto, validate
+from edge_razor.exporters.trainable import parameters, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["export"]
+
+
+def export(
+    model: torch.nn.Module | str | os.PathLike[str],
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    loss: str = "cross_entropy",
+    label_smoothing: float = 0.0,
+    trainable: str = "all",
+    classes: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    dropout: bool = True,
+) -> Path:
+    """Writes the bundle of a model that is ready for planning and training.
+
+    Args:
+        model: an ``nn.Module`` (read only; train or eval mode does not matter, BatchNorm statistics stay frozen), or a ``.onnx`` file.
+        example_inputs: a float32 tensor or a tuple of them, first dimension = batch (its size is free). For a ``.onnx`` file None, or
+            anything with shapes that fixes dimensions which the file leaves free.
+        path: the bundle directory to make.
+        loss: ``cross_entropy`` (int class targets), ``mse`` or ``bce_with_logits`` (float targets in the output's shape).
+        label_smoothing: in [0, 1), cross_entropy only.
+        trainable: ``all``, ``head``, ``last:N``, ``bias``, ``norm`` or glob patterns, joined by commas.
+        classes: names of the output's classes.
+        preprocessing: what `edge-razor train` does with images: ``resize``, ``crop`` (pixels), ``mean``, ``std`` (per channel),
+            ``interpolation``; see docs/bundle.md.
+        dropout: keep ``nn.Dropout`` (ONNX: Dropout nodes) for training. Functional dropout, DropPath and stochastic depth are never kept.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UsageError: an argument is wrong, or torch cannot trace the model.
+        UnsupportedOpError: lists every operator that cannot be trained.
+        BundleError: the ``.onnx`` file cannot be read, or ``path`` is something else than a bundle.
+    """
+    loss_table = _check_loss(loss, label_smoothing)
+    if isinstance(model, str | os.PathLike):
+        captured = load_onnx(model, example_inputs, dropout=dropout)
+    else:
+        captured = capture(model, example_inputs, dropout=dropout)
+    # The passes drop initializers that they no longer need; the state dict must come back whole.
+    tensors = _parameter_data(captured)
+    forward = build_forward(captured, classes_last=loss == "cross_entropy")
+    if classes is not None:
+        _check_classes(classes, forward, loss)
+    selected = resolve(trainable, parameters(forward.model))
+    training = insert_packs(differentiate(forward.model, loss_table, selected))
+    training_proto = to_proto(training)
+    validate(training_proto)
+    for name, value in training.graph.initializers.items():
+        if (
+            name not in tensors
+            and value.const_value is not None
+            and value.dtype is not None
+            and value.dtype.is_floating_point()
+        ):
+            tensors[name] = value.const_value.numpy()
+    manifest = {
+        "producer": f"edge-razor {edge_razor.__version__}",
+        "inputs": [
+            {"name": value.name, "dtype": "float32", "shape": _json_shape(shape), "perm": list(order)}
+            for value, shape, order in zip(
+                training.graph.inputs, forward.input_shapes, forward.input_orders, strict=False
+            )
+        ],
+        "output": {
+            "name": training.graph.outputs[0].name,
+            "shape": _json_shape(forward.output_shape),
+            "perm": [forward.output_order.index(d) for d in range(len(forward.output_order))],
+        },
+        "loss": loss_table,
+        "trainable": {"spec": trainable, "parameters": selected},
+        "state_dict": [name for name in captured.state_dict if name not in captured.aliases],
+        "aliases": captured.aliases,
+        "classes": None if classes is None else [str(name) for name in classes],
+        "preprocessing": None if preprocessing is None else dict(preprocessing),
+    }
+    return write_bundle(path, training_proto, to_proto(forward.inference), tensors, manifest)
+
+
+def _check_loss(loss: str, label_smoothing: float) -> dict[str, object]:
+    if loss not in LOSSES:
+        raise UsageError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise UsageError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+    if label_smoothing and loss != "cross_entropy":
+        raise UsageError(f"label_smoothing works with cross_entropy only, not with {loss}")
+    return {"name": loss, "label_smoothing": float(label_smoothing)}
+
+
+def _check_classes(classes: Sequence[str], forward: Forward, loss: str) -> None:
+    if isinstance(classes, str):
+        raise UsageError("classes is one text; give a list of names")
+    axis = 1 if loss == "cross_entropy" else len(forward.output_shape) - 1
+    width = forward.output_shape[axis]
+    if len(classes) != width:
+        raise UsageError(f"{len(classes)} class names are given, but the model's output has {width} classes")
+    if len(set(classes)) != len(classes):
+        raise UsageError("two classes have the same name")
+
+
+def _parameter_data(captured: Captured) -> dict[str, np.ndarray]:
+    """Every tensor of the user's state dict, by name (tied tensors once)."""
+    graph = captured.model.graph
+    used = {
+        str(value.name): np.ascontiguousarray(value.const_value.numpy())
+        for value in graph.initializers.values()
+        if is_parameter(value) and value.const_value is not None
+    }
+    return {**used, **captured.extra}
+
+
+def _json_shape(sizes: tuple[int, ...]) -> list[int | None]:
+    return [None if size % BATCH == 0 else size for size in sizes]
