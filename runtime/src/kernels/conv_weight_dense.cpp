@@ -1,0 +1,154 @@
+// Weight gradient from float32 or bf16 by GEMM: G[taps · ic/g, oc/g] = Colᵀ·dY, where Col holds the input values that
+// the output rows read.
+//
+// A 1×1 convolution on float32 multiplies X as it lies in memory. Everything else gathers (and widens) a tile of output
+// rows and as many taps at once as give the GEMM enough columns. Small gradients are summed by each thread over its own
+// rows, in partial sums that are added up in the order of the threads; for large ones the threads share the output
+// channels (or input channels, or groups).
+#include "../blas.h"
+#include "conv_weight.h"
+
+namespace er::ER_ISA {
+namespace {
+
+constexpr int64_t kTileFloats = 64 << 10;  // of gathered input a thread
+constexpr int64_t kTileColumns = 512;      // wide enough for the GEMM
+constexpr int64_t kMaxTileRows = 1024;
+constexpr int64_t kPartialElements = 64 << 10;  // gradients up to this size are summed by rows
+
+struct Shares {
+  int64_t taps;       // at once: 1, or whole kernel rows
+  int64_t tile_rows;  // output rows a tile
+  bool direct;        // no tile: X as it lies
+  bool by_rows;       // threads share output rows, else channels
+
+  Shares(const ConvShape& s, const PackedLayout& x) {
+    const int64_t row_columns = s.kw * (s.ic / s.group);
+    direct = x.form == kDense && s.pointwise();
+    taps = row_columns > kTileColumns ? 1 : s.kw * std::min(s.kh, kTileColumns / row_columns);
+    tile_rows = std::clamp<int64_t>(kTileFloats / (taps * (s.ic / s.group)), 16, kMaxTileRows);
+    by_rows = s.w_elements() <= kPartialElements;
+  }
+  int64_t tile_floats(const ConvShape& s) const {
+    return direct ? 0 : (tile_rows * taps * (s.ic / s.group) + 15) / 16 * 16;
+  }
+};
+
+inline void widen(const float* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = in[i];
+}
+inline void widen(const uint16_t* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = from_bf16(in[i]);
+}
+
+// tile[row − begin][taps][ic/g] = the inputs of taps [tap, tap + taps) of output rows [begin, end), one group's
+// channels; 0 outside the map.
+template <class T>
+void gather(const ConvShape& s, const T* x, int64_t group, int64_t tap, int64_t taps, int64_t begin, int64_t end,
+            float* tile) {
+  const int64_t channels = s.ic / s.group;
+  const int64_t kx0 = tap % s.kw, width = std::min(taps, s.kw - kx0);  // taps of one kernel row
+  const bool adjacent = s.group == 1 && s.dw == 1;                     // a kernel row reads one piece of memory
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t ox = row % s.ow, oy = row / s.ow % s.oh, sample = row / (s.ow * s.oh);
+    for (int64_t t = tap; t < tap + taps; t += width, tile += width * channels) {
+      const int64_t iy = oy * s.sh - s.pt + t / s.kw * s.dh, ix = ox * s.sw - s.pl + kx0 * s.dw;
+      const T* line = x + (sample * s.ih + iy) * s.iw * s.ic + group * channels;
+      const bool inside = iy >= 0 && iy < s.ih;
+      if (inside && adjacent && ix >= 0 && ix + width <= s.iw) {
+        widen(line + ix * s.ic, width * channels, tile);
+        continue;
+      }
+      for (int64_t j = 0; j < width; j++) {
+        const int64_t column = ix + j * s.dw;
+        if (inside && column >= 0 && column < s.iw)
+          widen(line + column * s.ic, channels, tile + j * channels);
+        else
+          std::fill_n(tile + j * channels, channels, 0.f);
+      }
+    }
+  }
+}
+
+// What one thread computes: G (or a partial sum of it) over output rows, convolution groups, input and output channels
+// within the group.
+struct Share {
+  int64_t row_begin, row_end, group_begin, group_end, c_begin, c_end, k_begin, k_end;
+};
+
+void share_gradient(const WeightGradient& call, const Shares& how, const Share& share, float* tile, float* g) {
+  const ConvShape& s = call.shape;
+  const int64_t ic = s.ic / s.group, oc = s.oc / s.group, k = share.k_end - share.k_begin;
+  if (how.direct) {
+    sgemm(Trans::yes, Trans::no, share.c_end - share.c_begin, k, share.row_end - share.row_begin, 1.f,
+          static_cast<const float*>(call.x) + share.row_begin * s.ic + share.c_begin, s.ic,
+          call.dy + share.row_begin * s.oc + share.k_begin, s.oc, 0.f, g + share.c_begin * s.oc + share.k_begin, s.oc);
+    return;
+  }
+  for (int64_t group = share.group_begin; group < share.group_end; group++)
+    for (int64_t tap = 0; tap < s.taps(); tap += how.taps) {
+      const int64_t taps = std::min(how.taps, s.taps() - tap);
+      for (int64_t row = share.row_begin; row < share.row_end; row += how.tile_rows) {
+        const int64_t end = std::min(share.row_end, row + how.tile_rows);
+        if (call.x_layout.form == kDense)
+          gather(s, static_cast<const float*>(call.x), group, tap, taps, row, end, tile);
+        else
+          gather(s, static_cast<const uint16_t*>(call.x), group, tap, taps, row, end, tile);
+        const int64_t first = group * oc + share.k_begin;
+        sgemm(Trans::yes, Trans::no, taps * ic, k, end - row, 1.f, tile, taps * ic, call.dy + row * s.oc + first, s.oc,
+              row == share.row_begin ? 0.f : 1.f, g + tap * ic * s.oc + first, s.oc);
+      }
+    }
+}
+
+// G += partial sums of threads 1 … , in their order.
+void add_partials(const WeightGradient& call, const float* partials) {
+  const int64_t elements = call.shape.w_elements();
+  call.pool->split(elements, 256, [&](int64_t begin, int64_t end, int) {
+    for (int t = 1; t < call.pool->threads(); t++)
+      for (int64_t i = begin; i < end; i++) call.g[i] += partials[(t - 1) * elements + i];
+  });
+}
+
+}  // namespace
+
+uint64_t dense_weight_scratch(const ConvShape& s, const PackedLayout& x, int threads) {
+  const Shares how(s, x);
+  const int64_t partials = how.by_rows ? (threads - 1) * s.w_elements() : 0;
+  return static_cast<uint64_t>(threads * how.tile_floats(s) + partials) * sizeof(float);
+}
+
+bool dense_weight_run(const WeightGradient& call) {
+  const ConvShape& s = call.shape;
+  const Shares how(s, call.x_layout);
+  const int threads = call.pool->threads();
+  const int64_t rows = s.n * s.oh * s.ow, ic = s.ic / s.group, oc = s.oc / s.group;
+  float* tiles = static_cast<float*>(call.scratch);
+  float* partials = tiles + threads * how.tile_floats(s);
+  call.pool->run([&](int thread) {
+    float* tile = tiles + thread * how.tile_floats(s);
+    auto part = [&](int64_t items, int64_t grain, int64_t* begin, int64_t* end) {
+      const int64_t chunks = (items + grain - 1) / grain;
+      *begin = std::min(items, chunks * thread / threads * grain);
+      *end = std::min(items, chunks * (thread + 1) / threads * grain);
+      return *begin < *end;
+    };
+    Share share{0, rows, 0, s.group, 0, ic, 0, oc};
+    if (how.by_rows) {
+      float* g = thread ? partials + (thread - 1) * s.w_elements() : call.g;
+      if (part(rows, 1, &share.row_begin, &share.row_end))
+        share_gradient(call, how, share, tile, g);
+      else
+        std::fill_n(g, s.w_elements(), 0.f);
+      return;
+    }
+    const bool work = s.group > 1             ? part(s.group, 1, &share.group_begin, &share.group_end)
+                      : how.direct && ic > oc ? part(ic, 16, &share.c_begin, &share.c_end)
+                                              : part(oc, 16, &share.k_begin, &share.k_end);
+    if (work) share_gradient(call, how, share, tile, call.g);
+  });
+  if (how.by_rows && threads > 1) add_partials(call, partials);
+  return true;
+}
+
+}  // namespace er::ER_ISA
