@@ -150,8 +150,8 @@ def library_path() -> Path:
 def _preload_openblas() -> ctypes.CDLL | None:
     """Loads the OpenBLAS of the wheel scipy-openblas32, so that the runtime finds it by its SONAME.
 
-    It is loaded with one thread: the runtime has its own pool, and each thread that OpenBLAS starts by itself would cost
-    resident memory. The wheel's module is not imported, since that loads the library with all threads.
+    It is loaded with one thread: the runtime has its own pool, and every thread that OpenBLAS starts costs resident
+    memory. The wheel's module is not imported, since that loads the library with all threads.
     """
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or spec.origin is None:

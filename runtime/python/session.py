@@ -169,8 +169,8 @@ class Session:
         """Reads every parameter from a safetensors file, 64 KB at a time; other tensors in it are ignored.
 
         Raises:
-            BundleError: the file is damaged, or lacks a parameter, or has it in another shape or dtype. No parameter has
-                changed, unless the file was cut short while it was read.
+            BundleError: the file is damaged, or lacks a parameter, or has it in another shape or dtype. No parameter
+                has changed, unless the file was cut short while it was read.
             OSError: it cannot be read.
         """
         check(self._library.er_weights_load(self._open(), os.fsencode(path)))
@@ -198,8 +198,8 @@ class Session:
         """One optimizer update.
 
         Args:
-            inputs: one array per model input, first dimension samples (1 to ``info.batch_size``), else as ``self.inputs``
-                says: float32, or uint8 that the plan's normalization applies to.
+            inputs: one array per model input, first dimension samples (1 to ``info.batch_size``), the others as
+                ``self.inputs`` says: float32, or uint8 that the plan's normalization applies to.
             target: int32 class indices, or float32, as ``self.target`` says.
             learning_rate: of this update.
             update: number of this update, from 1.
