@@ -62,7 +62,7 @@ KERNELS: dict[str, Signature] = {
     "channel_sum": _signature("dY out!", scratch=True),
     "batch_norm_fold": _signature("gamma? beta? mean var bias? scale! shift!"),
     "batch_norm_grad": _signature("dot dshift mean var bias? dgamma!"),
-    "column_dot": _signature("W G out!", scratch=True),
+    "column_dot": _signature("W G out!"),
     "scale_columns": _signature("G scale out!", (2, 0)),
     "mul_grad": _signature("X dY out!", scratch=True),
     "binary": _signature("A B out!", (2, 0), (2, 1)),
