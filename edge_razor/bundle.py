@@ -1,8 +1,9 @@
 """Model bundles: what the exporter writes and the planner, the trainer and the export back read (docs/bundle.md).
 
-A bundle is a directory, or a zip of stored (not deflated) members, with `bundle.json`, `training.onnx`, `inference.onnx` and
-`weights.safetensors`. It is untrusted input: sizes and checksums are verified when it is opened, nothing is unpacked, and nothing in
-it is executed. Reading imports neither onnx nor protobuf; `write_bundle` gets its models from a caller that has.
+A bundle is a directory, or a zip of stored (not deflated) members, with `bundle.json`, `training.onnx`,
+`inference.onnx` and `weights.safetensors`. It is untrusted input: sizes and checksums are verified when it is opened,
+nothing is unpacked, and nothing in it is executed. Reading imports neither onnx nor protobuf; `write_bundle` gets its
+models from a caller that has.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edge_razor.errors import BundleError
 from edge_razor.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, parse_manifest
 from edge_razor.tensors import TensorFile, TensorSpec, TensorWriter, sync_directory
+from edge_razor.zipped import stored_member_start
 
 if TYPE_CHECKING:
     import onnx
@@ -157,7 +158,7 @@ def _find_members(path: Path) -> dict[str, _Member]:
         raise BundleError(f"{path}: no such bundle")
     members: dict[str, _Member] = {}
     try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if info.filename not in names:
                     continue
@@ -169,19 +170,10 @@ def _find_members(path: Path) -> dict[str, _Member]:
                     or info.compress_size != info.file_size
                 ):
                     raise BundleError(f"{path}: {info.filename} is compressed; bundles are zipped with 'zip -0'")
-                members[info.filename] = _Member(path, _data_start(file, info), info.file_size)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, ValueError) as error:
+                members[info.filename] = _Member(path, stored_member_start(path, info), info.file_size)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
         raise BundleError(f"{path}: neither a bundle directory nor a whole zip: {error}") from error
     return members
-
-
-def _data_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Byte position of a stored member's data: its local header has name and extra fields of its own lengths."""
-    file.seek(info.header_offset)
-    signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
-    if signature != b"PK\x03\x04":
-        raise zipfile.BadZipFile(f"no local header for {info.filename}")
-    return info.header_offset + 30 + name_bytes + extra_bytes
 
 
 def write_bundle(
@@ -204,7 +196,7 @@ def write_bundle(
         `path`.
 
     Raises:
-        BundleError: an external initializer has no tensor or another shape or type; or `path` is something else than a bundle.
+        BundleError: an external initializer has no tensor or one of another shape; `path` is no bundle.
         OSError: the disk is full or not writable.
     """
     target = Path(path)

@@ -21,7 +21,10 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """A model input. `shape`: the user's layout without the batch dimension; `perm`: runtime dim d = user's dim perm[d]."""
+    """A model input.
+
+    `shape`: the user's layout without the batch dimension; `perm`: runtime dim d = user's dim perm[d].
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +38,7 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """The model output, in the user's layout without the batch dimension; `perm`: user's dim d = runtime dim perm[d]."""
+    """The model output: `shape` in the user's layout without the batch; `perm`: user's dim d = runtime dim perm[d]."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +47,7 @@ class OutputSpec:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How images become model inputs: shorter side to `resize`, crop `crop` (pixels), then (x/255 − mean)/std per channel."""
+    """Images to inputs: shorter side to `resize`, crop `crop` (pixels), then (x/255 − mean)/std per channel."""
 
     resize: int
     crop: int
@@ -76,6 +79,28 @@ class Manifest:
     preprocessing: Preprocessing | None
     files: dict[str, FileEntry]
     raw: dict[str, Any]
+
+    @property
+    def class_axis(self) -> int:
+        """Axis of the output, in the user's layout with the batch, that the runtime has last: the classes."""
+        return self.output.perm.index(len(self.output.shape))
+
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes for cross_entropy, else None."""
+        return self.output.shape[self.class_axis - 1] if self.loss == "cross_entropy" else None
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's target in the user's layout."""
+        if self.loss != "cross_entropy":
+            return self.output.shape
+        return tuple(d for axis, d in enumerate(self.output.shape, 1) if axis != self.class_axis)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Every name of the user's state dict, tied ones included, in order."""
+        return (*self.state_dict, *(name for name in self.aliases if name not in self.state_dict))
 
 
 class _Reader:
@@ -142,7 +167,8 @@ def parse_manifest(text: bytes, bundle: str) -> Manifest:
     version = read.integer(raw, "format_version")
     if version > FORMAT_VERSION:
         raise BundleError(
-            f"{bundle}: format version {version} is newer than this edge-razor reads ({FORMAT_VERSION}); upgrade edge-razor"
+            f"{bundle}: format version {version} is newer than this edge-razor reads ({FORMAT_VERSION}); "
+            "upgrade edge-razor"
         )
     if version < 1:
         read.fail("format_version", "1")
@@ -155,6 +181,8 @@ def parse_manifest(text: bytes, bundle: str) -> Manifest:
         read.fail("inputs", "a list of at least one input")
     output = read.get(raw, "output", "", dict, "a table")
     output_shape = read.sample_shape(output, "output.")
+    if not output_shape:
+        read.fail("output.shape", "of at least two dimensions")
     loss = read.get(raw, "loss", "", dict, "a table")
     if read.text(loss, "name", "loss.") not in LOSSES:
         read.fail("loss.name", "one of " + ", ".join(LOSSES))

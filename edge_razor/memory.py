@@ -32,7 +32,7 @@ def rss_bytes() -> int:
 def peak_rss_bytes() -> int:
     """High-water mark of this process's resident set.
 
-    On Linux VmHWM, which starts anew with each program; getrusage's maximum would still hold that of the program that ran before exec.
+    On Linux VmHWM, which starts anew with each program; getrusage's maximum outlives exec.
     """
     peak = _status_bytes("VmHWM")
     if peak is not None:

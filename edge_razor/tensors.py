@@ -1,7 +1,7 @@
 """Safetensors files read and written one tensor at a time.
 
-The `safetensors` package maps a file to read it (touched pages then count as resident memory) and wants every tensor in memory to
-write it. Under a cap on resident memory one tensor at a time is all there is room for; the format is simple enough:
+The `safetensors` package maps a file to read it (touched pages then count as resident memory) and wants every tensor in
+memory to write it. Under a cap on resident memory one tensor at a time is all there is room for; the format is simple:
 u64 header length, JSON header (name → dtype, shape, [begin, end] relative to the data), data without holes.
 """
 

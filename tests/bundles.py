@@ -1,4 +1,4 @@
-"""A small hand-made bundle: a linear classifier in both graphs, for tests of everything that handles bundles as files."""
+"""A small hand-made bundle: a linear classifier in both graphs, for tests that handle bundles as files."""
 
 from __future__ import annotations
 
