@@ -7,6 +7,7 @@ decides which operands are kept packed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -20,7 +21,7 @@ LOSSES = {"cross_entropy": "CrossEntropyLoss", "mse": "MSELoss", "bce_with_logit
 """Loss name in the API and in bundle.json → operator."""
 
 
-def differentiate(model: ir.Model, loss: Mapping[str, object], trainable: Sequence[str]) -> ir.Model:
+def differentiate(model: ir.Model, loss: Mapping[str, Any], trainable: Sequence[str]) -> ir.Model:
     """Adds target, loss and backward part to a forward graph, in place.
 
     Args:
@@ -104,7 +105,7 @@ def _refuse_unknown(tape: Tape, forward: Iterable[ir.Node]) -> None:
         raise UnsupportedOpError(f"differentiate: no gradient is known for {listed}", unknown)
 
 
-def _add_loss(tape: Tape, graph: ir.Graph, loss: Mapping[str, object]) -> None:
+def _add_loss(tape: Tape, graph: ir.Graph, loss: Mapping[str, Any]) -> None:
     """Appends the loss node to the graph and starts the backward pass at the prediction."""
     name = str(loss.get("name"))
     if name not in LOSSES:
@@ -127,7 +128,7 @@ def _add_loss(tape: Tape, graph: ir.Graph, loss: Mapping[str, object]) -> None:
     graph.inputs.append(target)
     attributes: dict[str, AttributeValue] = {}
     if classes:
-        attributes["label_smoothing"] = float(str(loss.get("label_smoothing", 0.0)))
+        attributes["label_smoothing"] = float(loss.get("label_smoothing", 0.0))
     outputs = [
         ir.Value(name="loss", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([])),
         ir.Value(

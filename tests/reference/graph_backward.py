@@ -2,8 +2,8 @@
 
 Parameters are given in torch's layout, inputs and target as the graph wants them (channels-last). All is computed in
 ``dtype`` (float64 by default), so that a wrong rule and rounding cannot be confused. With ``sparsity`` 0 kept values
-are exact; otherwise they are what the planner's rules make of them: the razor form, bf16 for fewer than 8 rows a sample,
-4-bit derivatives of smooth activations.
+are exact; otherwise they are what the planner's rules make of them: the razor form, bf16 for fewer than 8 rows a
+sample, 4-bit derivatives of smooth activations.
 """
 
 from __future__ import annotations
