@@ -252,7 +252,7 @@ class Network:
         else:
             loss = F.binary_cross_entropy_with_logits(prediction, torch.tensor(target, dtype=torch.float64))
         loss.backward()
-        return float(loss), {n: tensors[n].grad.numpy() for n in self.trainable}
+        return loss.item(), {n: tensors[n].grad.numpy() for n in self.trainable}
 
 
 def activation(act: str) -> dict[str, Any]:
