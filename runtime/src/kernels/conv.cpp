@@ -148,17 +148,7 @@ bool conv_run(const Call& call) {
                       call.as<uint8_t>(5),     kept_row_bytes(keep, s.oc)};
   const int threads = call.pool->threads();
   if (is_depthwise(s)) {
-    Depthwise d{forward_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh),
-                forward_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw),
-                s.n,
-                s.ic,
-                call.as<const float>(0),
-                call.as<float>(4),
-                s.oh,
-                s.ow,
-                call.as<const float>(1),
-                s.kw,
-                finish};
+    const Depthwise d{s, false, call.as<const float>(0), call.as<const float>(1), call.as<float>(4), finish};
     call.pool->run([&](int thread) { depthwise(d, thread, threads); });
     return true;
   }
@@ -197,15 +187,9 @@ bool conv_grad_input_run(const Call& call) {
   finish.accumulate = call.ints[kConvInts] == 1;
   const int threads = call.pool->threads();
   if (is_depthwise(s)) {
-    finish.scale = scale;
-    call.pool->run([&](int thread) {
-      each_phase(s, [&](int64_t y, int64_t x) {
-        depthwise(
-            {gradient_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh, y), gradient_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw, x),
-             s.n, s.ic, call.as<const float>(0), call.as<float>(3), s.ih, s.iw, call.as<const float>(1), s.kw, finish},
-            thread, threads);
-      });
-    });
+    finish.scale = scale;  // its channel is the input's channel
+    const Depthwise d{s, true, call.as<const float>(0), call.as<const float>(1), call.as<float>(3), finish};
+    call.pool->run([&](int thread) { depthwise(d, thread, threads); });
     return true;
   }
   uint64_t part;

@@ -1,115 +1,164 @@
 // Depthwise convolution, forward and input gradient in gather form: vectors over channels, sums of a few neighbouring
-// pixels in registers. Each written row sums its own taps, so threads split rows without races.
+// pixels in registers. Each written row sums its own taps, so threads split rows without races. Channels are the inner
+// loop, so that memory is read in order: with pixels inside, each line of cache would be a stride of all channels from
+// the next.
 #include "conv_paths.h"
 
 namespace er::ER_ISA {
 namespace {
 
-// One row of output pixels, one vector of channels.
-struct Line {
-  const float* source;             // channel c of source row of the first valid tap row, pixel 0
-  int64_t row_step;                // floats between the source rows of neighbouring tap rows
-  const float* weight;             // channel c of the first valid tap row, tap column 0
-  int64_t weight_row, weight_tap;  // floats between tap rows, tap columns
+// Neighbouring sums that are in registers at once, beside the taps of one kernel row.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kMostPixels = 8;
+#else
+constexpr int64_t kMostPixels = 4;
+#endif
+
+// The pixels of one written row that share their tap columns' phase, channels [begin, end).
+struct Row {
+  const float* source;             // first valid source row, pixel 0
+  const float* weight;             // first valid kernel row, first tap column
+  float* out;                      // first written pixel
+  const Axis* axis;                // of the columns
   int64_t rows;                    // valid tap rows
-  float* out;                      // channel c of pixel 0
-  int64_t out_pixel, pixel;        // floats between neighbouring written pixels, source pixels
-  const Axis* axis;
-  int last;  // channels in the vector
+  int64_t row_step;                // floats between the source rows of neighbouring tap rows
+  int64_t weight_row, weight_tap;  // floats between tap rows, tap columns
+  int64_t pixel, out_pixel;        // floats between source pixels, written pixels
+  int64_t begin, end;              // channels
+  const Finish* finish;
+};
+
+// What the sums of kPixels pixels become; c is the channel of `out`.
+struct Store {
   VecF scale, shift, low, high;
+  int64_t left;
   bool accumulate;
 
-  VecF in(const float* p) const { return last == kLanes ? load(p) : load_partial(p, last); }
-  void finish(int64_t j, VecF sum) const {
-    float* o = out + j * out_pixel;
+  Store(const Finish& f, int64_t c, int64_t end)
+      : scale(f.scale ? load_upto(f.scale + c, end - c) : broadcast(1.0f)),
+        shift(f.shift ? load_upto(f.shift + c, end - c) : VecF{}),
+        low(broadcast(f.low())),
+        high(broadcast(f.high())),
+        left(end - c),
+        accumulate(f.accumulate) {}
+  void operator()(float* out, VecF sum) const {
     VecF z = sum * scale + shift;
-    if (accumulate) z += in(o);
-    z = min(high, max(low, z));
-    if (last == kLanes)
-      store(o, z);
-    else
-      store_partial(o, z, last);
+    if (accumulate) z += load_upto(out, left);
+    store_upto(out, min(high, max(low, z)), left);
   }
 };
 
-// Pixels [begin, end), each with the taps that it has.
-void any_pixels(const Line& l, int64_t begin, int64_t end) {
+// Any kernel: pixels [begin, end), each with the taps that it has.
+void any_pixels(const Row& row, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; j++) {
     int64_t first, last;
-    l.axis->tap_range(j, &first, &last);
-    const float* x = l.source + (l.axis->src_start + j * l.axis->src_step) * l.pixel;
-    VecF sum{};
-    for (int64_t r = 0; r < l.rows; r++)
-      for (int64_t t = first; t < last; t++)
-        sum += l.in(x + r * l.row_step + t * l.axis->tap_step * l.pixel) *
-               l.in(l.weight + r * l.weight_row + t * l.weight_tap);
-    l.finish(j, sum);
+    row.axis->tap_range(j, &first, &last);
+    const float* source = row.source + (row.axis->src_start + j * row.axis->src_step) * row.pixel;
+    for (int64_t c = row.begin; c < row.end; c += kLanes) {
+      const int64_t left = row.end - c;
+      VecF sum{};
+      for (int64_t r = 0; r < row.rows; r++)
+        for (int64_t t = first; t < last; t++)
+          sum += load_upto(source + r * row.row_step + t * row.axis->tap_step * row.pixel + c, left) *
+                 load_upto(row.weight + r * row.weight_row + t * row.weight_tap + c, left);
+      Store(*row.finish, c, row.end)(row.out + j * row.out_pixel + c, sum);
+    }
   }
 }
 
-// Pixels [begin, end) that have all kTaps taps, whole vectors, neighbouring taps one source pixel apart.
-template <int kTaps, int kStep, int kPixels>
-void whole_pixels(const Line& l, int64_t begin, int64_t end) {
+// kPixels pixels from j on, taps one source pixel apart. With kEdge some source pixels may lie outside and count as
+// zeros.
+template <int kTaps, int kStep, int kPixels, bool kEdge>
+void some_pixels(const Row& row, int64_t j) {
   constexpr int kReach = (kPixels - 1) * kStep + kTaps;
-  int64_t j = begin;
-  for (; j + kPixels <= end; j += kPixels) {
+  const int64_t x = row.axis->src_start + j * kStep;
+  const int64_t low = -x, high = row.axis->source - x;  // reached pixels that exist
+  auto block = [&](int64_t c, auto in) __attribute__((always_inline)) {
     VecF sum[kPixels];
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; i++) sum[i] = VecF{};
-    const float* x = l.source + (l.axis->src_start + j * kStep) * l.pixel;
-    const float* w = l.weight;
-    for (int64_t r = 0; r < l.rows; r++, x += l.row_step, w += l.weight_row) {
+    const float* source = row.source + x * row.pixel + c;
+    const float* weight = row.weight + c;
+    for (int64_t r = 0; r < row.rows; r++, source += row.row_step, weight += row.weight_row) {
       VecF tap[kTaps];
 #pragma GCC unroll 8
-      for (int t = 0; t < kTaps; t++) tap[t] = load(w + t * l.weight_tap);
-#pragma GCC unroll 16
+      for (int t = 0; t < kTaps; t++) tap[t] = in(weight + t * row.weight_tap);
+#pragma GCC unroll 32
       for (int p = 0; p < kReach; p++) {
-        VecF v = load(x + p * l.pixel);
+        if (kEdge && (p < low || p >= high)) continue;
+        VecF v = in(source + p * row.pixel);
 #pragma GCC unroll 8
         for (int i = 0; i < kPixels; i++)
           if (p - i * kStep >= 0 && p - i * kStep < kTaps) sum[i] += v * tap[p - i * kStep];
       }
     }
+    const Store finish(*row.finish, c, row.end);
+    float* out = row.out + j * row.out_pixel + c;
 #pragma GCC unroll 8
-    for (int i = 0; i < kPixels; i++) l.finish(j + i, sum[i]);
-  }
-  any_pixels(l, j, end);
+    for (int i = 0; i < kPixels; i++) finish(out + i * row.out_pixel, sum[i]);
+  };
+  int64_t c = row.begin;
+  for (; c + kLanes <= row.end; c += kLanes) block(c, [](const float* p) { return load(p); });
+  const int left = static_cast<int>(row.end - c);
+  if (left) block(c, [left](const float* p) { return load_partial(p, left); });
 }
 
-using Pixels = void (*)(const Line&, int64_t, int64_t);
-Pixels pixels_for(const Axis& a) {
-  if (a.taps > 1 && a.tap_step != 1) return any_pixels;
-  if (a.src_step == 1) switch (a.taps) {
+template <int kTaps, int kStep, int kPixels>
+int64_t pixels_while(const Row& row, int64_t j) {
+  const int64_t reach = (kPixels - 1) * kStep + kTaps;
+  for (; j + kPixels <= row.axis->count; j += kPixels) {
+    const int64_t x = row.axis->src_start + j * kStep;
+    if (x >= 0 && x + reach <= row.axis->source)
+      some_pixels<kTaps, kStep, kPixels, false>(row, j);
+    else
+      some_pixels<kTaps, kStep, kPixels, true>(row, j);
+  }
+  return j;
+}
+
+template <int kTaps, int kStep>
+void fixed_pixels(const Row& row) {
+  int64_t j = pixels_while<kTaps, kStep, kMostPixels>(row, 0);
+  if constexpr (kMostPixels > 4) j = pixels_while<kTaps, kStep, 4>(row, j);
+  j = pixels_while<kTaps, kStep, 2>(row, j);
+  pixels_while<kTaps, kStep, 1>(row, j);
+}
+
+void row_pixels(const Row& row) {
+  const Axis& a = *row.axis;
+  const bool adjacent = a.taps == 1 || a.tap_step == 1;
+  if (adjacent && a.src_step == 1) switch (a.taps) {
       case 1:
-        return whole_pixels<1, 1, 4>;
+        return fixed_pixels<1, 1>(row);
       case 2:
-        return whole_pixels<2, 1, 4>;
+        return fixed_pixels<2, 1>(row);
       case 3:
-        return whole_pixels<3, 1, 4>;
+        return fixed_pixels<3, 1>(row);
       case 4:
-        return whole_pixels<4, 1, 4>;
+        return fixed_pixels<4, 1>(row);
       case 5:
-        return whole_pixels<5, 1, 4>;
+        return fixed_pixels<5, 1>(row);
       case 7:
-        return whole_pixels<7, 1, 4>;
+        return fixed_pixels<7, 1>(row);
     }
-  if (a.src_step == 2) switch (a.taps) {
+  if (adjacent && a.src_step == 2) switch (a.taps) {
       case 3:
-        return whole_pixels<3, 2, 4>;
+        return fixed_pixels<3, 2>(row);
       case 5:
-        return whole_pixels<5, 2, 4>;
+        return fixed_pixels<5, 2>(row);
       case 7:
-        return whole_pixels<7, 2, 4>;
+        return fixed_pixels<7, 2>(row);
     }
-  return any_pixels;
+  any_pixels(row, 0, a.count);
 }
 
 }  // namespace
 
 void depthwise(const Depthwise& d, int thread, int threads) {
-  const Axis &ys = d.rows_axis, &xs = d.cols_axis;
+  const ConvShape& s = d.shape;
   const Finish& f = d.finish;
-  const int64_t lines = d.samples * ys.count, channels = d.channels;
+  const int64_t channels = s.ic, out_h = d.gradient ? s.ih : s.oh, out_w = d.gradient ? s.iw : s.ow;
+  const int64_t lines = s.n * out_h;
   int64_t line_begin = 0, line_end = lines, begin = 0, end = channels;
   // Few rows: split channels, in multiples of 8 (whole bytes of kept bits) and of a vector.
   constexpr int64_t unit = kLanes < 8 ? 8 : kLanes;
@@ -121,51 +170,41 @@ void depthwise(const Depthwise& d, int thread, int threads) {
     begin = units * thread / threads * unit;
     end = std::min(channels, units * (thread + 1) / threads * unit);
   }
-  if (xs.count == 0 || begin >= end) return;
+  if (begin >= end) return;
 
-  // Pixels [first, last) have every tap column.
-  int64_t first = 0, last = xs.count;
-  for (int64_t t = 0; t < xs.taps; t++) {
-    int64_t low, high;
-    xs.position_range(t, &low, &high);
-    first = std::max(first, low);
-    last = std::min(last, high);
-  }
-  const Pixels whole = pixels_for(xs);
+  // The gradient's rows and columns fall into phases of the stride, each with its own taps; the forward pass has one
+  // phase.
+  const int64_t row_phases = d.gradient ? s.sh : 1, column_phases = d.gradient ? std::min(s.sw, s.iw) : 1;
   for (int64_t line = line_begin; line < line_end; line++) {
-    const int64_t s = line / ys.count, j = line % ys.count;
-    int64_t row_first, row_last;
-    ys.tap_range(j, &row_first, &row_last);
-    const int64_t y = ys.src_start + j * ys.src_step + row_first * ys.tap_step;
-    const int64_t ky = ys.kernel_start + row_first * ys.kernel_step;
-    float* out = d.out + ((s * d.out_h + ys.out_start + j * ys.out_step) * d.out_w + xs.out_start) * channels;
-    for (int64_t c = begin; c < end; c += kLanes) {
-      Line l;
-      l.rows = row_last - row_first;
-      l.source = l.rows ? d.source + (s * ys.source + y) * xs.source * channels + c : nullptr;
-      l.row_step = ys.tap_step * xs.source * channels;
-      l.weight = l.rows ? d.weight + (ky * d.kernel_w + xs.kernel_start) * channels + c : nullptr;
-      l.weight_row = ys.kernel_step * d.kernel_w * channels;
-      l.weight_tap = xs.kernel_step * channels;
-      l.out = out + c;
-      l.out_pixel = xs.out_step * channels;
-      l.pixel = channels;
-      l.axis = &xs;
-      l.last = static_cast<int>(std::min<int64_t>(kLanes, channels - c));
-      l.scale = f.scale ? load_upto(f.scale + c, channels - c) : broadcast(1.0f);
-      l.shift = f.shift ? load_upto(f.shift + c, channels - c) : VecF{};
-      l.low = broadcast(f.low());
-      l.high = broadcast(f.high());
-      l.accumulate = f.accumulate;
-      if (l.last < kLanes || first >= last) {
-        any_pixels(l, 0, xs.count);
-      } else {
-        any_pixels(l, 0, first);
-        whole(l, first, last);
-        any_pixels(l, last, xs.count);
+    const int64_t sample = line / out_h, y = line % out_h, j = y / row_phases;
+    const Axis ys = d.gradient ? gradient_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh, y % row_phases)
+                               : forward_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh);
+    int64_t first, last;
+    ys.tap_range(j, &first, &last);
+    for (int64_t phase = 0; phase < column_phases; phase++) {
+      const Axis xs = d.gradient ? gradient_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw, phase)
+                                 : forward_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw);
+      Row row{};
+      row.axis = &xs;
+      row.rows = last - first;
+      if (row.rows) {
+        const int64_t source = sample * ys.source + ys.src_start + j * ys.src_step + first * ys.tap_step;
+        const int64_t ky = ys.kernel_start + first * ys.kernel_step;
+        row.source = d.source + source * xs.source * channels;
+        row.weight = d.weight + (ky * s.kw + xs.kernel_start) * channels;
       }
+      row.out = d.out + (line * out_w + xs.out_start) * channels;
+      row.row_step = ys.tap_step * xs.source * channels;
+      row.weight_row = ys.kernel_step * s.kw * channels;
+      row.weight_tap = xs.kernel_step * channels;
+      row.pixel = channels;
+      row.out_pixel = xs.out_step * channels;
+      row.begin = begin;
+      row.end = end;
+      row.finish = &f;
+      row_pixels(row);
     }
-    if (f.second_pass()) f.run(d.out, channels, line * xs.count, xs.count, begin, end);
+    if (f.second_pass()) f.run(d.out, channels, line * out_w, out_w, begin, end);
   }
 }
 

@@ -88,10 +88,10 @@ void pack(const GatherGemm& g, int64_t group, const DepthBlock& block, int64_t c
           store(out + k * ld + v * kLanes, load_upto(w + v * kLanes, g.n - column - v * kLanes));
       continue;
     }
-    for (int64_t k = 0; k < block.depth; k += kLanes) {
-      const int64_t o = group * g.k_tap + block.begin + k, left = block.depth - k;
-      VecF scale = g.weight_scale ? load_upto(g.weight_scale + o, left) : broadcast(1.0f);
-      for (int64_t v = 0; v < vectors; v++) {
+    for (int64_t v = 0; v < vectors; v++) {  // outside: reads few rows of the weight at once, each in order
+      for (int64_t k = 0; k < block.depth; k += kLanes) {
+        const int64_t o = group * g.k_tap + block.begin + k, left = block.depth - k;
+        VecF scale = g.weight_scale ? load_upto(g.weight_scale + o, left) : broadcast(1.0f);
         VecF square[kLanes];
         for (int i = 0; i < kLanes; i++) {
           int64_t c = column + v * kLanes + i;

@@ -55,15 +55,14 @@ uint64_t gather_gemm_scratch(const GatherGemm& g);
 // `scratch` is this thread's, `zeros` has source_cols zeros. Every thread calls it with its number.
 void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros);
 
-// group = channels, one output channel each: out[s, y(j), x(i), c] = Σ_t source[s, …, c] · weight[t, c].
+// group = ic = oc: Y[s, y, x, c] = Σ_t X[s, …, c] · W[t, c], or dX from dY, where each input position gathers the taps
+// that reached it.
 struct Depthwise {
-  Axis rows_axis, cols_axis;
-  int64_t samples, channels;
-  const float* source;
-  float* out;
-  int64_t out_h, out_w;
+  ConvShape shape;
+  bool gradient;
+  const float* source;  // X or dY
   const float* weight;  // [kh, kw, channels]
-  int64_t kernel_w;
+  float* out;           // Y or dX
   Finish finish;
 };
 void depthwise(const Depthwise& d, int thread, int threads);
