@@ -1,4 +1,5 @@
-// Affine maps with activations outside of convolutions, and the backward pass of every activation from the form in which it was kept.
+// Affine maps with activations outside of convolutions, and the backward pass of every activation from the form in
+// which it was kept.
 #include "activation.h"
 
 #include <algorithm>
@@ -9,9 +10,12 @@
 namespace er::ER_ISA {
 namespace {
 
-Activation activation_of(const Call& call, uint32_t code_at) { return {call.ints[code_at], call.floats[0], call.floats[1]}; }
+Activation activation_of(const Call& call, uint32_t code_at) {
+  return {call.ints[code_at], call.floats[0], call.floats[1]};
+}
 
-// affine: X[rows][cols], scale?[cols], shift?[cols], Y[rows][cols] = act(scale·X + shift), kept?; ints rows, cols, act, keep.
+// affine: X[rows][cols], scale?[cols], shift?[cols], Y[rows][cols] = act(scale·X + shift), kept?; ints rows, cols, act,
+// keep.
 std::string check_affine(const Call& call) {
   CallCheck check(call, 5, 4, 2);
   const int64_t rows = check.size(0, "rows"), cols = check.size(1, "cols");
@@ -90,7 +94,8 @@ void grad_bits(const Activation& act, const float* dy, const uint8_t* kept, floa
   const VecF on = broadcast(act.code == kActHardSigmoid ? act.alpha : 1.0f);
   const VecF off = broadcast(act.code == kActLeakyRelu ? act.alpha : 0.0f);
   const int64_t stride = kept_row_bytes(kKeepBits, cols);
-  // A slope of exactly 1 or 0 lets the mask select instead of multiply; NaN gradients of inactive elements vanish, as in torch.
+  // A slope of exactly 1 or 0 lets the mask select instead of multiply; NaN gradients of inactive elements vanish, as
+  // in torch.
   const bool plain = act.code == kActRelu || act.code == kActClip;
   for (int64_t r = 0; r < rows; r++, dy += cols, dx += cols, kept += stride)
     for (int64_t c = 0; c < cols; c += kLanes) {
@@ -112,7 +117,8 @@ void grad_q4(const Activation& act, const float* dy, const uint8_t* kept, float*
       const int64_t left = cols - c;
       Bytes packed{};
       std::memcpy(&packed, kept + c / 2, static_cast<size_t>(left >= kLanes ? kLanes / 2 : (left + 1) / 2));
-      VecU64 pair = __builtin_convertvector(packed, VecU64);  // a byte in each u64: low nibble to the even lane, high to the odd
+      VecU64 pair =
+          __builtin_convertvector(packed, VecU64);  // a byte in each u64: low nibble to the even lane, high to the odd
       pair = (pair & 15) | (pair >> 4 << 32);
       const VecF q = to_float((VecI)pair);
       store_upto(dx + c, load_upto(dy + c, left) * (range.low + q * step), left);
@@ -131,16 +137,26 @@ void grad_dense(const Activation& act, const float* dy, const float* x, float* d
 
 void grad_dense_any(const Activation& act, const float* dy, const float* x, float* dx, int64_t n) {
   switch (act.code) {
-    case kActRelu: return grad_dense<kActRelu>(act, dy, x, dx, n);
-    case kActClip: return grad_dense<kActClip>(act, dy, x, dx, n);
-    case kActLeakyRelu: return grad_dense<kActLeakyRelu>(act, dy, x, dx, n);
-    case kActHardSigmoid: return grad_dense<kActHardSigmoid>(act, dy, x, dx, n);
-    case kActHardSwish: return grad_dense<kActHardSwish>(act, dy, x, dx, n);
-    case kActSigmoid: return grad_dense<kActSigmoid>(act, dy, x, dx, n);
-    case kActTanh: return grad_dense<kActTanh>(act, dy, x, dx, n);
-    case kActSilu: return grad_dense<kActSilu>(act, dy, x, dx, n);
-    case kActGelu: return grad_dense<kActGelu>(act, dy, x, dx, n);
-    default: return grad_dense<kActGeluTanh>(act, dy, x, dx, n);
+    case kActRelu:
+      return grad_dense<kActRelu>(act, dy, x, dx, n);
+    case kActClip:
+      return grad_dense<kActClip>(act, dy, x, dx, n);
+    case kActLeakyRelu:
+      return grad_dense<kActLeakyRelu>(act, dy, x, dx, n);
+    case kActHardSigmoid:
+      return grad_dense<kActHardSigmoid>(act, dy, x, dx, n);
+    case kActHardSwish:
+      return grad_dense<kActHardSwish>(act, dy, x, dx, n);
+    case kActSigmoid:
+      return grad_dense<kActSigmoid>(act, dy, x, dx, n);
+    case kActTanh:
+      return grad_dense<kActTanh>(act, dy, x, dx, n);
+    case kActSilu:
+      return grad_dense<kActSilu>(act, dy, x, dx, n);
+    case kActGelu:
+      return grad_dense<kActGelu>(act, dy, x, dx, n);
+    default:
+      return grad_dense<kActGeluTanh>(act, dy, x, dx, n);
   }
 }
 

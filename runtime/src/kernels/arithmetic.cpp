@@ -35,13 +35,16 @@ uint64_t check_dims(CallCheck& check, uint32_t at, int rank) {
   return bytes;
 }
 
-// Bytes from the operand's start to the end of its last element, for dims at ints[dims_at …] and strides at ints[strides_at …].
-uint64_t check_span(CallCheck& check, const Call& call, uint32_t dims_at, uint32_t strides_at, int rank, int64_t offset) {
+// Bytes from the operand's start to the end of its last element, for dims at ints[dims_at …] and strides at
+// ints[strides_at …].
+uint64_t check_span(CallCheck& check, const Call& call, uint32_t dims_at, uint32_t strides_at, int rank,
+                    int64_t offset) {
   uint64_t last = static_cast<uint64_t>(offset), bytes;
   for (int d = 0; d < rank && check.ok(); d++) {
     const int64_t stride = check.integer(strides_at + d, "stride", 0, INT64_MAX);
     uint64_t reach;
-    if (__builtin_mul_overflow(static_cast<uint64_t>(call.ints[dims_at + d] - 1), static_cast<uint64_t>(stride), &reach) ||
+    if (__builtin_mul_overflow(static_cast<uint64_t>(call.ints[dims_at + d] - 1), static_cast<uint64_t>(stride),
+                               &reach) ||
         __builtin_add_overflow(last, reach, &last))
       return UINT64_MAX;
   }
@@ -53,19 +56,27 @@ uint64_t check_span(CallCheck& check, const Call& call, uint32_t dims_at, uint32
 
 struct Add {
   template <class T>
-  T operator()(T a, T b) const { return a + b; }
+  T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Sub {
   template <class T>
-  T operator()(T a, T b) const { return a - b; }
+  T operator()(T a, T b) const {
+    return a - b;
+  }
 };
 struct Mul {
   template <class T>
-  T operator()(T a, T b) const { return a * b; }
+  T operator()(T a, T b) const {
+    return a * b;
+  }
 };
 struct Div {
   template <class T>
-  T operator()(T a, T b) const { return a / b; }
+  T operator()(T a, T b) const {
+    return a / b;
+  }
 };
 
 // One row: out[i] = a[i·sa] op b[i·sb].
@@ -94,7 +105,8 @@ void binary_loop(const Call& call, Strided<3> loop, Op op, float* out, const flo
   const int inner = loop.rank - 1;
   const int64_t cols = loop.dims[inner], rows = loop.dims[inner - 1], all_rows = loop.outer(inner);
   const int64_t sa = loop.strides[1][inner], sb = loop.strides[2][inner];
-  auto run_rows = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {  // rows begin … end, columns first … last
+  auto run_rows = [&](int64_t begin, int64_t end, int64_t first,
+                      int64_t last) {  // rows begin … end, columns first … last
     int64_t at[3];
     while (begin < end) {
       loop.locate(begin, inner, at);
@@ -146,10 +158,18 @@ bool run_binary(const Call& call) {
   const float *a = call.as<float>(0), *b = call.as<float>(1);
   float* out = call.as<float>(2);
   switch (call.ints[0]) {
-    case 0: binary_loop(call, loop, Add{}, out, a, b); break;
-    case 1: binary_loop(call, loop, Sub{}, out, a, b); break;
-    case 2: binary_loop(call, loop, Mul{}, out, a, b); break;
-    default: binary_loop(call, loop, Div{}, out, a, b); break;
+    case 0:
+      binary_loop(call, loop, Add{}, out, a, b);
+      break;
+    case 1:
+      binary_loop(call, loop, Sub{}, out, a, b);
+      break;
+    case 2:
+      binary_loop(call, loop, Mul{}, out, a, b);
+      break;
+    default:
+      binary_loop(call, loop, Div{}, out, a, b);
+      break;
   }
   return true;
 }
@@ -252,12 +272,14 @@ float sum_all(const Call& call, const float* x, int64_t n) {
   constexpr int64_t kParts = 64;
   double part[kParts] = {};
   parallel(call, kParts, n / kParts, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) part[p] = sum_contiguous(x + n * p / kParts, n * (p + 1) / kParts - n * p / kParts);
+    for (int64_t p = begin; p < end; p++)
+      part[p] = sum_contiguous(x + n * p / kParts, n * (p + 1) / kParts - n * p / kParts);
   });
   return static_cast<float>(std::accumulate(part, part + kParts, 0.0));
 }
 
-// The general case. Result elements are walked as [outer][cols], cols being the kept dimension that lies innermost (1 if a reduced one does).
+// The general case. Result elements are walked as [outer][cols], cols being the kept dimension that lies innermost (1
+// if a reduced one does).
 void reduce_outer(const Call& call, const Reduction& r, const float* x, float factor, float* out) {
   const bool columns = r.rank > 0 && !r.reduced[r.rank - 1];
   const int64_t cols = columns ? r.dims[r.rank - 1] : 1;

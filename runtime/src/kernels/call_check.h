@@ -1,5 +1,5 @@
-// Validation of a kernel call's attributes and operands, and helpers to share work. A plan is untrusted: sizes are multiplied with overflow
-// checks, and what passes can be trusted by run().
+// Validation of a kernel call's attributes and operands, and helpers to share work. A plan is untrusted: sizes are
+// multiplied with overflow checks, and what passes can be trusted by run().
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -44,7 +44,8 @@ class CallCheck {
     if (!ok()) return low;
     int64_t value = call_.ints[index];
     if (value >= low && value <= high) return value;
-    fail(std::string(name) + " must be " + std::to_string(low) + " to " + std::to_string(high) + ", not " + std::to_string(value));
+    fail(std::string(name) + " must be " + std::to_string(low) + " to " + std::to_string(high) + ", not " +
+         std::to_string(value));
     return low;
   }
   int64_t size(uint32_t index, const char* name) { return integer(index, name, 1, kMaxDim); }

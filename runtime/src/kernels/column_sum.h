@@ -1,5 +1,5 @@
-// Sums of many float32 terms that stay within a few roundings of the exact sum, whatever the number of rows: eight rows are added pairwise,
-// eight such groups make a block, blocks are added up.
+// Sums of many float32 terms that stay within a few roundings of the exact sum, whatever the number of rows: eight rows
+// are added pairwise, eight such groups make a block, 64 blocks a stretch, stretches are added up.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,18 +9,18 @@
 
 namespace er::ER_ISA {
 
-constexpr int64_t kSumBlock = 64;  // rows
-constexpr int kSumTile = 32;       // vectors of a column tile: a row's part is read in one run, the accumulators stay in L1
+constexpr int64_t kSumBlock = 64, kSumStretch = 64 * kSumBlock;  // rows
+constexpr int kSumTile = 32;  // vectors of a column tile: a row's part is read in one run, the accumulators stay in L1
 
-// out[c] (=, or += if accumulate) Σ over r in [0, rows) of term(r, c, left), for c in [begin, end); term gives the kLanes terms from
-// column c on, of which `left` (at least 1) exist.
+// out[c] (=, or += if accumulate) Σ over r in [0, rows) of term(r, c, left), for c in [begin, end); term gives the
+// kLanes terms from column c on, of which `left` (at least 1) exist.
 template <class Term>
 void sum_columns(int64_t rows, int64_t begin, int64_t end, bool accumulate, float* out, Term&& term) {
-  VecF total[kSumTile], block[kSumTile];
+  VecF total[kSumTile], stretch[kSumTile], block[kSumTile];
   for (int64_t tile = begin; tile < end; tile += kSumTile * kLanes) {
     const int64_t stop = std::min(end, tile + kSumTile * kLanes);
     const int vectors = static_cast<int>((stop - tile + kLanes - 1) / kLanes);
-    for (int v = 0; v < vectors; v++) total[v] = VecF{};
+    for (int v = 0; v < vectors; v++) total[v] = stretch[v] = VecF{};
     for (int64_t first = 0; first < rows; first += kSumBlock) {
       const int64_t last = std::min(rows, first + kSumBlock);
       for (int v = 0; v < vectors; v++) block[v] = VecF{};
@@ -37,7 +37,12 @@ void sum_columns(int64_t rows, int64_t begin, int64_t end, bool accumulate, floa
           const int64_t c = tile + int64_t{v} * kLanes;
           block[v] += term(r, c, stop - c);
         }
-      for (int v = 0; v < vectors; v++) total[v] += block[v];
+      for (int v = 0; v < vectors; v++) stretch[v] += block[v];
+      if (last == rows || last % kSumStretch == 0)
+        for (int v = 0; v < vectors; v++) {
+          total[v] += stretch[v];
+          stretch[v] = VecF{};
+        }
     }
     for (int v = 0; v < vectors; v++) {
       const int64_t c = tile + int64_t{v} * kLanes, left = stop - c;
@@ -62,11 +67,13 @@ inline double sum_contiguous(const float* x, int64_t n) {
   return total;
 }
 
-// Rows are cut into a fixed number of chunks, so that a sum over rows can use every thread and yet does not depend on their number.
+// Rows are cut into a fixed number of chunks, so that a sum over rows can use every thread and yet does not depend on
+// their number.
 inline int64_t sum_chunks(int64_t rows) { return std::clamp<int64_t>(rows / 512, 1, 32); }
 
 // out[c] = factor · Σ over rows of x[rows][cols]. partial: float [sum_chunks(rows)][cols], unused if that is one chunk.
-inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t cols, float factor, float* out, float* partial) {
+inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t cols, float factor, float* out,
+                     float* partial) {
   const int64_t chunks = sum_chunks(rows), width = kSumTile * kLanes, tiles = (cols + width - 1) / width;
   float* sums = chunks == 1 ? out : partial;
   parallel(call, chunks * tiles, rows * cols / (chunks * tiles), [&](int64_t begin, int64_t end) {

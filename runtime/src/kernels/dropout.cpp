@@ -1,4 +1,5 @@
-// Dropout with a counter-based generator: the backward pass calls the same kernel again and gets the same mask, so nothing is kept.
+// Dropout with a counter-based generator: the backward pass calls the same kernel again and gets the same mask, so
+// nothing is kept.
 #include <algorithm>
 #include <cmath>
 
@@ -10,9 +11,10 @@ namespace {
 
 constexpr int kCounters = 16;  // generated together, one a lane
 
-// Philox 4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) of the counters
-// (c0, c1, c2, first + i); word[4·i + j] is word j of counter i.
-void philox(uint32_t key0, uint32_t key1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t first, uint32_t word[4 * kCounters]) {
+// Philox 4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) of the
+// counters (c0, c1, c2, first + i); word[4·i + j] is word j of counter i.
+void philox(uint32_t key0, uint32_t key1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t first,
+            uint32_t word[4 * kCounters]) {
   uint32_t x0[kCounters], x1[kCounters], x2[kCounters], x3[kCounters];
   for (int i = 0; i < kCounters; i++) {
     x0[i] = c0;
@@ -42,7 +44,8 @@ void philox(uint32_t key0, uint32_t key1, uint32_t c0, uint32_t c1, uint32_t c2,
 // dropout: X, Y = X·mask/(1 − ratio); ints elements a sample, samples, stream; float ratio.
 std::string check_dropout(const Call& call) {
   CallCheck check(call, 2, 3, 1);
-  const int64_t elements = check.integer(0, "elements a sample", 1, int64_t{1} << 33), samples = check.size(1, "samples");
+  const int64_t elements = check.integer(0, "elements a sample", 1, int64_t{1} << 33),
+                samples = check.size(1, "samples");
   check.integer(2, "stream", 0, UINT32_MAX);
   if (check.ok()) check.require(call.floats[0] >= 0 && call.floats[0] <= 1, "ratio must be 0 to 1");
   check.present(0, "X", byte_size({samples, elements}));

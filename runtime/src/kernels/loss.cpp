@@ -1,5 +1,5 @@
-// Losses and their gradients in one pass. Each is a mean over the valid samples of the whole batch, so a micro-batch adds its share; samples
-// past the valid ones add nothing and get a gradient of 0.
+// Losses and their gradients in one pass. Each is a mean over the valid samples of the whole batch, so a micro-batch
+// adds its share; samples past the valid ones add nothing and get a gradient of 0.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -29,15 +29,17 @@ int64_t valid_samples(const Call& call, int64_t samples) {
 
 // 1 / (terms of the mean over the batch).
 double mean_factor(const Call& call, int64_t terms_a_sample) {
-  return 1.0 / (static_cast<double>(std::max<uint64_t>(call.context->valid_batch, 1)) * static_cast<double>(terms_a_sample));
+  return 1.0 /
+         (static_cast<double>(std::max<uint64_t>(call.context->valid_batch, 1)) * static_cast<double>(terms_a_sample));
 }
 
-// ---- cross_entropy: logits[samples, positions, classes], target[samples, positions] → dlogits?; label_smoothing ε ----
-// loss = logΣe^x − (1 − ε)·x[target] − ε·mean(x); a target that is no class makes the loss NaN.
+// ---- cross_entropy: logits[samples, positions, classes], target[samples, positions] → dlogits?; label_smoothing ε
+// ---- loss = logΣe^x − (1 − ε)·x[target] − ε·mean(x); a target that is no class makes the loss NaN.
 
 std::string check_cross_entropy(const Call& call) {
   CallCheck check(call, 3, 3, 1);
-  const int64_t samples = check.size(0, "samples"), positions = check.size(1, "positions"), classes = check.size(2, "classes");
+  const int64_t samples = check.size(0, "samples"), positions = check.size(1, "positions"),
+                classes = check.size(2, "classes");
   if (check.ok()) check.require(call.floats[0] >= 0 && call.floats[0] <= 1, "label_smoothing must be 0 to 1");
   check.present(0, "logits", byte_size({samples, positions, classes}));
   check.present(1, "target", byte_size({samples, positions}));
@@ -47,38 +49,43 @@ std::string check_cross_entropy(const Call& call) {
 
 // Loss of one row x[classes]; d (may be x, may be null) gets its gradient times `factor`.
 double cross_entropy_row(const float* x, int64_t classes, int64_t target, float smoothing, float factor, float* d) {
+  constexpr int64_t kSumRun = 32 * kLanes;  // terms summed in float32 before they go to a double
   VecF best = broadcast(-std::numeric_limits<float>::infinity());
-  VecF all{};
-  int64_t i = 0;
-  for (; i + kLanes <= classes; i += kLanes) {
-    const VecF v = load(x + i);
-    best = max(v, best);
-    all += v;
-  }
-  float top = -std::numeric_limits<float>::infinity();
   double total = 0;
-  for (int lane = 0; lane < kLanes; lane++) {
-    top = std::max(top, best[lane]);
-    total += all[lane];
+  for (int64_t first = 0; first < classes; first += kSumRun) {
+    const int64_t last = std::min(classes, first + kSumRun);
+    VecF run{};
+    for (int64_t i = first; i < last; i += kLanes) {
+      const int64_t left = classes - i;
+      const VecF v = load_upto(x + i, left);
+      // Lanes past the end hold 0: right for the sum, but not for the maximum.
+      best = max(left < kLanes ? select(lane_index() < static_cast<int32_t>(left), v, best) : v, best);
+      run += v;
+    }
+    total += sum(run);
   }
-  for (; i < classes; i++) {
-    top = std::max(top, x[i]);
-    total += x[i];
-  }
+  float top = best[0];
+  for (int lane = 1; lane < kLanes; lane++) top = std::max(top, best[lane]);
   const float at_target = x[target];
-  VecF exps{};
-  for (i = 0; i < classes; i += kLanes) {
-    const int64_t left = classes - i;
-    VecF e = exp(load_upto(x + i, left) - top);
-    if (d) store_upto(d + i, e, left);
-    if (left < kLanes) e = (VecF)((lane_index() < static_cast<int32_t>(left)) & (VecI)e);
-    exps += e;
+  double sum_exps = 0;
+  for (int64_t first = 0; first < classes; first += kSumRun) {
+    const int64_t last = std::min(classes, first + kSumRun);
+    VecF run{};
+    for (int64_t i = first; i < last; i += kLanes) {
+      const int64_t left = classes - i;
+      VecF e = exp(load_upto(x + i, left) - top);
+      if (d) store_upto(d + i, e, left);
+      if (left < kLanes) e = (VecF)((lane_index() < static_cast<int32_t>(left)) & (VecI)e);
+      run += e;
+    }
+    sum_exps += sum(run);
   }
-  const float sum_exps = sum(exps);
-  const double log_sum = static_cast<double>(top) + std::log(static_cast<double>(sum_exps));
+  const double log_sum = static_cast<double>(top) + std::log(sum_exps);
   if (d) {
-    const float share = factor / sum_exps, smooth = factor * smoothing / static_cast<float>(classes);
-    for (i = 0; i < classes; i += kLanes) store_upto(d + i, load_upto(d + i, classes - i) * share - smooth, classes - i);
+    const float share = static_cast<float>(factor / sum_exps),
+                smooth = factor * smoothing / static_cast<float>(classes);
+    for (int64_t i = 0; i < classes; i += kLanes)
+      store_upto(d + i, load_upto(d + i, classes - i) * share - smooth, classes - i);
     d[target] -= factor * (1.0f - smoothing);
   }
   double loss = log_sum - (1.0 - smoothing) * at_target;

@@ -9,7 +9,8 @@
 namespace er::ER_ISA {
 namespace {
 
-// batch_norm_fold: gamma?[c], beta?[c], mean[c], var[c], bias?[c] → scale[c] = gamma/√(var + ε), shift[c] = beta + (bias − mean)·scale.
+// batch_norm_fold: gamma?[c], beta?[c], mean[c], var[c], bias?[c] → scale[c] = gamma/√(var + ε), shift[c] = beta +
+// (bias − mean)·scale.
 std::string check_fold(const Call& call) {
   CallCheck check(call, 7, 1, 1);
   uint64_t bytes = byte_size({check.size(0, "c")});
@@ -24,7 +25,8 @@ std::string check_fold(const Call& call) {
 }
 
 bool run_fold(const Call& call) {
-  const float *gamma = call.as<float>(0), *beta = call.as<float>(1), *mean = call.as<float>(2), *var = call.as<float>(3);
+  const float *gamma = call.as<float>(0), *beta = call.as<float>(1), *mean = call.as<float>(2),
+              *var = call.as<float>(3);
   const float* bias = call.as<float>(4);
   float *scale = call.as<float>(5), *shift = call.as<float>(6);
   const double epsilon = call.floats[0];
@@ -51,7 +53,8 @@ std::string check_grad(const Call& call) {
 }
 
 bool run_grad(const Call& call) {
-  const float *dot = call.as<float>(0), *dshift = call.as<float>(1), *mean = call.as<float>(2), *var = call.as<float>(3);
+  const float *dot = call.as<float>(0), *dshift = call.as<float>(1), *mean = call.as<float>(2),
+              *var = call.as<float>(3);
   const float* bias = call.as<float>(4);
   float* dgamma = call.as<float>(5);
   const double epsilon = call.floats[0];
@@ -97,9 +100,10 @@ bool run_column_dot(const Call& call) {
   const float *w = call.as<float>(0), *g = call.as<float>(1);
   const int64_t rows = call.ints[0], cols = call.ints[1], tiles = (cols + 63) / 64;
   parallel(call, tiles, 2 * rows * 64, [&](int64_t begin, int64_t end) {
-    sum_columns(rows, begin * 64, std::min(cols, end * 64), false, call.as<float>(2), [=](int64_t r, int64_t c, int64_t left) {
-      return load_upto(w + r * cols + c, left) * load_upto(g + r * cols + c, left);
-    });
+    sum_columns(rows, begin * 64, std::min(cols, end * 64), false, call.as<float>(2),
+                [=](int64_t r, int64_t c, int64_t left) {
+                  return load_upto(w + r * cols + c, left) * load_upto(g + r * cols + c, left);
+                });
   });
   return true;
 }
@@ -121,7 +125,8 @@ bool run_scale_columns(const Call& call) {
   parallel(call, rows, cols, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)
       for (int64_t c = 0; c < cols; c += kLanes)
-        store_upto(out + r * cols + c, load_upto(g + r * cols + c, cols - c) * load_upto(scale + c, cols - c), cols - c);
+        store_upto(out + r * cols + c, load_upto(g + r * cols + c, cols - c) * load_upto(scale + c, cols - c),
+                   cols - c);
   });
   return true;
 }

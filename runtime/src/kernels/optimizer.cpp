@@ -1,6 +1,10 @@
-// SGD and AdamW, applied in place as soon as a gradient is complete, one pass over memory. With M micro-batches the gradients add up in the
-// momentum or in an accumulator, and the parameter changes only with the last one: until then the forward passes must see the old value.
+// SGD and AdamW, applied in place as soon as a gradient is complete, one pass over memory. With M micro-batches the
+// gradients add up in the momentum or in an accumulator, and the parameter changes only with the last one: until then
+// the forward passes must see the old value.
 #include <cmath>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "../kernel.h"
 #include "../simd.h"
@@ -40,13 +44,15 @@ std::string check_sgd(const Call& call) {
   check.optional(3, "accumulator", bytes);
   if (check.ok()) {
     check.require(call.floats[0] >= 0 && call.floats[1] >= 0, "momentum and weight_decay must not be negative");
-    check.require(std::isfinite(call.floats[0]) && std::isfinite(call.floats[1]), "momentum and weight_decay must be finite");
+    check.require(std::isfinite(call.floats[0]) && std::isfinite(call.floats[1]),
+                  "momentum and weight_decay must be finite");
     check.require(!nesterov || call.operands[2].data, "nesterov needs the momentum operand");
   }
   return check.error();
 }
 
-// M > 1, gradients add up in v: v = μ·v + wd·w + g at the first micro-batch, v += g at the others, w −= lr·v at the last.
+// M > 1, gradients add up in v: v = μ·v + wd·w + g at the first micro-batch, v += g at the others, w −= lr·v at the
+// last.
 void sgd_in_momentum(const Call& call, int64_t n, float* w, const float* grad, float* v) {
   const float mu = call.floats[0], decay = call.floats[1], rate = call.context->learning_rate;
   const bool first = call.context->micro_index == 0, last = last_micro(call);
@@ -98,16 +104,30 @@ std::string check_adamw(const Call& call) {
   for (uint32_t i = 0; i < 4; i++) check.present(i, names[i], bytes);
   check.optional(4, "accumulator", bytes);
   if (check.ok()) {
-    for (int i = 0; i < 2; i++) check.require(call.floats[i] >= 0 && call.floats[i] < 1, "beta1 and beta2 must be in [0, 1)");
+    for (int i = 0; i < 2; i++)
+      check.require(call.floats[i] >= 0 && call.floats[i] < 1, "beta1 and beta2 must be in [0, 1)");
     for (int i = 2; i < 4; i++)
-      check.require(call.floats[i] >= 0 && std::isfinite(call.floats[i]), "epsilon and weight_decay must be finite and not negative");
+      check.require(call.floats[i] >= 0 && std::isfinite(call.floats[i]),
+                    "epsilon and weight_decay must be finite and not negative");
   }
   return check.error();
 }
 
+// Written out, since errno keeps compilers from making one instruction of a loop over std::sqrt (and the masked form,
+// since GCC 12 warns of its own header in the other one).
 inline VecF sqrt(VecF v) {
-  for (int i = 0; i < kLanes; i++) v[i] = std::sqrt(v[i]);  // becomes one instruction
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (VecF)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif ER_VECTOR_BYTES == 32 && defined(__AVX__)
+  return (VecF)_mm256_sqrt_ps((__m256)v);
+#elif ER_VECTOR_BYTES == 16 && defined(__SSE2__)
+  return (VecF)_mm_sqrt_ps((__m128)v);
+#elif ER_VECTOR_BYTES == 16 && defined(__aarch64__)
+  return (VecF)vsqrtq_f32((float32x4_t)v);
+#else
+  for (int i = 0; i < kLanes; i++) v[i] = std::sqrt(v[i]);
   return v;
+#endif
 }
 
 bool run_adamw(const Call& call) {
@@ -122,7 +142,7 @@ bool run_adamw(const Call& call) {
   }
   const double t = static_cast<double>(call.context->update), rate = call.context->learning_rate;
   const double beta1 = call.floats[0], beta2 = call.floats[1];
-  const float shrink = static_cast<float>(1.0 - rate * call.floats[3]);
+  const float decay = static_cast<float>(rate * call.floats[3]);
   const float step = static_cast<float>(rate / (1.0 - std::pow(beta1, t)));
   const float root = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)));
   const float b1 = call.floats[0], b2 = call.floats[1], epsilon = call.floats[2];
@@ -134,7 +154,9 @@ bool run_adamw(const Call& call) {
     const VecF second = b2 * load_upto(v + i, left) + rest2 * (g * g);
     store_upto(m + i, first, left);
     store_upto(v + i, second, left);
-    store_upto(w + i, load_upto(w + i, left) * shrink - step * first / (sqrt(second) * root + epsilon), left);
+    const VecF x = load_upto(w + i, left);
+    // Decay and step are added up first: the parameter, the largest of the three, is rounded once.
+    store_upto(w + i, x - (decay * x + step * first / (sqrt(second) * root + epsilon)), left);
   });
   return true;
 }

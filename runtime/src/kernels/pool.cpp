@@ -1,5 +1,5 @@
-// Max and average pooling on NHWC maps, forward and backward. Backward passes gather: every input position collects from the windows that
-// cover it, so threads never write to the same place.
+// Max and average pooling on NHWC maps, forward and backward. Backward passes gather: every input position collects
+// from the windows that cover it, so threads never write to the same place.
 #include <algorithm>
 #include <limits>
 
@@ -25,8 +25,7 @@ PoolShape pool_shape(const int64_t* i) {
 PoolShape check_shape(CallCheck& check) {
   static const char* const names[] = {"n", "ih", "iw", "c", "oh", "ow", "kh", "kw", "sh", "sw", "pt", "pl"};
   int64_t value[12];
-  for (uint32_t i = 0; i < 12; i++)
-    value[i] = check.integer(i, names[i], i < 10 ? 1 : 0, i < 6 ? kMaxDim : kMaxStep);
+  for (uint32_t i = 0; i < 12; i++) value[i] = check.integer(i, names[i], i < 10 ? 1 : 0, i < 6 ? kMaxDim : kMaxStep);
   return pool_shape(value);
 }
 
@@ -79,8 +78,8 @@ inline VecI load_index(const uint8_t* p, int64_t left) {
 }
 
 // ---- max_pool: X[n,ih,iw,c] → Y[n,oh,ow,c], index?[n,oh,ow,c]; PoolShape, dh, dw ----
-// Taps in the padding do not take part; among equals the first wins; NaN wins over everything. A window that lies in the padding altogether
-// gives −infinity.
+// Taps in the padding do not take part; among equals the first wins; NaN wins over everything. A window that lies in
+// the padding altogether gives −infinity.
 
 std::string check_max(const Call& call) {
   CallCheck check(call, 3, 14, 0);
@@ -90,7 +89,8 @@ std::string check_max(const Call& call) {
   check.present(0, "X", input_bytes(s));
   check.present(1, "Y", output_bytes(s));
   check.optional(2, "index", output_elements(s));
-  if (check.ok() && call.operands[2].data) check.require(s.kh * s.kw <= 256, "more than 256 taps do not fit a u8 index");
+  if (check.ok() && call.operands[2].data)
+    check.require(s.kh * s.kw <= 256, "more than 256 taps do not fit a u8 index");
   return check.error();
 }
 
@@ -126,7 +126,8 @@ bool run_max(const Call& call) {
   return true;
 }
 
-// max_pool_grad: dY[n,oh,ow,c], index[n,oh,ow,c] → dX[n,ih,iw,c]. An index that names no tap of its window adds to nothing.
+// max_pool_grad: dY[n,oh,ow,c], index[n,oh,ow,c] → dX[n,ih,iw,c]. An index that names no tap of its window adds to
+// nothing.
 std::string check_max_grad(const Call& call) {
   CallCheck check(call, 3, 14, 0);
   const PoolShape s = check_shape(check);
@@ -172,8 +173,8 @@ bool run_max_grad(const Call& call) {
 }
 
 // ---- average_pool: X[n,ih,iw,c] → Y[n,oh,ow,c]; PoolShape, pb, pr, include_pad ----
-// A mean is over the positions of the window that lie in the map or, with include_pad, in the padded map: what ceil mode lets hang out beyond the
-// padding is never counted.
+// A mean is over the positions of the window that lie in the map or, with include_pad, in the padded map: what ceil
+// mode lets hang out beyond the padding is never counted.
 
 std::string check_average(const Call& call) {
   CallCheck check(call, 2, 15, 0);
@@ -212,30 +213,31 @@ bool run_average(const Call& call) {
   const bool include_pad = call.ints[14] != 0;
   const float* x = call.as<float>(0);
   float* y = call.as<float>(1);
-  parallel_rows(call, s.n * s.oh, s.c, s.ow * std::min<int64_t>(s.kh * s.kw, s.ih * s.iw), [&](int64_t row, int64_t c0, int64_t c1) {
-    const int64_t top = row % s.oh * s.sh - s.pt;
-    const Range down = inside(top, 1, s.kh, s.ih);
-    const int64_t height = counted(top, s.kh, s.ih, pb, include_pad);
-    const float* map = x + row / s.oh * s.ih * s.iw * s.c;
-    for (int64_t ox = 0; ox < s.ow; ox++) {
-      const int64_t left_edge = ox * s.sw - s.pl;
-      const Range across = inside(left_edge, 1, s.kw, s.iw);
-      const int64_t width = counted(left_edge, s.kw, s.iw, pr, include_pad);
-      const float factor = height > 0 && width > 0 ? inverse(height * width) : 0.0f;
-      float* out = y + (row * s.ow + ox) * s.c;
-      for (int64_t c = c0; c < c1; c += kLanes) {
-        const int64_t left = c1 - c;
-        VecF total{};
-        for (int64_t ky = down.begin; ky < down.end; ky++) {
-          VecF line{};
-          for (int64_t kx = across.begin; kx < across.end; kx++)
-            line += load_upto(map + ((top + ky) * s.iw + left_edge + kx) * s.c + c, left);
-          total += line;
-        }
-        store_upto(out + c, total * factor, left);
-      }
-    }
-  });
+  parallel_rows(call, s.n * s.oh, s.c, s.ow * std::min<int64_t>(s.kh * s.kw, s.ih * s.iw),
+                [&](int64_t row, int64_t c0, int64_t c1) {
+                  const int64_t top = row % s.oh * s.sh - s.pt;
+                  const Range down = inside(top, 1, s.kh, s.ih);
+                  const int64_t height = counted(top, s.kh, s.ih, pb, include_pad);
+                  const float* map = x + row / s.oh * s.ih * s.iw * s.c;
+                  for (int64_t ox = 0; ox < s.ow; ox++) {
+                    const int64_t left_edge = ox * s.sw - s.pl;
+                    const Range across = inside(left_edge, 1, s.kw, s.iw);
+                    const int64_t width = counted(left_edge, s.kw, s.iw, pr, include_pad);
+                    const float factor = height > 0 && width > 0 ? inverse(height * width) : 0.0f;
+                    float* out = y + (row * s.ow + ox) * s.c;
+                    for (int64_t c = c0; c < c1; c += kLanes) {
+                      const int64_t left = c1 - c;
+                      VecF total{};
+                      for (int64_t ky = down.begin; ky < down.end; ky++) {
+                        VecF line{};
+                        for (int64_t kx = across.begin; kx < across.end; kx++)
+                          line += load_upto(map + ((top + ky) * s.iw + left_edge + kx) * s.c + c, left);
+                        total += line;
+                      }
+                      store_upto(out + c, total * factor, left);
+                    }
+                  }
+                });
   return true;
 }
 

@@ -16,10 +16,14 @@ std::string check_operands(const Call& call, uint32_t operands, const char* cons
   return check.error();
 }
 
+// Terms summed in float32 before they go to a double: long axes (vocabularies) would lose digits.
+constexpr int64_t kSumRun = 32 * kLanes;
+
 // e^x that is 0 where it underflows, so that a position masked with −infinity gets no share at all.
 inline VecF exp_or_zero(VecF x) { return (VecF)(~(VecI)(x < -87.0f) & (VecI)exp(x)); }
 
-// Columns of [axis][inner] are walked in tiles of kLanes; an axis that is contiguous (inner = 1) is walked along itself.
+// Columns of [axis][inner] are walked in tiles of kLanes; an axis that is contiguous (inner = 1) is walked along
+// itself.
 template <class Row, class Column>
 void along_axis(const Call& call, Row&& row, Column&& column) {
   const int64_t outer = call.ints[0], axis = call.ints[1], inner = call.ints[2];
@@ -56,15 +60,20 @@ bool run_softmax(const Call& call) {
     for (; i + kLanes <= axis; i += kLanes) best = max(load(x + i), best);
     for (int lane = 0; lane < kLanes; lane++) top = std::max(top, best[lane]);
     for (; i < axis; i++) top = std::max(top, x[i]);
-    VecF total{};
-    for (i = 0; i < axis; i += kLanes) {
-      const int64_t left = axis - i;
-      VecF e = exp_or_zero(load_upto(x + i, left) - top);
-      store_upto(y + i, e, left);
-      if (left < kLanes) e = (VecF)((lane_index() < static_cast<int32_t>(left)) & (VecI)e);
-      total += e;
+    double total = 0;
+    for (int64_t first = 0; first < axis; first += kSumRun) {
+      const int64_t last = std::min(axis, first + kSumRun);
+      VecF run{};
+      for (i = first; i < last; i += kLanes) {
+        const int64_t left = axis - i;
+        VecF e = exp_or_zero(load_upto(x + i, left) - top);
+        store_upto(y + i, e, left);
+        if (left < kLanes) e = (VecF)((lane_index() < static_cast<int32_t>(left)) & (VecI)e);
+        run += e;
+      }
+      total += sum(run);
     }
-    const float factor = 1.0f / sum(total);
+    const float factor = static_cast<float>(1.0 / total);
     for (i = 0; i < axis; i += kLanes) store_upto(y + i, load_upto(y + i, axis - i) * factor, axis - i);
   };
   auto column = [&](int64_t at, int64_t left) {
@@ -95,9 +104,14 @@ bool run_softmax_grad(const Call& call) {
   auto row = [&](int64_t at) {
     const float *dy = call.as<float>(0) + at, *y = call.as<float>(1) + at;
     float* dx = call.as<float>(2) + at;
-    VecF products{};
-    for (int64_t i = 0; i < axis; i += kLanes) products += load_upto(dy + i, axis - i) * load_upto(y + i, axis - i);
-    const float dot = sum(products);
+    double products = 0;
+    for (int64_t first = 0; first < axis; first += kSumRun) {
+      const int64_t last = std::min(axis, first + kSumRun);
+      VecF run{};
+      for (int64_t i = first; i < last; i += kLanes) run += load_upto(dy + i, axis - i) * load_upto(y + i, axis - i);
+      products += sum(run);
+    }
+    const float dot = static_cast<float>(products);
     for (int64_t i = 0; i < axis; i += kLanes)
       store_upto(dx + i, load_upto(y + i, axis - i) * (load_upto(dy + i, axis - i) - dot), axis - i);
   };

@@ -1,5 +1,5 @@
-// Loops over a tensor with strided operands: dimensions of size 1 drop out and neighbours merge where every operand allows it, so that
-// most calls end as one or two dimensions.
+// Loops over a tensor with strided operands: dimensions of size 1 drop out and neighbours merge where every operand
+// allows it, so that most calls end as one or two dimensions.
 #pragma once
 #include <cstdint>
 

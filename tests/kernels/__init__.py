@@ -1,0 +1,1 @@
+"""Kernels of the native runtime against PyTorch in float64."""
