@@ -3,9 +3,9 @@
     python -m benchmarks.kernels_conv [--batch 8] [--threads 2] [--rounds 15] [--filter dw] [--write]
 
 Layers are the distinct convolutions of MobileNetV2, EfficientNet-Lite0 (224 px) and ResNet-18. PyTorch's time is the
-better of its two memory formats. Ours and PyTorch's calls alternate; a figure is the median of the rounds, so compare the ratios.
-With one thread the clock is CPU time, so that a busy machine disturbs less.
-Ours includes scale, shift, relu and its kept bits; PyTorch's is the bare convolution.
+better of its two memory formats. Ours and PyTorch's calls alternate; a figure is the median of the rounds, so compare
+the ratios. With one thread the clock is CPU time, so that a busy machine disturbs less. Ours includes scale, shift,
+relu and its kept bits; PyTorch's is the bare convolution.
 """
 
 from __future__ import annotations

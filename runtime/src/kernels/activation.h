@@ -175,8 +175,7 @@ inline void store_bits(uint8_t* row, int64_t c, uint32_t word, int64_t left) {
 
 template <int64_t kCode, int64_t kKeep>
 inline void activate_row(float alpha, float beta, const float* x, float* y, uint8_t* kept, int64_t cols) {
-  for (int64_t c = 0; c < cols; c += kLanes) {
-    int64_t left = cols - c;
+  auto vector = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
     VecF v = load_upto(x + c, left);
     store_upto(y + c, activate<kCode>(v, alpha, beta), left);
     if constexpr (kKeep == kKeepBits) store_bits(kept, c, mask_bits(active<kCode>(v, alpha, beta)), left);
@@ -187,13 +186,22 @@ inline void activate_row(float alpha, float beta, const float* x, float* y, uint
       store_q4(kept + c / 2, d, derivative_range(kCode), (left + 1) / 2);
     }
     if constexpr (kKeep == kKeepDense) store_upto(reinterpret_cast<float*>(kept) + c, v, left);
-  }
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) vector(c, kLanes);
+  if (c < cols) vector(c, cols - c);
 }
 
 // Y = f(X) and the kept form of `rows` × `cols` values. Strides are in elements for x and y (which may be the same),
 // bytes for kept. `kept` points at the byte of the first column, which is a multiple of 8 within its row.
 inline void activate_rows(const Activation& act, int64_t keep, const float* x, int64_t x_stride, float* y,
                           int64_t y_stride, uint8_t* kept, int64_t kept_stride, int64_t rows, int64_t cols) {
+  // Rows that follow one another without spare bits are one long row.
+  const bool whole_bytes = keep == kKeepBits ? cols % 8 == 0 : keep != kKeepQ4 || cols % 2 == 0;
+  if (x_stride == cols && y_stride == cols && whole_bytes && (!kept || kept_stride == kept_row_bytes(keep, cols))) {
+    cols *= rows;
+    rows = rows > 0;
+  }
   auto all = [&](auto row) {
     for (int64_t r = 0; r < rows; r++)
       row(act.alpha, act.beta, x + r * x_stride, y + r * y_stride, kept ? kept + r * kept_stride : nullptr, cols);

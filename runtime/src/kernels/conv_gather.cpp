@@ -12,7 +12,8 @@ constexpr int64_t kTableBytes = 128 << 10;  // row pointers of a tile
 constexpr int64_t kDepth =
     512;  // inner products per pass over B: 512 × 64 columns = 128 KB, stays in the second-level cache
 constexpr int64_t kResidentBytes = 256 << 10;  // a packed B up to this size is packed once, not once a tile
-constexpr int64_t kSmallRows = 32;             // with fewer rows a thread, packing B costs more than it gains
+constexpr int64_t kFewRowsDepth = 16;  // with few rows, all columns of so many weight rows: the weight is read in order
+constexpr int64_t kSmallRows = 32;     // with fewer rows a thread, packing B costs more than it gains
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -22,7 +23,7 @@ struct Layout {
   int64_t vectors, panels;         // of one group
   int64_t chunks, taps_per_block;  // depth blocks: chunks of a tap, or several taps
   int64_t blocks;
-  bool pack, resident;
+  bool few_rows, pack, resident;
 
   explicit Layout(const GatherGemm& g) {
     rows = g.samples * g.rows_axis.count * g.cols_axis.count;
@@ -31,10 +32,12 @@ struct Layout {
     tile_rows = std::max<int64_t>(kTileRowsNarrow, std::min({fit, kMaxTileRows, rows}));
     vectors = ceil_div(g.n, kLanes);
     panels = ceil_div(vectors, kTileVectors);
-    chunks = ceil_div(g.k_tap, kDepth);
-    taps_per_block = std::max<int64_t>(1, kDepth / g.k_tap);
+    few_rows = !g.transposed && g.group == 1 && rows <= kSmallRows;
+    const int64_t most = few_rows ? kFewRowsDepth : kDepth;
+    chunks = ceil_div(g.k_tap, most);
+    taps_per_block = std::max<int64_t>(1, most / g.k_tap);
     blocks = chunks > 1 ? taps * chunks : ceil_div(taps, taps_per_block);
-    pack = g.transposed || (rows > kSmallRows && (panels > 1 || g.n % kLanes));
+    pack = g.transposed || (!few_rows && (panels > 1 || g.n % kLanes));
     resident = packed_floats(g) * 4 <= kResidentBytes;
   }
   int64_t packed_floats(const GatherGemm& g) const {
@@ -174,48 +177,52 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
       for (int64_t r = 0; r < count && !f.accumulate; r++) std::fill_n(outputs[r], g.out_cols, 0.0f);
       continue;
     }
-    for (int64_t p = panel_begin; p < panel_end; p++) {
-      const int64_t group = p / l.panels, start = l.panel_start(p % l.panels),
-                    vectors = l.panel_start(p % l.panels + 1) - start;
-      if (vectors == 0) continue;
+    auto multiply = [&](int64_t p, int64_t b) {
+      const int64_t group = p / l.panels, start = l.panel_start(p % l.panels);
+      const int64_t vectors = l.panel_start(p % l.panels + 1) - start;
+      if (vectors == 0) return;
       const int64_t column = start * kLanes, left = g.n - column - (vectors - 1) * kLanes, to = group * g.n + column;
+      const DepthBlock block = depth_block(l, g.k_tap, b);
       GemmTile t{};
+      if (l.pack) {
+        t.ldb = vectors * kLanes;
+        float* panel = buffer;
+        if (l.resident)
+          panel += ((group * l.vectors + start) * l.taps + vectors * block.tap) * g.k_tap * kLanes +
+                   vectors * block.begin * kLanes;
+        if (!l.resident || tile == 0) pack(g, group, block, column, vectors, panel);
+        t.b = panel;
+      } else {
+        t.ldb = g.oc;
+        t.b = tap_weight(g, block.tap) + block.begin * g.oc + to;
+      }
       t.a_stride = l.tile_rows;
+      t.a_offset = group * g.k_tap + block.begin;
+      t.taps = block.taps;
+      t.k = block.depth;
       t.c_offset = to;
       t.last = static_cast<int>(std::min<int64_t>(left, kLanes));
+      t.load_c = b > 0 || f.accumulate;
+      t.finish = b == l.blocks - 1;
       t.scale = f.scale ? f.scale + to : nullptr;
       t.shift = f.shift ? f.shift + to : nullptr;
       t.low = f.low();
       t.high = f.high();
-      for (int64_t b = 0; b < l.blocks; b++) {
-        const DepthBlock block = depth_block(l, g.k_tap, b);
-        if (l.pack) {
-          t.ldb = vectors * kLanes;
-          float* panel = buffer;
-          if (l.resident)
-            panel += ((group * l.vectors + start) * l.taps + vectors * block.tap) * g.k_tap * kLanes +
-                     vectors * block.begin * kLanes;
-          if (!l.resident || tile == 0) pack(g, group, block, column, vectors, panel);
-          t.b = panel;
-        } else {
-          t.ldb = g.oc;
-          t.b = tap_weight(g, block.tap) + block.begin * g.oc + to;
-        }
-        t.taps = block.taps;
-        t.k = block.depth;
-        t.a_offset = group * g.k_tap + block.begin;
-        t.load_c = b > 0 || f.accumulate;
-        t.finish = b == l.blocks - 1;
-        const int64_t pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(vectors)));
-        for (int64_t i = 0; i < pieces; i++) {
-          const int64_t r = count * i / pieces;
-          t.a = sources + block.tap * l.tile_rows + r;
-          t.c = outputs + r;
-          gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(vectors),
-                    !l.pack && t.last < kLanes);
-        }
+      const int64_t pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(vectors)));
+      for (int64_t i = 0; i < pieces; i++) {
+        const int64_t r = count * i / pieces;
+        t.a = sources + block.tap * l.tile_rows + r;
+        t.c = outputs + r;
+        gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(vectors),
+                  !l.pack && t.last < kLanes);
       }
-    }
+    };
+    if (l.few_rows)
+      for (int64_t b = 0; b < l.blocks; b++)
+        for (int64_t p = panel_begin; p < panel_end; p++) multiply(p, b);
+    else
+      for (int64_t p = panel_begin; p < panel_end; p++)
+        for (int64_t b = 0; b < l.blocks; b++) multiply(p, b);
     if (f.second_pass()) {
       bool all = panel_begin == 0 && panel_end == g.group * l.panels;
       int64_t begin = all ? 0 : l.panel_start(panel_begin) * kLanes;
