@@ -2,8 +2,7 @@
 //
 // Each column of X meets its own column of dY only, so set bits of neighbouring columns share no work: a block of at
 // most 64 rows and 4 vectors of columns is decoded to a dense tile (in L1), and the taps run over it in vectors of
-// columns. A strip of columns is summed by one thread in the order of the blocks, so the result does not depend on the
-// number of threads.
+// columns. A strip of columns is summed by one thread in the order of the blocks.
 #include <atomic>
 
 #include "conv_weight.h"

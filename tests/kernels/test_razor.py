@@ -1,0 +1,334 @@
+"""`pack`, unpacking and `mul_grad` against the definition in tests/reference/razor.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_razor.errors import NonFiniteError, UsageError
+from edge_razor.runtime import kernel_run, kernel_scratch, packed_bytes, unpack
+from tests.reference.razor import FORMS, block_bounds, block_means, keep_count, select, to_bf16
+
+SHAPES = [
+    (1, 1, 1),
+    (3, 1, 17),
+    (2, 63, 16),
+    (2, 64, 15),
+    (2, 65, 17),
+    (1, 128, 1),
+    (5, 129, 31),
+    (2, 331, 7),
+    (1, 700, 37),
+    (2, 200, 128),
+]
+
+
+def pack(x: np.ndarray, form: str, keep: int, threads: int = 1) -> np.ndarray:
+    """The kept form of x[S, R, C]. Output and scratch begin as noise: nothing may rest on their contents."""
+    ints = [FORMS[form], *x.shape, keep]
+    packed = np.full(packed_bytes(*ints), 0xA5, np.uint8)
+    scratch = np.full(kernel_scratch("pack", ints, threads=threads), 0xA5, np.uint8)
+    kernel_run("pack", ints, [], [x, packed, scratch if scratch.size else None], threads=threads)
+    return packed
+
+
+class Sections:
+    """The sections of a razor tensor, read as docs/plan-format.md lays them out."""
+
+    def __init__(self, packed: np.ndarray, form: str, samples: int, rows: int, cols: int, keep: int) -> None:
+        self.bounds = block_bounds(rows)
+        blocks, groups = len(self.bounds) - 1, -(-cols // 16)
+        end = 0
+
+        def section(dtype: type, *shape: int) -> np.ndarray:
+            nonlocal end
+            begin = -(-end // 64) * 64
+            end = begin + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            return packed[begin:end].view(dtype).reshape(shape)
+
+        centered = form == "centered"
+        self.scale = section(np.float32, samples if centered else 0)
+        mean = section(np.uint16, samples if centered else 0, blocks, cols)
+        self.mean = (mean.astype(np.uint32) << 16).view(np.float32)
+        self.mask = section(np.uint64, samples, blocks, cols)
+        self.offset = section(np.uint32, samples, blocks, groups)
+        value = section(np.int8 if centered else np.uint16, samples, keep)
+        self.value = value if centered else (value.astype(np.uint32) << 16).view(np.float32)
+        assert end == packed.size
+
+
+def check(x: np.ndarray, form: str, keep: int, threads: int = 1) -> np.ndarray:
+    """Packs x and compares every section, bit for bit, with the definition, given the means that the kernel stored."""
+    packed = pack(x, form, keep, threads)
+    samples, rows, cols = x.shape
+    got = Sections(packed, form, samples, rows, cols, keep)
+    if form == "centered":
+        exact = np.stack(
+            [x[:, a:b].mean(1, dtype=np.float64) for a, b in zip(got.bounds, got.bounds[1:], strict=False)], 1
+        )
+        size = np.stack(
+            [np.abs(x[:, a:b]).mean(1, dtype=np.float64) for a, b in zip(got.bounds, got.bounds[1:], strict=False)], 1
+        )
+        # half a unit of bf16 (2⁻⁹ of the value), and the rounding of up to 64 float32 additions
+        assert np.all(np.abs(got.mean - exact) <= np.abs(exact) * 2**-8 + size * 64 * 2**-24 + 2.0**-134)
+        assert np.array_equal(got.mean, block_means(x)), "the sum in row order is part of the definition"
+    kept = select(x, keep, form, got.mean if form == "centered" else None)
+    if form == "centered":
+        assert np.array_equal(got.scale, kept.scale)
+    for s in range(samples):
+        index = 0
+        for b, (begin, end) in enumerate(zip(got.bounds, got.bounds[1:], strict=False)):
+            bits = (got.mask[s, b] >> np.arange(64, dtype=np.uint64)[:, None]) & np.uint64(1)
+            assert not bits[end - begin :].any(), "bits beyond the block's rows"
+            assert np.array_equal(bits[: end - begin].astype(bool), kept.mask[s, begin:end])
+            for c in range(cols):
+                if c % 16 == 0:
+                    assert got.offset[s, b, c // 16] == index
+                column = kept.values[s, begin:end, c][kept.mask[s, begin:end, c]]
+                assert np.array_equal(got.value[s, index : index + len(column)].astype(np.float32), column)
+                index += len(column)
+        assert index <= keep
+    dense = unpack(FORMS[form], samples, rows, cols, keep, packed)
+    if form == "plain":
+        assert np.array_equal(dense, kept.dense())
+    else:  # mean + scale · q: a compiler may or may not fuse the two
+        np.testing.assert_allclose(
+            dense, kept.dense(), rtol=0, atol=2**-23 * (np.abs(got.mean).max() + 127 * got.scale.max())
+        )
+    return packed
+
+
+def values(shape: tuple[int, ...], kind: str, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x: np.ndarray = rng.standard_normal(shape)
+    if kind == "relu6":
+        x = np.clip(4 * x, 0, 6)
+    elif kind == "ties":
+        x = rng.integers(-2, 3, shape).astype(float)
+    elif kind == "constant":
+        x = np.full(shape, 1.7)
+    elif kind == "zero":
+        x = np.zeros(shape)
+    elif kind == "denormal":
+        x = x * 1e-41
+    elif kind == "smallest denormals":
+        x = rng.integers(-3, 4, shape) * 2.0**-149
+    elif kind == "huge":
+        x = np.clip(x, -1, 1) * 1e36
+    elif kind == "wide":
+        x = np.sign(x) * 10 ** rng.uniform(-30, 30, shape)
+    elif kind == "outlier":
+        x[..., 0] *= 1e6
+    elif kind == "offset":
+        x = 1e-3 * x + 1000
+    elif kind == "gradient":  # rows differ in scale, so a sample of rows misjudges the threshold
+        x = x * np.linspace(0, 1, shape[1])[None, :, None] ** 8
+    return x.astype(np.float32)
+
+
+KINDS = [
+    *("normal", "relu6", "ties", "constant", "zero", "denormal", "smallest denormals", "huge", "wide", "outlier"),
+    *("offset", "gradient"),
+]
+
+
+@pytest.mark.parametrize("form", ["plain", "centered"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packs_what_the_definition_keeps(shape: tuple[int, int, int], form: str) -> None:
+    n = shape[1] * shape[2]
+    for keep in sorted({0, 1, 2, n // 2, n - 1, n, *(keep_count(n, s) for s in (0.5, 0.9, 0.97))} & set(range(n + 1))):
+        check(values(shape, "normal"), form, keep, threads=1 + keep % 3)
+
+
+@pytest.mark.parametrize("form", ["plain", "centered"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packs_any_values(kind: str, form: str) -> None:
+    for shape in [(2, 129, 17), (1, 64, 16), (3, 5, 3)]:
+        n = shape[1] * shape[2]
+        for keep in (0, 1, keep_count(n, 0.9), n // 2, n):
+            check(values(shape, kind), form, keep)
+
+
+@pytest.mark.parametrize("form", ["plain", "centered"])
+@pytest.mark.parametrize("kind", ["normal", "relu6", "ties", "gradient", "outlier", "wide"])
+def test_large_samples_take_the_sampled_bracket(kind: str, form: str) -> None:
+    """Above 16,384 elements the first histogram sees every eighth row only; the selection stays exact."""
+    for shape in [(1, 1031, 24), (2, 300, 70)]:
+        n = shape[1] * shape[2]
+        for sparsity in (0.5, 0.95, 0.999):
+            check(values(shape, kind), form, keep_count(n, sparsity))
+
+
+@pytest.mark.parametrize("form", ["plain", "centered"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "relu6"])
+def test_threads_give_the_same_bytes(kind: str, form: str) -> None:
+    for shape in [(1, 1, 5), (1, 700, 40), (3, 130, 33), (5, 64, 3)]:
+        x = values(shape, kind)
+        keep = keep_count(shape[1] * shape[2], 0.8)
+        one = check(x, form, keep)
+        for threads in (2, 3, 4):
+            other = Sections(check(x, form, keep, threads), form, *shape, keep)
+            assert np.array_equal(other.mask, Sections(one, form, *shape, keep).mask)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 140),
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.sampled_from(KINDS),
+    st.sampled_from(["plain", "centered"]),
+    st.integers(1, 3),
+    st.integers(0, 1000),
+)
+def test_any_shape(
+    samples: int, rows: int, cols: int, sparsity: float, kind: str, form: str, threads: int, seed: int
+) -> None:
+    check(values((samples, rows, cols), kind, seed), form, keep_count(rows * cols, sparsity), threads)
+
+
+def test_keep_count_takes_sparsity_as_a_decimal() -> None:
+    assert [keep_count(10, s) for s in (0.0, 0.1, 0.7, 0.9, 0.95, 1.0)] == [10, 9, 3, 1, 1, 0]
+    assert keep_count(100, 0.29) == 71 and keep_count(1000, 0.999) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 40000])
+def test_bf16_rounds_to_nearest_even(n: int, threads: int) -> None:
+    x = values((1, n, 1), "wide")
+    x[0, : n // 3, 0] = np.float32(1 + 2**-8)  # halfway: to the even neighbour, 1
+    packed = pack(x, "bf16", 0, threads)
+    assert np.array_equal(unpack(1, 1, n, 1, 0, packed), to_bf16(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", ["bf16", "plain", "centered"])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_non_finite_values_are_reported(bad: float, form: str, threads: int) -> None:
+    for position in [(0, 0, 0), (1, 128, 18), (0, 64, 16)]:
+        x = values((2, 129, 19), "normal")
+        x[position] = bad
+        for keep in (0,) if form == "bf16" else (0, 5, 129 * 19):
+            with pytest.raises(NonFiniteError):
+                pack(x, form, keep, threads)
+
+
+def test_every_pattern_of_nan_is_reported() -> None:
+    for pattern in (0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF800001, 0x7FC00000):
+        x = values((1, 30, 2), "normal")
+        x.view(np.uint32)[0, 7, 1] = pattern
+        for form in ("bf16", "plain", "centered"):
+            with pytest.raises(NonFiniteError):
+                pack(x, form, 0 if form == "bf16" else 6)
+
+
+def test_overflow_is_reported() -> None:
+    largest = np.finfo(np.float32).max
+    x = np.full((1, 64, 1), largest, np.float32)
+    for form in ("bf16", "plain", "centered"):  # no bf16 near it; the sum of the block overflows
+        with pytest.raises(NonFiniteError):
+            pack(x, form, 0 if form == "bf16" else 3)
+    for tail in ([-1.0], [-1 / 70] * 63):  # the mean is small and the residuals are finite
+        check(np.array([1.0, *tail], np.float32).reshape(1, -1, 1) * np.float32(0.9) * largest, "centered", 2)
+
+
+def test_wrong_calls_are_refused() -> None:
+    x, out = values((2, 20, 3), "normal"), np.zeros(packed_bytes(3, 2, 20, 3, 6), np.uint8)
+    scratch = np.zeros(kernel_scratch("pack", [3, 2, 20, 3, 6]), np.uint8)
+    for ints in (
+        [0, 2, 20, 3, 0],
+        [4, 2, 20, 3, 6],
+        [-1, 2, 20, 3, 6],
+        [3, 0, 20, 3, 6],
+        [3, 2, 20, 3, 61],
+        [1, 2, 20, 3, 6],
+    ):
+        with pytest.raises(UsageError):
+            kernel_run("pack", ints, [], [x, out, scratch])
+    for ints in ([3, 2, 20, 3, -1], [3, 1 << 62, 20, 3, 6], [3, 1, 1 << 31, 2, 6], [3, 2, 20], [3, 2, 20, 3, 6, 0]):
+        with pytest.raises(UsageError):
+            kernel_run("pack", ints, [], [x, out, scratch])
+    for operands in ([x[:1], out, scratch], [x, out[:-1], scratch], [x, out, scratch[:-1]], [x, out, None], [x, out]):
+        with pytest.raises(UsageError):
+            kernel_run("pack", [3, 2, 20, 3, 6], [], operands)
+    kernel_run("pack", [3, 2, 20, 3, 6], [], [x, out, scratch])
+    with pytest.raises(UsageError):
+        unpack(3, 2, 20, 3, 6, out[:-1])
+    with pytest.raises(UsageError):
+        unpack(3, 2, 20, 3, 6, np.full_like(out, 0xFF))
+    for arguments in ((4, 1, 1, 1, 0), (3, 0, 1, 1, 0), (2, 1, 4, 4, 17), (0, 1, 4, 4, 1), (3, 1 << 40, 1 << 40, 1, 0)):
+        with pytest.raises(UsageError):
+            packed_bytes(*arguments)
+
+
+def test_sizes_are_those_of_the_format() -> None:
+    assert packed_bytes(0, 2, 3, 5, 0) == 120 and packed_bytes(1, 2, 3, 5, 0) == 60
+    # 2 samples of 65 × 17: 2 blocks, 2 groups; mask 2·2·17·8 = 544 → 576, offsets 2·2·2·4 = 32 → 640, then 2·100 bf16
+    assert packed_bytes(2, 2, 65, 17, 100) == 640 + 400
+    # scales 8 → 64, means 2·2·17·2 = 136 → 256, mask 544 → 832 (800 aligned), offsets 32 → 896, then 2·100 int8
+    assert packed_bytes(3, 2, 65, 17, 100) == 896 + 200
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mul_grad_sums_products(shape: tuple[int, int, int], form: str) -> None:
+    x = values(shape, "normal")
+    keep = keep_count(shape[1] * shape[2], 0.9) if FORMS[form] >= 2 else 0
+    packed = x if form == "dense" else pack(x, form, keep)
+    dense = unpack(FORMS[form], *shape, keep, packed.view(np.uint8).ravel())
+    dy = values(shape, "normal", 1)
+    product = dense.astype(np.float64) * dy
+    for reduce, axes in ((0, (1,)), (1, (0, 1))):
+        results = []
+        for threads in (1, 2, 3):
+            out = np.full(product.sum(axes).shape, np.nan, np.float32)
+            kernel_run("mul_grad", [FORMS[form], *shape, keep, reduce], [], [packed, dy, out, None], threads=threads)
+            # sums of 64 in float32, then sums of at most a few dozen of those
+            assert np.all(np.abs(out - product.sum(axes)) <= 8 * 2**-24 * np.abs(product).sum(axes) + 1e-12)
+            results.append(out)
+        assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+def test_mul_grad_refuses_wrong_calls_and_contents() -> None:
+    x, dy, out = (np.zeros((2, 8, 4), np.float32) for _ in range(3))
+    for ints in ([0, 2, 8, 4, 0, 2], [0, 2, 8, 4, 0], [0, 2, 9, 4, 0, 0], [5, 2, 8, 4, 0, 0]):
+        with pytest.raises(UsageError):
+            kernel_run("mul_grad", ints, [], [x, dy, out, None])
+    with pytest.raises(UsageError):
+        kernel_run("mul_grad", [0, 2, 8, 4, 0, 0], [], [x, dy, np.zeros(7, np.float32), None])
+    garbage = np.full(packed_bytes(3, 2, 8, 4, 3), 0xFF, np.uint8)
+    with pytest.raises(NonFiniteError):
+        kernel_run("mul_grad", [3, 2, 8, 4, 3, 0], [], [garbage, dy, out, None])
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bytes(isa: str) -> None:
+    code = f"""
+import sys
+from edge_razor.runtime import isa
+if isa() != {isa!r}: sys.exit(77)
+from tests.kernels.test_razor import KINDS, SHAPES, check, values, test_mul_grad_sums_products
+for form in ("plain", "centered"):
+    for shape in SHAPES:
+        check(values(shape, "normal"), form, shape[1] * shape[2] // 10)
+    for kind in KINDS:
+        check(values((2, 129, 17), kind), form, 300, 2)
+test_mul_grad_sums_products((5, 129, 31), "centered")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "EDGE_RAZOR_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if run.returncode == 77 or "EDGE_RAZOR_ISA" in run.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert run.returncode == 0, run.stderr
