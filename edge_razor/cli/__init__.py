@@ -1,4 +1,4 @@
-"""The command line `edge-razor`. One module a command; typer and rich are imported when `main` runs, not before."""
+"""The command line `edge-razor`. One module a command, imported when that command runs."""
 
 from __future__ import annotations
 

@@ -1,267 +1,292 @@
-"""The typer application: options of every command, each with an example in its help."""
+"""The options of every command, each with an example in its help.
+
+argparse, because the parser stays in the process that trains under the cap: typer with its pydantic takes 14 MB there.
+"""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NoReturn
 
-import typer
+from edge_razor.errors import UsageError
 
-__all__ = ["app"]
-
-app = typer.Typer(
-    name="edge-razor",
-    help="Fine-tune a network on the device that uses it, inside a memory cap.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Model bundle that 'export' made.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that 'train --out' wrote.")]
-OutOption = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
-BudgetOption = Annotated[
-    str | None, typer.Option("--mem-budget", help="Cap on the process's resident memory: 128MB, 512MiB, bytes.")
-]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples of one optimizer update.")]
-SparsityOption = Annotated[
-    str, typer.Option("--sparsity", help="Share of each kept activation that is dropped, or auto: the least that fits.")
-]
-RazorOption = Annotated[str, typer.Option("--razor", help="How activations are kept: centered or plain.")]
-OptimizerOption = Annotated[str, typer.Option("--optimizer", help="sgd or adamw.")]
-MomentumOption = Annotated[float, typer.Option("--momentum", help="SGD: momentum; 0 needs no optimizer state.")]
-NesterovOption = Annotated[bool, typer.Option("--nesterov", help="SGD: Nesterov momentum.")]
-DecayOption = Annotated[float, typer.Option("--weight-decay", help="SGD: L2; AdamW: decoupled.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: all processors.")]
-BetasOption = Annotated[tuple[float, float], typer.Option("--betas", help="AdamW: decay of both moments.")]
-EpsOption = Annotated[float, typer.Option("--eps", help="AdamW: epsilon.")]
-MovedBundleOption = Annotated[
-    Path | None, typer.Option("--bundle", help="Where the run's bundle is now, if it was moved.")
-]
+__all__ = ["build_parser"]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from edge_razor import __version__
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other error; remembers which options were written (`given`)."""
 
-        typer.echo(f"edge-razor {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
-) -> None:
-    pass
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see '{self.prog} --help')")
 
 
-@app.command(epilog="Example: edge-razor export my_models:resnet18 -o model.razor --input 3x224x224 --trainable last:2")
-def export(
-    spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help="package.module:factory of an nn.Module, or a .onnx file.")
-    ],
-    output: OutOption,
-    input_shape: Annotated[
-        str | None, typer.Option("--input", help="Input shape without the batch: 3x224x224. Needed for SPEC in torch.")
-    ] = None,
-    loss: Annotated[str, typer.Option("--loss", help="cross_entropy, mse or bce_with_logits.")] = "cross_entropy",
-    label_smoothing: Annotated[float, typer.Option("--label-smoothing", help="Of cross_entropy.")] = 0.0,
-    trainable: Annotated[
-        str, typer.Option("--trainable", help="all, head, last:N, bias, norm, or globs on names, comma-separated.")
-    ] = "all",
-    classes: Annotated[
-        str | None, typer.Option("--classes", help="Class names in order: comma-separated, or a file with one a line.")
-    ] = None,
-    preprocessing: Annotated[
-        Path | None,
-        typer.Option("--preprocessing", help="JSON file: resize, crop, mean, std, interpolation (docs/bundle.md)."),
-    ] = None,
-    imagenet: Annotated[bool, typer.Option("--imagenet", help="Normalize images as ImageNet models expect.")] = False,
-    dropout: Annotated[bool, typer.Option("--dropout/--no-dropout", help="Keep dropout for training.")] = True,
-) -> None:
-    """Make a bundle from a torch or ONNX model (workstation; needs the extra 'export')."""
+class _Written(argparse.Action):
+    """Stores a value and notes that the option was written."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = {*getattr(namespace, "given", ()), self.dest}
+
+
+class _WrittenFlag(_Written):
+    def __init__(self, option_strings: Any, dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **{"default": False, **options})
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, namespace, True, option_string)
+
+
+def _at_least(kind: Callable[[str], Any], least: float) -> Callable[[str], Any]:
+    """A number that is not below `least`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:  # also refuses NaN
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    convert.__name__ = "number" if kind is float else "whole number"  # for argparse's "invalid … value"
+    return convert
+
+
+_COUNT = _at_least(int, 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; a parsed namespace has `run`, the command's function of the namespace."""
+    from edge_razor import __version__
+
+    parser = _Parser(prog="edge-razor", description="Fine-tune a network on the device that uses it, in a memory cap.")
+    parser.add_argument("--version", action="version", version=f"edge-razor {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str, example: str) -> _Parser:
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run, given=frozenset())
+        return made
+
+    _add_export(
+        command(
+            "export",
+            _export,
+            "Make a bundle from a torch or ONNX model (workstation; needs the extra 'export').",
+            "edge-razor export my_models:resnet18 -o model.razor --input 3x224x224 --trainable last:2",
+        )
+    )
+    info = command("info", _info, "Show what a bundle holds.", "edge-razor info model.razor")
+    info.add_argument("bundle", type=Path, metavar="BUNDLE", help="model bundle that 'export' made")
+    _add_plan(
+        command(
+            "plan",
+            _plan,
+            "Place every byte of training under a cap, and show what the cap is spent on.",
+            "edge-razor plan model.razor --mem-budget 128MB --batch-size 8",
+        )
+    )
+    _add_train(
+        command(
+            "train",
+            _train,
+            "Fine-tune a model inside a memory cap.",
+            "edge-razor train model.razor --data photos --mem-budget 128MB --epochs 3 --out runs/first\n"
+            "  (to go on after an interruption: the same with --resume)",
+        )
+    )
+    _add_evaluate(
+        command(
+            "eval", _evaluate, "Loss and accuracy of a tuned model.", "edge-razor eval runs/first --data photos/test"
+        )
+    )
+    for name, run, text, file in (
+        ("to-onnx", _to_onnx, "Write the tuned model as an ONNX file that stock onnxruntime runs.", "tuned.onnx"),
+        ("to-torch", _to_torch, "Write the tuned weights as your own torch state dict.", "tuned.safetensors"),
+    ):
+        convert = command(name, run, text, f"edge-razor {name} runs/first -o {file}")
+        _add_run(convert)
+        convert.add_argument("--output", "-o", type=Path, required=True, metavar="FILE", help="file to write")
+    _add_demo(
+        command(
+            "demo",
+            _demo,
+            "The main job on real data: EfficientNet-Lite0 learns handwritten digits (extra 'demo').",
+            "edge-razor demo --mem-budget 160MB",
+        )
+    )
+    return parser
+
+
+def _add_export(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("spec", metavar="SPEC", help="package.module:factory of an nn.Module, or a .onnx file")
+    add("--output", "-o", type=Path, required=True, metavar="BUNDLE", help="bundle to write")
+    add("--input", dest="input_shape", metavar="SHAPE", help="without the batch: 3x224x224; needed for a torch model")
+    add("--loss", default="cross_entropy", help="cross_entropy (default), mse or bce_with_logits")
+    add("--label-smoothing", type=_at_least(float, 0), default=0.0, help="of cross_entropy (default 0)")
+    add("--trainable", default="all", help="all (default), head, last:N, bias, norm, or globs on names, by commas")
+    add("--classes", help="class names in order: by commas, or a file with one a line")
+    add("--preprocessing", type=Path, metavar="JSON", help="resize, crop, mean, std, interpolation (docs/bundle.md)")
+    add("--imagenet", action="store_true", help="prepare images as ImageNet models expect")
+    add("--no-dropout", dest="dropout", action="store_false", help="drop the model's dropout layers")
+
+
+def _add_planning(parser: _Parser) -> None:
+    """Options that `plan` and `train` share."""
+
+    def add(*names: str, **options: Any) -> None:
+        parser.add_argument(*names, action=_Written, **options)
+
+    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 128MB, 512MiB, bytes")
+    add("--batch-size", type=_COUNT, default=8, metavar="N", help="samples of one optimizer update (default 8)")
+    add(
+        "--sparsity",
+        default="auto",
+        help="share of each kept activation dropped, or auto (default): the least that fits",
+    )
+    add("--razor", default="centered", choices=("centered", "plain"), help="how they are kept (default centered)")
+    add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
+    add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
+    parser.add_argument("--nesterov", action=_WrittenFlag, help="SGD: Nesterov momentum")
+    add("--weight-decay", type=_at_least(float, 0), default=0.0, metavar="W", help="SGD: L2; AdamW: decoupled")
+    add("--threads", type=_COUNT, metavar="N", help="worker threads (default: all processors)")
+
+
+def _add_plan(parser: _Parser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="model bundle that 'export' made")
+    _add_planning(parser)
+    parser.add_argument(
+        "--micro-batch", type=_COUNT, metavar="N", help="samples at a time (default: the most that fits)"
+    )
+    parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the summary as JSON")
+
+
+def _add_train(parser: _Parser) -> None:
+    def add(*names: str, **options: Any) -> None:
+        parser.add_argument(*names, action=_Written, **options)
+
+    def flag(name: str, text: str) -> None:
+        parser.add_argument(name, action=_WrittenFlag, help=text)
+
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="model bundle that 'export' made")
+    add("--data", type=Path, required=True, metavar="PATH", help="folder of class folders, .npz, or x.npy beside y.npy")
+    add("--out", type=Path, metavar="RUN", help="run directory (default runs/<bundle>)")
+    add("--epochs", type=_COUNT, default=3, metavar="N", help="passes over the data (default 3)")
+    add("--lr", type=_at_least(float, 0), default=1e-3, help="learning rate (default 1e-3)")
+    add("--schedule", default="cosine", choices=("constant", "cosine", "linear"), help="default cosine")
+    add("--warmup", dest="warmup_steps", type=_at_least(int, 0), default=0, metavar="STEPS", help="linear warm-up")
+    _add_planning(parser)
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"), help="AdamW (default 0.9 0.999)")
+    add("--eps", type=_at_least(float, 0), default=1e-8, help="AdamW (default 1e-8)")
+    add("--val-split", type=_at_least(float, 0), default=0.1, metavar="SHARE", help="held out data (default 0.1)")
+    add("--seed", type=_at_least(int, 0), default=0, help="of split, order, augmentation, dropout (default 0)")
+    flag("--flip", "mirror half of the training images")
+    flag("--random-crop", "crop training images at random places")
+    flag("--skip-bad", "leave unreadable images out and count them")
+    add("--plan", dest="plan_file", type=Path, metavar="FILE", help="plan of 'plan -o'; fixes batch size to threads")
+    flag("--resume", "go on from the checkpoint in the run directory")
+    add("--save-every", type=_COUNT, metavar="STEPS", help="checkpoints beside the one after each epoch")
+    add("--log-every", type=_COUNT, default=10, metavar="STEPS", help="lines of metrics.jsonl (default 10)")
+    flag("--profile", "show the time by kernel at the end")
+
+
+def _add_run(parser: _Parser) -> None:
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="run directory that 'train --out' wrote")
+    parser.add_argument("--bundle", type=Path, help="where the run's bundle is now, if it was moved")
+
+
+def _add_evaluate(parser: _Parser) -> None:
+    _add_run(parser)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="PATH", help="as for 'train'")
+    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory")
+    add("--threads", type=_COUNT, metavar="N", help="worker threads (default: all processors)")
+    add("--skip-bad", action="store_true", help="leave unreadable images out and count them")
+    add("--json", dest="as_json", action="store_true", help="print the figures as JSON")
+
+
+def _add_demo(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--mem-budget", default="160MB", metavar="SIZE", help="cap on the training process (default 160MB)")
+    add("--sparsity", default="auto", help="as for 'train' (default auto)")
+    add("--directory", type=Path, help="keep data, bundle and run here (default: a temporary directory)")
+    add("--threads", type=_COUNT, default=2, metavar="N", help="worker threads (default 2)")
+    add("--no-compare", dest="compare", action="store_false", help="leave the PyTorch comparison out")
+
+
+# ---- The commands; each module is imported when its command runs ----
+
+
+def _export(o: argparse.Namespace) -> None:
     from .export import run
 
-    run(spec, output, input_shape, loss, label_smoothing, trainable, classes, preprocessing, imagenet, dropout)
+    run(
+        o.spec,
+        o.output,
+        o.input_shape,
+        o.loss,
+        o.label_smoothing,
+        o.trainable,
+        o.classes,
+        o.preprocessing,
+        o.imagenet,
+        o.dropout,
+    )
 
 
-@app.command(epilog="Example: edge-razor info model.razor")
-def info(bundle: BundleArgument) -> None:
-    """Show what a bundle holds."""
+def _info(o: argparse.Namespace) -> None:
     from .info import run
 
-    run(bundle)
+    run(o.bundle)
 
 
-@app.command(epilog="Example: edge-razor plan model.razor --mem-budget 128MB --batch-size 8")
-def plan(
-    bundle: BundleArgument,
-    mem_budget: BudgetOption = None,
-    batch_size: BatchOption = 8,
-    sparsity: SparsityOption = "auto",
-    razor: RazorOption = "centered",
-    optimizer: OptimizerOption = "sgd",
-    momentum: MomentumOption = 0.9,
-    nesterov: NesterovOption = False,
-    weight_decay: DecayOption = 0.0,
-    micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", min=1, help="Samples at a time; default: the most that fits.")
-    ] = None,
-    threads: ThreadsOption = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the plan, for the C API or 'train --plan'.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-) -> None:
-    """Place every byte of training under a cap, and show what the cap is spent on."""
+_PLANNING = ("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay")
+
+
+def _plan(o: argparse.Namespace) -> None:
     from .plan import run
 
-    options: dict[str, Any] = {
-        "mem_budget": mem_budget,
-        "batch_size": batch_size,
-        "sparsity": sparsity,
-        "razor": razor,
-        "optimizer": optimizer,
-        "momentum": momentum,
-        "nesterov": nesterov,
-        "weight_decay": weight_decay,
-        "micro_batch": micro_batch,
-        "threads": threads,
-    }
-    run(bundle, output, as_json, options)
+    names = (*_PLANNING, "mem_budget", "micro_batch", "threads")
+    run(o.bundle, o.output, o.as_json, {name: getattr(o, name) for name in names})
 
 
-@app.command(
-    epilog="Example: edge-razor train model.razor --data photos --mem-budget 128MB --epochs 3 --out runs/first; "
-    "to go on after an interruption, the same with --resume."
-)
-def train(
-    context: typer.Context,
-    bundle: BundleArgument,
-    data: Annotated[
-        Path, typer.Option("--data", help="Folder of class folders of images, .npz, or x.npy beside y.npy.")
-    ],
-    mem_budget: BudgetOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/<bundle>.")] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 3,
-    batch_size: BatchOption = 8,
-    lr: Annotated[float, typer.Option("--lr", min=0, help="Learning rate.")] = 1e-3,
-    schedule: Annotated[str, typer.Option("--schedule", help="constant, cosine or linear.")] = "cosine",
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps of linear warm-up.")] = 0,
-    optimizer: OptimizerOption = "sgd",
-    momentum: MomentumOption = 0.9,
-    nesterov: NesterovOption = False,
-    weight_decay: DecayOption = 0.0,
-    betas: BetasOption = (0.9, 0.999),
-    eps: EpsOption = 1e-8,
-    sparsity: SparsityOption = "auto",
-    razor: RazorOption = "centered",
-    val_split: Annotated[float, typer.Option("--val-split", help="Share of the data held out for validation.")] = 0.1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of split, order, augmentation and dropout.")] = 0,
-    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
-    random_crop: Annotated[bool, typer.Option("--random-crop", help="Crop training images at random places.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out and count them.")] = False,
-    threads: ThreadsOption = None,
-    plan_file: Annotated[
-        Path | None, typer.Option("--plan", help="Use a plan that 'plan -o' wrote; it fixes batch size to threads.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the run directory.")] = False,
-    save_every: Annotated[
-        int | None, typer.Option("--save-every", min=1, help="Steps between checkpoints; default: each epoch.")
-    ] = None,
-    log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps between lines of metrics.jsonl.")] = 10,
-    profile: Annotated[bool, typer.Option("--profile", help="Show the time by kernel at the end.")] = False,
-) -> int:
-    """Fine-tune a model inside a memory cap."""
+def _train(o: argparse.Namespace) -> int:
     from .train import RunOptions, run
 
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "lr": lr,
-        "schedule": schedule,
-        "warmup_steps": warmup,
-        "optimizer": optimizer,
-        "momentum": momentum,
-        "nesterov": nesterov,
-        "weight_decay": weight_decay,
-        "betas": betas,
-        "eps": eps,
-        "sparsity": sparsity,
-        "razor": razor,
-        "seed": seed,
-    }
-    parameters = {"warmup": "warmup_steps"}
-    given = {
-        parameters.get(name, name)
-        for name in context.params
-        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    }
-    options = RunOptions(
-        bundle=bundle,
-        data=data,
-        out=out or Path("runs") / bundle.name.removesuffix(".razor"),
-        mem_budget=mem_budget,
-        threads=threads,
-        epochs=epochs,
-        val_split=val_split,
-        flip=flip,
-        random_crop=random_crop,
-        skip_bad=skip_bad,
-        plan_file=plan_file,
-        resume=resume,
-        save_every=save_every,
-        log_every=log_every,
-        profile=profile,
-        settings=settings,
-        given=frozenset(given),
-    )
-    return run(options)
+    names = (*_PLANNING, "lr", "schedule", "warmup_steps", "betas", "eps", "seed")
+    settings = {name: getattr(o, name) for name in names}
+    out = o.out or Path("runs") / o.bundle.name.removesuffix(".razor")
+    rest = "bundle data mem_budget threads epochs val_split flip random_crop skip_bad plan_file resume save_every log_every"
+    options = {name: getattr(o, name) for name in rest.split()}
+    return run(RunOptions(out=out, profile=o.profile, settings=settings, given=frozenset(o.given), **options))
 
 
-@app.command(name="eval", epilog="Example: edge-razor eval runs/first --data photos/test")
-def evaluate(
-    run_directory: RunArgument,
-    data: Annotated[Path, typer.Option("--data", help="As for 'train'.")],
-    bundle: MovedBundleOption = None,
-    mem_budget: BudgetOption = None,
-    threads: ThreadsOption = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out and count them.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-) -> None:
-    """Loss and accuracy of a tuned model."""
+def _evaluate(o: argparse.Namespace) -> None:
     from .evaluate import run
 
-    run(run_directory, data, bundle, mem_budget, threads, skip_bad, as_json)
+    run(o.run_directory, o.data, o.bundle, o.mem_budget, o.threads, o.skip_bad, o.as_json)
 
 
-@app.command(name="to-onnx", epilog="Example: edge-razor to-onnx runs/first -o tuned.onnx")
-def to_onnx(run_directory: RunArgument, output: OutOption, bundle: MovedBundleOption = None) -> None:
-    """Write the tuned model as an ONNX file that stock onnxruntime runs."""
-    from .convert import to_onnx as run
+def _to_onnx(o: argparse.Namespace) -> None:
+    from .convert import to_onnx
 
-    run(run_directory, output, bundle)
+    to_onnx(o.run_directory, o.output, o.bundle)
 
 
-@app.command(name="to-torch", epilog="Example: edge-razor to-torch runs/first -o tuned.safetensors")
-def to_torch(run_directory: RunArgument, output: OutOption, bundle: MovedBundleOption = None) -> None:
-    """Write the tuned weights under the names of the user's own torch state dict."""
-    from .convert import to_torch as run
+def _to_torch(o: argparse.Namespace) -> None:
+    from .convert import to_torch
 
-    run(run_directory, output, bundle)
+    to_torch(o.run_directory, o.output, o.bundle)
 
 
-@app.command(epilog="Example: edge-razor demo --mem-budget 160MB")
-def demo(
-    mem_budget: Annotated[str, typer.Option("--mem-budget", help="Cap on the training process.")] = "160MB",
-    sparsity: SparsityOption = "auto",
-    directory: Annotated[
-        Path | None, typer.Option("--directory", help="Keep data, bundle and run here; default: a temporary directory.")
-    ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Worker threads.")] = 2,
-    compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Do the same in PyTorch beside it.")] = True,
-) -> None:
-    """The main job on real data: EfficientNet-Lite0 learns handwritten digits (extra 'demo')."""
+def _demo(o: argparse.Namespace) -> None:
     from edge_razor.demo import run
 
-    run(budget=mem_budget, sparsity=sparsity, directory=directory, threads=threads, compare=compare)
+    run(budget=o.mem_budget, sparsity=o.sparsity, directory=o.directory, threads=o.threads, compare=o.compare)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import typer
 
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint
@@ -35,10 +34,10 @@ def _tuned(run: Path, bundle: Path | None) -> Iterator[tuple[Bundle, Callable[[s
 def to_onnx(run: Path, output: Path, bundle: Path | None) -> None:
     with _tuned(run, bundle) as (opened, read):
         write_onnx(output, opened, read)
-    typer.echo(f"wrote {output} ({format_bytes(output.stat().st_size)})")
+    print(f"wrote {output} ({format_bytes(output.stat().st_size)})")
 
 
 def to_torch(run: Path, output: Path, bundle: Path | None) -> None:
     with _tuned(run, bundle) as (opened, read):
         write_state_dict(output, opened, read)
-    typer.echo(f"wrote {output} ({format_bytes(output.stat().st_size)})")
+    print(f"wrote {output} ({format_bytes(output.stat().st_size)})")

@@ -17,19 +17,17 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; `arguments` default to the process's own. Returns the exit status."""
-    import typer
-
-    from .app import app
+    from .app import build_parser
 
     try:
-        status = app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        options = build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
+        return options.run(options) or 0
+    except SystemExit as exit:  # argparse after --help and --version
+        return int(exit.code or 0)
     except EdgeRazorError as error:
         return _fail(str(error), error.exit_status)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except typer.TyperException as error:
-        return _fail(f"{error.format_message()} (see 'edge-razor COMMAND --help')", 2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing to report, and nobody to report it to
         return 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
-import typer
 
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint
@@ -39,10 +39,10 @@ def run(
     with Trainer.resume(run_directory, bundle, **options) as trainer:
         result = trainer.evaluate(Loader(source, np.arange(len(source)), BatchRing(source, batch_size)))
     if as_json:
-        typer.echo(json.dumps({**result, "left_out": len(source.bad), "peak_rss_bytes": peak_rss_bytes()}))
+        print(json.dumps({**result, "left_out": len(source.bad), "peak_rss_bytes": peak_rss_bytes()}))
         return
     accuracy = "" if result["accuracy"] is None else f", accuracy {result['accuracy']:.2%}"
-    typer.echo(f"{result['samples']} samples: loss {result['loss']:.4f}{accuracy}")
+    print(f"{result['samples']} samples: loss {result['loss']:.4f}{accuracy}")
     if source.bad:
-        typer.echo(f"{len(source.bad)} unreadable images were left out", err=True)
-    typer.echo(f"peak resident memory: {format_bytes(peak_rss_bytes())}")
+        print(f"{len(source.bad)} unreadable images were left out", file=sys.stderr)
+    print(f"peak resident memory: {format_bytes(peak_rss_bytes())}")

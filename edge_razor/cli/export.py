@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from edge_razor.bundle import Bundle
 from edge_razor.errors import UsageError
@@ -61,7 +60,7 @@ def run(
         preprocessing=preprocessing,
         dropout=dropout,
     )
-    typer.echo(f"wrote {output}")
+    print(f"wrote {output}")
     with Bundle(output) as bundle:
         show(bundle)
 

@@ -7,8 +7,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from edge_razor.bundle import Bundle
 from edge_razor.planner import plan
 from edge_razor.units import format_bytes
@@ -27,15 +25,13 @@ def run(bundle: Path, output: Path | None, as_json: bool, options: dict[str, Any
     if output is not None:
         result.save(output)
     if as_json:
-        typer.echo(json.dumps(result.summary, indent=2))
+        print(json.dumps(result.summary, indent=2))
         return
     show_accounting(result.summary)
     kept = result.summary["kept"]
     if kept:
         total, dense = sum(row["bytes"] for row in kept), sum(row["dense_bytes"] for row in kept)
-        typer.echo(
-            f"\nkept for the backward pass: {format_bytes(total)}, {dense / max(total, 1):.1f} x less than dense"
-        )
+        print(f"\nkept for the backward pass: {format_bytes(total)}, {dense / max(total, 1):.1f} x less than dense")
         print_table(
             ("layer", "operator", "kept as", "shape", "bytes", "dense"),
             [
@@ -52,9 +48,9 @@ def run(bundle: Path, output: Path | None, as_json: bool, options: dict[str, Any
             left=3,
         )
         if len(kept) > SHOWN_VALUES:
-            typer.echo(f"… and {len(kept) - SHOWN_VALUES} smaller ones (--json shows all)")
+            print(f"… and {len(kept) - SHOWN_VALUES} smaller ones (--json shows all)")
     if output is not None:
-        typer.echo(f"\nwrote {output}")
+        print(f"\nwrote {output}")
 
 
 def show_accounting(summary: dict[str, Any]) -> None:
@@ -68,7 +64,7 @@ def show_accounting(summary: dict[str, Any]) -> None:
             ("threads", str(summary["threads"])),
         ]
     )
-    typer.echo("")
+    print()
     total, cap = summary["predicted_peak_bytes"], summary["mem_budget"]
     rows = [(name, format_bytes(size), f"{size / (cap or total):.1%}") for name, size in summary["items"].items()]
     rows.append(("predicted peak", format_bytes(total), f"{total / (cap or total):.1%}"))

@@ -6,8 +6,6 @@ import sys
 import time
 from typing import Any
 
-import typer
-
 from edge_razor.units import format_bytes
 
 __all__ = ["Progress"]
@@ -68,7 +66,7 @@ class Progress:
         if now - self._printed >= LINE_SECONDS or self.done == self.total:
             self._printed = now
             left = (now - self._began) / (self.done - self._start) * (self.total - self.done)
-            typer.echo(f"step {self.done}/{self.total}  {text}  {_clock(left)} left")
+            print(f"step {self.done}/{self.total}  {text}  {_clock(left)} left")
 
     def epoch(self, figures: dict[str, Any]) -> None:
         """One epoch is done."""
@@ -81,7 +79,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:
-            typer.echo(text)
+            print(text)
 
 
 def _clock(seconds: float) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import typer
-
 __all__ = ["print_pairs", "print_table"]
 
 
@@ -13,7 +11,7 @@ def print_pairs(rows: Sequence[tuple[str, str]]) -> None:
     """`name  value` lines, values aligned."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {value}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
@@ -22,6 +20,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for number, line in enumerate(lines):
         cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        typer.echo("  ".join(cells).rstrip())
+        print("  ".join(cells).rstrip())
         if number == 0:
-            typer.echo("  ".join("-" * w for w in widths))
+            print("  ".join("-" * w for w in widths))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,6 @@ from math import prod
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import typer
 
 from edge_razor.batches import normalizes
 from edge_razor.bundle import Bundle
@@ -111,9 +110,9 @@ def run(options: RunOptions) -> int:
             trainer.load_checkpoint(checkpoint)
             checkpoint.close()
         show_accounting(trainer.plan.summary)
-        typer.echo(f"\n{len(training)} training samples, {len(held_out)} for validation, {steps} steps")
+        print(f"\n{len(training)} training samples, {len(held_out)} for validation, {steps} steps")
         if trainer.position[0] >= recipe["epochs"]:
-            typer.echo(f"{options.out}: all {recipe['epochs']} epochs are done; nothing is left to train")
+            print(f"{options.out}: all {recipe['epochs']} epochs are done; nothing is left to train")
             return 0
         ring = BatchRing(source, batch_size)
         if options.profile:
@@ -133,7 +132,7 @@ def run(options: RunOptions) -> int:
             )
         _report(options, trainer, source, result, budget)
         if stop.signal is not None:
-            typer.echo(f"interrupted; the checkpoint in {options.out} is whole, go on with --resume", err=True)
+            print(f"interrupted; the checkpoint in {options.out} is whole, go on with --resume", file=sys.stderr)
             return _STOPPING[stop.signal]
     return 0
 
@@ -203,26 +202,22 @@ def _stop_flag() -> Iterator[_Stop]:
 
 def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitResult, budget: int | None) -> None:
     if source.bad:
-        typer.echo(f"{len(source.bad)} unreadable images were left out:", err=True)
+        print(f"{len(source.bad)} unreadable images were left out:", file=sys.stderr)
         for name, reason in list(source.bad.items())[:5]:
-            typer.echo(f"  {name}: {reason}", err=True)
+            print(f"  {name}: {reason}", file=sys.stderr)
     if result.seconds:
         rate = result.samples / result.seconds
-        typer.echo(
-            f"{result.steps} steps in {result.seconds:.1f} s, {rate:.1f} images/s, last loss {result.last_loss:.4f}"
-        )
+        print(f"{result.steps} steps in {result.seconds:.1f} s, {rate:.1f} images/s, last loss {result.last_loss:.4f}")
     if result.evaluation is not None:
         accuracy = result.evaluation["accuracy"]
         shown = "" if accuracy is None else f", accuracy {accuracy:.2%}"
-        typer.echo(f"validation: loss {result.evaluation['loss']:.4f}{shown}")
+        print(f"validation: loss {result.evaluation['loss']:.4f}{shown}")
     predicted = trainer.plan.predicted_peak_bytes
     cap = "" if budget is None else f", cap {format_bytes(budget)}"
-    typer.echo(
-        f"peak resident memory: {format_bytes(result.peak_rss_bytes)} (predicted {format_bytes(predicted)}{cap})"
-    )
+    print(f"peak resident memory: {format_bytes(result.peak_rss_bytes)} (predicted {format_bytes(predicted)}{cap})")
     if options.profile:
         _show_profile(trainer)
-    typer.echo(f"wrote {options.out}")
+    print(f"wrote {options.out}")
 
 
 def _show_profile(trainer: Trainer) -> None:
