@@ -12,6 +12,7 @@ from .storage import ACTIVATIONS, ActivationKeep, Form, Storage
 
 __all__ = ["RULES"]
 
+
 def activation(node: Node) -> tuple[int, list[float]]:
     """Code and (alpha, beta) of the node's activation."""
     name = node.text("activation", "none")

@@ -16,6 +16,7 @@ from .program import ALIGNMENT, Buffer, Program, Region
 
 __all__ = ["Lifetime", "lifetimes", "live_bytes", "place"]
 
+_NO_GAP = np.iinfo(np.int64).max
 GOOD_ENOUGH = 1.005  # of the lower bound: stop searching
 MAX_ROUNDS = 60
 
@@ -112,10 +113,12 @@ def _best_fit(order: np.ndarray, sizes: np.ndarray, starts: np.ndarray, ends: np
         overlap = (view[2] <= ends[index]) & (view[3] >= starts[index])
         lows, highs = view[0][overlap], view[1][overlap]
         if len(lows):
-            tops = np.maximum.accumulate(highs)
-            edges = np.concatenate([[0], tops])
-            gaps = np.append(lows, np.iinfo(np.int64).max) - edges
-            gaps[gaps < size] = np.iinfo(np.int64).max  # the last gap is open, so it is taken only if no other fits
+            edges = np.zeros(len(lows) + 1, np.int64)
+            np.maximum.accumulate(highs, out=edges[1:])
+            gaps = np.full(len(lows) + 1, _NO_GAP)
+            gaps[:-1] = lows
+            gaps -= edges
+            gaps[gaps < size] = _NO_GAP  # the last gap is open, so it is taken only if no other fits
             offset = int(edges[np.argmin(gaps)])
         else:
             offset = 0

@@ -7,7 +7,6 @@ is the only one tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -139,23 +138,33 @@ class Search:
             self._candidates[key] = Candidate(self, sparsity, micro_batch)
         return self._candidates[key]
 
-    def _all(self) -> Iterator[Candidate]:
-        """Candidates from the least harmful to the most."""
-        for sparsity in self.settings.sparsities:
-            for micro_batch in self.settings.micro_batches:
-                yield self.candidate(sparsity, micro_batch)
-
     def best(self, cap: int | None) -> Candidate | None:
-        """The least harmful candidate whose need is at most `cap` bytes; None if there is none."""
-        for candidate in self._all():
-            if cap is None or candidate.lower_bound <= cap and candidate.accounting.total <= cap:
-                return candidate
+        """The least harmful candidate whose need is at most `cap` bytes; None if there is none.
+
+        Between the extremes a sparsity is tried only with micro-batches that fit at the highest, so that what fits at
+        all is decided by the extremes alone and `smallest` is exact.
+        """
+        sparsities, micro_batches = self.settings.sparsities, self.settings.micro_batches
+        for index, sparsity in enumerate(sparsities):
+            if index == 1:
+                micro_batches = tuple(m for m in micro_batches if self._fits(sparsities[-1], m, cap))
+            for micro_batch in micro_batches:
+                if self._fits(sparsity, micro_batch, cap):
+                    return self.candidate(sparsity, micro_batch)
         return None
+
+    def _fits(self, sparsity: float, micro_batch: int, cap: int | None) -> bool:
+        if cap is None:
+            return True
+        candidate = self.candidate(sparsity, micro_batch)
+        return candidate.lower_bound <= cap and candidate.accounting.total <= cap
 
     def smallest(self) -> int:
         """The smallest cap, in bytes, for which `best` finds something."""
+        extremes = {self.settings.sparsities[0], self.settings.sparsities[-1]}
+        candidates = [self.candidate(s, m) for s in extremes for m in self.settings.micro_batches]
         smallest: int | None = None
-        for candidate in sorted(self._all(), key=lambda c: c.lower_bound):
+        for candidate in sorted(candidates, key=lambda c: c.lower_bound):
             if smallest is not None and candidate.lower_bound >= smallest:
                 break
             total = candidate.accounting.total

@@ -1,4 +1,4 @@
-"""Runs a scheduled and placed program kernel by kernel, in plain Python: a second executor beside the native session."""
+"""Runs a placed program kernel by kernel, in plain Python: a second executor beside the native session."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small networks in the operators of docs/training-graph.md, each beside the same network in torch.
 
-`Network` records an NHWC forward graph and a torch function for every node; `build` differentiates the graph with the exporter,
-`reference_step` runs the torch functions in float64 and gives exact gradients.
+`Network` records an NHWC forward graph and a torch function for every node; `build` differentiates the graph with the
+exporter, `reference_step` runs the torch functions in float64 and gives exact gradients.
 """
 
 from __future__ import annotations
@@ -87,13 +87,25 @@ class Network:
         return constant(self.graph, np.array(values, np.int64), f"ints/{self.count}")
 
     def conv(
-        self, x: ir.Value, out: int, kernel: int = 1, *, stride: int = 1, pad: int = 0, dilation: int = 1, group: int = 1,
-        norm: bool = False, bias: bool = False, act: str = "none",
+        self,
+        x: ir.Value,
+        out: int,
+        kernel: int = 1,
+        *,
+        stride: int = 1,
+        pad: int = 0,
+        dilation: int = 1,
+        group: int = 1,
+        norm: bool = False,
+        bias: bool = False,
+        act: str = "none",
     ) -> ir.Value:
         """Convolution, with frozen-statistics BatchNorm or bias, and activation."""
         n, h, w, c = dims(x)
         name = f"conv{self.count + 1}"
-        weight = self.parameter(f"{name}.weight", (out, c // group, kernel, kernel), (kernel * kernel * c / group) ** -0.5)
+        weight = self.parameter(
+            f"{name}.weight", (out, c // group, kernel, kernel), (kernel * kernel * c / group) ** -0.5
+        )
         b = self.parameter(f"{name}.bias", (out,), 0.1) if bias else None
         scale, shift = None, b
         vectors = []
@@ -105,7 +117,12 @@ class Network:
             self.parameters[f"{name}.var"] = np.asarray(variance.const_value.numpy())
             vectors.append(variance)
             fold = make_node(
-                "BatchNormFold", [*vectors, b], {"epsilon": 1e-5}, domain=DOMAIN, shapes=[(out,), (out,)], like=None,
+                "BatchNormFold",
+                [*vectors, b],
+                {"epsilon": 1e-5},
+                domain=DOMAIN,
+                shapes=[(out,), (out,)],
+                like=None,
                 names=[f"{name}.scale", f"{name}.shift"],
             )
             fold.metadata_props["layer"] = name
@@ -122,7 +139,11 @@ class Network:
             return ACTIVATIONS[act](y).permute(0, 2, 3, 1)
 
         attributes = {
-            "strides": [stride] * 2, "pads": [pad] * 4, "dilations": [dilation] * 2, "group": group, **activation(act)
+            "strides": [stride] * 2,
+            "pads": [pad] * 4,
+            "dilations": [dilation] * 2,
+            "group": group,
+            **activation(act),
         }
         reads = [x, weight, *([b] if b is not None else []), *vectors]
         return self.node("Conv", [x, weight, scale, shift], (n, *size, out), run, attributes, DOMAIN, reads)
@@ -171,7 +192,12 @@ class Network:
         shape = [1 if i in axes else d for i, d in enumerate(dims(x)) if keepdims or i not in axes]
         attributes = {"keepdims": int(keepdims)}
         return self.node(
-            "ReduceMean", [x, self.ints(axes)], shape, lambda v: v.mean(list(axes), keepdim=keepdims), attributes, reads=[x]
+            "ReduceMean",
+            [x, self.ints(axes)],
+            shape,
+            lambda v: v.mean(list(axes), keepdim=keepdims),
+            attributes,
+            reads=[x],
         )
 
     def softmax(self, x: ir.Value, axis: int = -1) -> ir.Value:
@@ -206,8 +232,20 @@ class Network:
             "Pad", [x, self.ints(pads)], shape, lambda v: F.pad(v, (0, 0, before, after, before, after)), reads=[x]
         )
 
+    def ancestors(self, output: ir.Value) -> list[str]:
+        """The parameters that influence `output`."""
+        needed = {output.name}
+        for out, _, reads in reversed(self.calls):
+            if out.name in needed:
+                needed.update(r.name for r in reads)
+        return [name for name in self.parameters if name in needed]
+
     def build(
-        self, output: ir.Value, loss: str = "cross_entropy", trainable: Sequence[str] | None = None, smoothing: float = 0.0
+        self,
+        output: ir.Value,
+        loss: str = "cross_entropy",
+        trainable: Sequence[str] | None = None,
+        smoothing: float = 0.0,
     ) -> Built:
         """Differentiates the network; `trainable` None: every parameter but the BatchNorm statistics."""
         self.output = output

@@ -1,7 +1,7 @@
 """An independent check of a scheduled and placed program: it simulates memory byte range by byte range.
 
-It knows nothing of lifetimes: every buffer's bytes carry the identity of their last writer, and a step that reads a buffer must find
-exactly what that buffer's own writers left there.
+It knows nothing of lifetimes: every buffer's bytes carry the identity of their last writer, and a step that reads a
+buffer must find exactly what that buffer's own writers left there.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class Memory:
 
 
 def _overlap(a: Buffer, b: Buffer) -> bool:
-    return (
-        a.region == b.region and a.offset < b.offset + b.bytes and b.offset < a.offset + a.bytes
-    )
+    return a.region == b.region and a.offset < b.offset + b.bytes and b.offset < a.offset + a.bytes
 
 
 def verify(program: Program, arena_bytes: int) -> None:
@@ -85,9 +83,7 @@ def verify(program: Program, arena_bytes: int) -> None:
                 written = signature.writes | ({signature.operands} if signature.scratch else set())
                 if i in written or j in written:
                     pairs = MAY_ALIAS.get(step.kernel, set())
-                    assert a is b and ((i, j) in pairs or (j, i) in pairs), (
-                        f"{where}: {a.name} and {b.name} overlap"
-                    )
+                    assert a is b and ((i, j) in pairs or (j, i) in pairs), f"{where}: {a.name} and {b.name} overlap"
         if step.scratch is not None:
             memory.write(step.scratch)
         for buffer in step.writes:
@@ -100,8 +96,8 @@ def verify(program: Program, arena_bytes: int) -> None:
 def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
     """What each update step is given, as an expression over inputs and parameters: update label → expression.
 
-    Two orders of the same steps mean the same if the expressions are equal. Adding into an existing gradient is the same as a
-    later addition.
+    Two orders of the same steps mean the same if the expressions are equal. Adding into an existing gradient is the
+    same as a later addition.
     """
     content: dict[Buffer, object] = {buffer: buffer.name for buffer in inputs}
     updates: dict[str, object] = {}
