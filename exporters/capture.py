@@ -1,12 +1,14 @@
 """Front end for torch: ``nn.Module`` → ONNX graph with a symbolic batch dimension and the state dict's names.
 
-``torch.onnx.export(dynamo=True)`` traces the module in eval mode, so batch statistics, stochastic depth and functional dropout vanish.
-``nn.Dropout`` modules are kept: while tracing, each one calls a custom operator that becomes an ONNX Dropout node.
+``torch.onnx.export(dynamo=True)`` traces the module in eval mode, so batch statistics, stochastic depth and functional
+dropout vanish. ``nn.Dropout`` modules are kept: while tracing, each one calls a custom operator that becomes an ONNX
+Dropout node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -49,14 +51,16 @@ def mark_parameters(graph: ir.Graph, names: Sequence[str]) -> None:
 
 
 def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True) -> Captured:
-    """Traces ``model``. Its training flags, ``requires_grad`` and forward methods are as before afterwards, also after an error.
+    """Traces ``model``. Its training flags, ``requires_grad`` and forward methods are as before afterwards, also after
+    an error.
 
     Args:
         example_inputs: a tensor or a tuple of tensors, float32, first dimension = batch (of any size).
         dropout: keep nn.Dropout for training.
 
     Raises:
-        UsageError: an input is no float32 tensor with a batch dimension, a parameter is not float32, or torch cannot trace the model.
+        UsageError: an input is no float32 tensor with a batch dimension, a parameter is not float32, or torch cannot
+            trace the model.
     """
     import torch
 
@@ -79,7 +83,7 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
-                dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in inputs),
+                dynamic_shapes=_dynamic_shapes(model, len(inputs)),
                 custom_translation_table=_dropout_translation(),
                 verbose=False,
             )
@@ -110,8 +114,19 @@ def _check_inputs(inputs: tuple[Any, ...]) -> None:
             raise UsageError(f"example input {position} is {given}; export needs float32 tensors")
         if x.dim() < 2 or x.shape[0] < 1:
             raise UsageError(
-                f"example input {position} has shape {tuple(x.shape)}; the first dimension must be a batch of at least 1"
+                f"example input {position} has shape {tuple(x.shape)}; dimension 0 must be a batch of at least 1"
             )
+
+
+def _dynamic_shapes(model: torch.nn.Module, count: int) -> tuple[Any, ...]:
+    """Dimension 0 of each input is the batch; what ``forward(self, *args)`` collects is one nested tuple to torch."""
+    import torch
+
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in range(count))
+    for position, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return (*shapes[:position], shapes[position:])
+    return shapes
 
 
 def _root_cause(error: BaseException) -> str:
@@ -138,7 +153,8 @@ def _aliases(state: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _restore_names(graph: ir.Graph, state: dict[str, torch.Tensor], aliases: dict[str, str]) -> None:
-    """Uses of a tied tensor's second name read the first one. Data is copied, so that the graph does not share memory with the model."""
+    """Uses of a tied tensor's second name read the first one. Data is copied, so that the graph does not share memory
+    with the model."""
     for alias, name in aliases.items():
         value = graph.initializers.get(alias)
         if value is None:
@@ -156,7 +172,8 @@ def _restore_names(graph: ir.Graph, state: dict[str, torch.Tensor], aliases: dic
 
 
 def _layer(node: ir.Node) -> str:
-    """Path of the torch module that ``node`` comes from; torch.onnx records the scopes, the operator's own name last."""
+    """Path of the torch module that ``node`` comes from; torch.onnx records the scopes, the operator's own name
+    last."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
     return parts[-2] if len(parts) > 1 and not parts[-2].startswith("_empty_nn_module") else ""

@@ -1,8 +1,9 @@
 """Moves the graph to channels-last (NHWC).
 
-Each value is *placed*: its runtime value plus the order in which that one stores the user's dimensions. A Transpose of the user's graph only
-changes the order and costs nothing, so ConvNeXt's permutes and the shuffle's NCHW arithmetic disappear; a real Transpose is written only
-where an operator needs an order that its operand has not. The batch is always the first runtime dimension.
+Each value is *placed*: its runtime value plus the order in which that one stores the user's dimensions. A Transpose of
+the user's graph only changes the order and costs nothing, so ConvNeXt's permutes and the shuffle's NCHW arithmetic
+disappear; a real Transpose is written only where an operator needs an order that its operand has not. The batch is
+always the first runtime dimension.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class Layout:
         return self._arrange(placed, dims(user), order, tuple(dims(user)[d] for d in order))
 
     def broadcast_operand(self, user: ir.Value, order: Order) -> ir.Value:
-        """Runtime value of an operand that is broadcast against one of rank ``len(order)`` placed in ``order``; what has no batch loses its
-        leading dimensions of size 1, so that a factor of one number a channel is a vector."""
+        """Runtime value of an operand that is broadcast against one of rank ``len(order)`` placed in ``order``; what
+        has no batch loses its leading dimensions of size 1, so that a factor of one number a channel is a vector."""
         sizes = dims(user)
         missing = len(order) - len(sizes)
         own = tuple(d - missing for d in order if d >= missing)
@@ -119,7 +120,7 @@ class Layout:
             return self.in_order(user, own)
         if int(np.prod(sizes)) == 1 and is_constant(user):
             return user
-        target = [sizes[d] for d in own]
+        target = [sizes[d - missing] if d >= missing else 1 for d in order]
         while target and target[0] == 1:
             target.pop(0)
         return self._arrange(self.placed(user), sizes, own, tuple(target))
@@ -131,11 +132,13 @@ class Layout:
             return self._arranged[key]
         value = placed.value
         perm = [placed.order.index(d) for d in order]
+        moves = squeezed(placed.order, sizes) != squeezed(order, sizes)
         if is_constant(value):
-            data = value.const_value.numpy().transpose(perm).reshape(target)  # type: ignore[union-attr]
-            value = value if dims(value) == target else constant(self.graph, np.ascontiguousarray(data))
+            if moves or dims(value) != target:
+                data = value.const_value.numpy().transpose(perm).reshape(target)  # type: ignore[union-attr]
+                value = constant(self.graph, np.ascontiguousarray(data))
         else:
-            if squeezed(placed.order, sizes) != squeezed(order, sizes):
+            if moves:
                 shape = [sizes[d] for d in order]
                 (value,) = self.insert(
                     make_node(
@@ -194,7 +197,8 @@ def channels_last(model: ir.Model, *, classes_last: bool = False) -> ChannelsLas
 
 
 def _input_order(user: ir.Value) -> Order:
-    """Channels-last for images. A graph that begins by transposing its NHWC input to NCHW has it the right way already."""
+    """Channels-last for images. A graph that begins by transposing its NHWC input to NCHW has it the right way
+    already."""
     rank = len(dims(user))
     if rank != 4:
         return tuple(range(rank))

@@ -18,8 +18,8 @@ from edge_razor.exporters.forward import Forward, build_forward
 from edge_razor.exporters.graph_edit import BATCH, is_parameter
 from edge_razor.exporters.load_onnx import load_onnx
 from edge_razor.exporters.razor import insert_packs
-from edge_razor.exporters.training_graph import to_proto, validate
 from edge_razor.exporters.trainable import parameters, resolve
+from edge_razor.exporters.training_graph import to_proto, validate
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +42,20 @@ def export(
     """Writes the bundle of a model that is ready for planning and training.
 
     Args:
-        model: an ``nn.Module`` (read only; train or eval mode does not matter, BatchNorm statistics stay frozen), or a ``.onnx`` file.
-        example_inputs: a float32 tensor or a tuple of them, first dimension = batch (its size is free). For a ``.onnx`` file None, or
-            anything with shapes that fixes dimensions which the file leaves free.
+        model: an ``nn.Module`` (read only; train or eval mode does not matter, BatchNorm statistics stay frozen), or a
+            ``.onnx`` file.
+        example_inputs: a float32 tensor or a tuple of them, first dimension = batch (its size is free). For a ``.onnx``
+            file None, or anything with shapes that fixes dimensions which the file leaves free.
         path: the bundle directory to make.
-        loss: ``cross_entropy`` (int class targets), ``mse`` or ``bce_with_logits`` (float targets in the output's shape).
+        loss: ``cross_entropy`` (int class targets), ``mse`` or ``bce_with_logits`` (float targets in the output's
+            shape).
         label_smoothing: in [0, 1), cross_entropy only.
         trainable: ``all``, ``head``, ``last:N``, ``bias``, ``norm`` or glob patterns, joined by commas.
         classes: names of the output's classes.
-        preprocessing: what `edge-razor train` does with images: ``resize``, ``crop`` (pixels), ``mean``, ``std`` (per channel),
-            ``interpolation``; see docs/bundle.md.
-        dropout: keep ``nn.Dropout`` (ONNX: Dropout nodes) for training. Functional dropout, DropPath and stochastic depth are never kept.
+        preprocessing: what `edge-razor train` does with images: ``resize``, ``crop`` (pixels), ``mean``, ``std`` (per
+            channel), ``interpolation``; see docs/bundle.md.
+        dropout: keep ``nn.Dropout`` (ONNX: Dropout nodes) for training. Functional dropout, DropPath and stochastic
+            depth are never kept.
 
     Returns:
         ``path``.

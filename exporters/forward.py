@@ -35,8 +35,8 @@ class Forward(NamedTuple):
 
 
 def build_forward(captured: Captured, *, classes_last: bool = False) -> Forward:
-    """Runs every pass of the front half. ``classes_last``: the user's output dimension 1 becomes the last at run time (cross-entropy over
-    positions).
+    """Runs every pass of the front half. ``classes_last``: the user's output dimension 1 becomes the last at run time
+    (cross-entropy over positions).
 
     Raises:
         UsageError: the model has not exactly one float32 output with a batch.

@@ -26,8 +26,8 @@ def fuse_activation(model: ir.Model) -> ir.Model:
             if name in node.attributes:
                 host.attributes[name] = node.attributes[name]
         # The host's output takes the activation's name, by which readers know the value.
-        name = node.outputs[0].name
+        known_as = node.outputs[0].name
         bypass(node, data)
-        data.name = name
+        data.name = known_as
     remove_dead(model.graph)
     return model

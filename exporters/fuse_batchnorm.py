@@ -1,6 +1,8 @@
-"""BatchNormalization with frozen statistics → BatchNormFold + the scale and shift of the convolution before it, else + Affine.
+"""BatchNormalization with frozen statistics → BatchNormFold + the scale and shift of the convolution before it, else +
+Affine.
 
-The convolution's weight stays as it is, so that every parameter keeps its name, data and gradient: only the two vectors are computed.
+The convolution's weight stays as it is, so that every parameter keeps its name, data and gradient: only the two vectors
+are computed.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def _fuse(node: ir.Node) -> None:
 
 
 def _takes_scale(producer: ir.Node, rank: int) -> bool:
-    """Conv, and Linear on a matrix (its channel is the last dimension, which is BatchNorm's only for rank 2), not yet scaled."""
+    """Conv, and Linear on a matrix (its channel is the last dimension, which is BatchNorm's only for rank 2), not yet
+    scaled."""
     if producer.domain != DOMAIN or producer.op_type not in ("Conv", "Linear"):
         return False
     unscaled = len(producer.inputs) < 3 or producer.inputs[2] is None

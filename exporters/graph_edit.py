@@ -62,7 +62,8 @@ def array(value: ir.Value | None) -> np.ndarray | None:
 
 
 def is_parameter(value: ir.Value | None) -> bool:
-    """Whether ``value`` is a tensor of the user's model (it has a name in its state dict), not a constant of the graph."""
+    """Whether ``value`` is a tensor of the user's model (it has a name in its state dict), not a constant of the
+    graph."""
     return value is not None and bool(value.meta.get("parameter"))
 
 
@@ -128,7 +129,8 @@ def make_node(
 
 
 def replace(node: ir.Node, new_nodes: Sequence[ir.Node]) -> None:
-    """Puts ``new_nodes`` in the place of ``node``; the last one's outputs take over names and uses of the old outputs."""
+    """Puts ``new_nodes`` in the place of ``node``; the last one's outputs take over names and uses of the old
+    outputs."""
     graph = node.graph
     assert isinstance(graph, ir.Graph), f"node {node.name!r} is in no graph"
     last = new_nodes[-1]

@@ -1,7 +1,7 @@
 """``inference.onnx``: the user's model in standard ONNX, ready to take tuned weights.
 
-NCHW, BatchNorm apart, dropout gone: what came from the front end with shapes resolved. Its initializers are exactly the parameters, under their
-torch names, so that exporting a tuned model only fills in data.
+NCHW, BatchNorm apart, dropout gone: what came from the front end with shapes resolved. Its initializers are exactly the
+parameters, under their torch names, so that exporting a tuned model only fills in data.
 """
 
 from __future__ import annotations

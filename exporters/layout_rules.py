@@ -123,7 +123,8 @@ def _transpose(layout: Layout, node: ir.Node) -> None:
 
 
 def _reshape(layout: Layout, node: ir.Node) -> None:
-    """A view if every group of dimensions that is merged or split lies in one piece; else a transpose puts it into one piece first."""
+    """A view if every group of dimensions that is merged or split lies in one piece; else a transpose puts it into one
+    piece first."""
     data, output = _operand(node), node.outputs[0]
     source, target = dims(data), dims(output)
     placed = layout.placed(data)
@@ -172,8 +173,8 @@ def matching_groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tu
 
 
 def _with_ones(sequence: Order, sizes: tuple[int, ...]) -> Order:
-    """An order of all dimensions whose others than size 1 come as in ``sequence``: channels-last or natural if that fits (dimensions of size 1
-    move freely), else those of size 1 right behind the first."""
+    """An order of all dimensions whose others than size 1 come as in ``sequence``: channels-last or natural if that
+    fits (dimensions of size 1 move freely), else those of size 1 right behind the first."""
     rank = len(sizes)
     preferred = [channel_order(rank), tuple(range(rank))] if rank == 4 else [tuple(range(rank))]
     for order in preferred:

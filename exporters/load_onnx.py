@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from edge_razor.errors import BundleError, UsageError
 from edge_razor.exporters.capture import OPSET, Captured, mark_parameters
@@ -19,11 +20,12 @@ from edge_razor.exporters.graph_edit import array, bypass, constant
 _WEIGHTED = ("Conv", "Gemm", "MatMul", "BatchNormalization")
 
 
-def load_onnx(path: str | Path, example_inputs: Any = None, *, dropout: bool = True) -> Captured:
+def load_onnx(path: str | os.PathLike[str], example_inputs: Any = None, *, dropout: bool = True) -> Captured:
     """Reads an ONNX model for training.
 
     Args:
-        example_inputs: arrays or tensors whose shapes fix dimensions that the file leaves free; None if only the batch is free.
+        example_inputs: arrays or tensors whose shapes fix dimensions that the file leaves free; None if only the batch
+            is free.
         dropout: keep Dropout nodes for training.
 
     Every float32 initializer with more than one element is a parameter, under its name in the file.
@@ -48,7 +50,7 @@ def load_onnx(path: str | Path, example_inputs: Any = None, *, dropout: bool = T
             raise UsageError(f"{path}: initializer {name} is {tensor.dtype.name}; training needs a float32 model")
         weighted = any(use.node.op_type in _WEIGHTED for use in value.uses())
         if tensor.dtype == ir.DataType.FLOAT and (tensor.size > 1 or weighted):
-            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(tensor.shape)
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(tensor.numpy().shape)
             parameters.append(name)
     mark_parameters(graph, parameters)
     for node in list(graph):

@@ -1,4 +1,5 @@
-"""Last pass of the forward graph: views of views merged, names unique and free of reserved ones, metadata as documented."""
+"""Last pass of the forward graph: views of views merged, names unique and free of reserved ones, metadata as
+documented."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _RESERVED_PREFIXES = ("grad/", "kept/")
 
 
 def tidy(model: ir.Model) -> ir.Model:
-    """See module docstring. Initializers of the user's model keep their names; a value with the same name as one is renamed."""
+    """See module docstring. Initializers of the user's model keep their names; a value with the same name as one is
+    renamed."""
     graph = model.graph
     _merge_views(graph)
     remove_dead(graph)

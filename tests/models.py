@@ -1,7 +1,8 @@
 """The convolutional families that must export and train, as compact torch definitions.
 
-Architectures follow the papers; names of modules are free. ``width`` scales channels, so that tests are fast. All of them can be traced by
-torch.fx, which the reference model needs. Weights are torch's default initialization: seed torch for the same ones.
+Architectures follow the papers; names of modules are free. ``width`` scales channels, so that tests are fast. All of
+them can be traced by torch.fx, which the reference model needs. Weights are torch's default initialization: seed torch
+for the same ones.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def mobilenet_v3_small(num_classes: int = 1000, width: float = 1.0) -> nn.Sequen
 
 
 def same_conv_bn(channels: int, outputs: int, kernel: int, stride: int, groups: int = 1) -> nn.Sequential:
-    """Stride 2 on an even size pads (kernel − 2) in all, the odd one at the end: an asymmetric pad before the convolution."""
+    """Stride 2 on an even size pads (kernel − 2) in all, the odd one at the end: an asymmetric pad before the
+    convolution."""
     total = kernel - stride
     before = total // 2
     pad = nn.ZeroPad2d((before, total - before, before, total - before))
@@ -337,7 +339,8 @@ def regnet(num_classes: int = 1000, width: float = 1.0, group_width: int = 8) ->
 
 
 class ConvNeXtBlock(nn.Module):
-    """7×7 depthwise, norm, expand, GELU, project, layer scale. ``linear``: the pointwise parts are Linear on permuted data, as published."""
+    """7×7 depthwise, norm, expand, GELU, project, layer scale. ``linear``: the pointwise parts are Linear on permuted
+    data, as published."""
 
     def __init__(self, channels: int, linear: bool) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Standard ONNX in all its spellings → the few forward operators of docs/training-graph.md, still in NCHW order.
 
-A pass that cannot convert a node leaves it and says why in ``node.meta["why"]``; `check_supported` reports all of them at once.
+A pass that cannot convert a node leaves it and says why in ``node.meta["why"]``; `check_supported` reports all of them
+at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from edge_razor.exporters.canonicalize.supported import check_supported
 
 __all__ = ["PASSES", "canonicalize"]
 
-# In order: views first so that patterns meet their neighbours; pooling and convolution before padding, which folds into both.
+# In order: views first so that patterns meet their neighbours; pooling and convolution before padding, which folds into
+# both.
 PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
     canonicalize_reshapes,
     canonicalize_axes,

@@ -1,9 +1,9 @@
 """Activations in any spelling → one ``Affine`` node with an ``activation`` attribute.
 
-A chain of elementwise operators with scalar constants is a function of one number, so it is recognized by its values: x·sigmoid(x),
-Mul(x, Div(Clip(Add(x, 3), 0, 6), 6)) or GELU written with Erf in any order of factors are found without a pattern for each spelling.
-The values are compared in float64 on a grid where any two activations of the table differ by far more than the tolerance (the closest
-pair, GELU and its tanh form, differs by 4.7e-4).
+A chain of elementwise operators with scalar constants is a function of one number, so it is recognized by its values:
+x·sigmoid(x), Mul(x, Div(Clip(Add(x, 3), 0, 6), 6)) or GELU written with Erf in any order of factors are found without a
+pattern for each spelling. The values are compared in float64 on a grid where any two activations of the table differ by
+far more than the tolerance (the closest pair, GELU and its tanh form, differs by 4.7e-4).
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ _EVALUATE: dict[str, Callable[..., Array]] = {
 
 
 def recognize(values: Array, grid: Array = _GRID) -> tuple[str, float, float] | None:
-    """The activation whose values on ``grid`` these are: (name, alpha, beta), ("none", 0, 0) for the identity; None if unknown."""
+    """The activation whose values on ``grid`` these are: (name, alpha, beta), ("none", 0, 0) for the identity; None if
+    unknown."""
 
     def same(candidate: Array) -> bool:
         return bool(np.all(np.abs(values - candidate) <= _TOLERANCE * np.maximum(1.0, np.abs(candidate))))
@@ -189,7 +190,7 @@ def _evaluate(node: ir.Node, base: ir.Value) -> Array | None:
         if _is_scalar(value):
             data = array(value)
             assert data is not None
-            result: Array | None = np.float64(data.reshape(())) if data.dtype.kind == "f" else None  # type: ignore[assignment]
+            result: Array | None = data.astype(np.float64).reshape(()) if data.dtype.kind == "f" else None
         else:
             producer = value.producer()
             result = None

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from edge_razor.exporters.canonicalize.pooling import explicit_pads
 from edge_razor.exporters.graph_edit import (
     DOMAIN,
+    AttributeValue,
     array,
     dims,
     integer,
@@ -37,7 +38,7 @@ def canonicalize_convolutions(model: ir.Model) -> ir.Model:
             bias = None
         kernel = dims(weight)[2:]
         strides, dilations = ints(node, "strides", [1, 1]), ints(node, "dilations", [1, 1])
-        attributes = {
+        attributes: dict[str, AttributeValue] = {
             "strides": strides,
             "pads": explicit_pads(node, dims(data)[2:], kernel, strides, dilations),
             "dilations": dilations,

@@ -8,7 +8,8 @@ from edge_razor.exporters.graph_edit import DOMAIN, array, bypass, dims, make_no
 
 
 def canonicalize_dropout(model: ir.Model) -> ir.Model:
-    """Ratios from the second input (opset ≥ 12) or the attribute. Ratio 0 disappears; streams count from 0 in graph order."""
+    """Ratios from the second input (opset ≥ 12) or the attribute. Ratio 0 disappears; streams count from 0 in graph
+    order."""
     stream = 0
     for node in list(model.graph):
         if node.op_type != "Dropout" or node.domain:

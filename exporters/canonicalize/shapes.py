@@ -1,8 +1,9 @@
 """Shape arithmetic away: every shape becomes known, and constants are folded.
 
-The graph is folded twice, for two concrete batch sizes; both results have the same structure. A dimension that is equal in both is a
-constant, one that is proportional to the batch is ``a*N``, anything else cannot be trained with a symbolic batch. This needs no symbolic
-algebra, and whatever constant folding can evaluate (Shape, Gather, Concat, Range, …) is covered.
+The graph is folded twice, for two concrete batch sizes; both results have the same structure. A dimension that is equal
+in both is a constant, one that is proportional to the batch is ``a*N``, anything else cannot be trained with a symbolic
+batch. This needs no symbolic algebra, and whatever constant folding can evaluate (Shape, Gather, Concat, Range, …) is
+covered.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
 from edge_razor.errors import UnsupportedOpError
-from edge_razor.exporters.graph_edit import BATCH, constant, is_parameter, remove_dead, to_shape
+from edge_razor.exporters.graph_edit import BATCH, constant, dims, is_parameter, remove_dead, to_shape
 
 # Two primes that no layer width equals by accident; nothing is computed with them but shapes.
 _BATCHES = (7919, 7927)
@@ -40,7 +41,7 @@ def resolve_shapes(model: ir.Model) -> ir.Model:
     for value in first.graph.inputs:
         shape = value.shape
         assert shape is not None
-        value.shape = to_shape([BATCH, *(int(d) for d in list(shape)[1:])])
+        value.shape = to_shape([BATCH, *(d for d in list(shape)[1:] if isinstance(d, int))])
     if problems:
         listing = "; ".join(f"{name} ({op}): {what}" for name, op, what in problems)
         raise UnsupportedOpError(
@@ -106,16 +107,18 @@ def _merge_node(graph: ir.Graph, node: ir.Node, other: ir.Node, problems: list[t
             problems.append((name, node.op_type, "shape unknown, or not proportional to the batch"))
             return
         value.shape = to_shape(sizes)
-    for index, (value, twin) in enumerate(zip(node.inputs, other.inputs, strict=True)):
-        if value is None or twin is None or value.const_value is None or is_parameter(value):
+    for index, (operand, counterpart) in enumerate(zip(node.inputs, other.inputs, strict=True)):
+        if operand is None or counterpart is None or operand.const_value is None or is_parameter(operand):
             continue
-        mine, theirs = value.const_value.numpy(), twin.const_value.numpy()  # type: ignore[union-attr]
+        mine, theirs = operand.const_value.numpy(), counterpart.const_value.numpy()  # type: ignore[union-attr]
         if mine.shape == theirs.shape and np.array_equal(mine, theirs, equal_nan=True):
             continue
-        if node.op_type in ("Reshape", "Expand") and index == 1:
-            # Both are rewritten from the shape of their output by later passes; 1 is neutral for Expand.
-            new = np.where(mine == theirs, mine, -1 if node.op_type == "Reshape" else 1)
-            node.replace_input_with(index, constant(graph, new.astype(np.int64)))
+        if node.op_type == "Reshape" and index == 1:
+            sizes = [-1 if size and size % BATCH == 0 else size for size in dims(node.outputs[0])]
+            node.replace_input_with(index, constant(graph, np.array(sizes, np.int64)))
+        elif node.op_type == "Expand" and index == 1:
+            # 1 is neutral; `canonicalize_reshapes` drops the node or refuses it.
+            node.replace_input_with(index, constant(graph, np.where(mine == theirs, mine, 1).astype(np.int64)))
         else:
             problems.append((name, node.op_type, f"input {index} depends on the batch"))
 

@@ -14,8 +14,8 @@ _RAZOR = "Conv Linear Affine MaxPool AveragePool Dropout".split()
 
 
 def check_supported(model: ir.Model) -> None:
-    """Raises UnsupportedOpError that lists every node that is not known, with name, type, input shapes and, where a pass has
-    said so, the reason."""
+    """Raises UnsupportedOpError that lists every node that is not known, with name, type, input shapes and, where a
+    pass has said so, the reason."""
     unknown, lines = [], []
     for node in model.graph:
         known = node.op_type in (_STANDARD if not node.domain else _RAZOR if node.domain == DOMAIN else ())
