@@ -187,6 +187,8 @@ void depthwise(const Depthwise& d, int thread, int threads) {
       Row row{};
       row.axis = &xs;
       row.rows = last - first;
+      row.source = d.source;
+      row.weight = d.weight;
       if (row.rows) {
         const int64_t source = sample * ys.source + ys.src_start + j * ys.src_step + first * ys.tap_step;
         const int64_t ky = ys.kernel_start + first * ys.kernel_step;
