@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import markdown_table, write_result
 from tests.models import FAMILIES
-from tests.parity import Comparison, compare_step, randomize_norms
+from tests.parity import Comparison, compare_step, export_model, randomize_norms
 
 IMAGE, CLASSES = (3, 64, 64), 10
 CASES: list[tuple[str, dict[str, Any]]] = [("sparsity 0", {"sparsity": 0.0})]
@@ -34,21 +34,27 @@ CASES += [
 LOSS_LIMIT, UPDATE_LIMIT = 1e-5, 1e-3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    options = parser.parse_args()
-    rows, failures = [], 0
-    for family in options.families:
+def build(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return randomize_norms(FAMILIES[family](num_classes=CLASSES))
+
+
+def measure(families: list[str], directory: Path) -> tuple[list[tuple[Any, ...]], int]:
+    """The table's rows, and how many of them are outside the limits."""
+    rows: list[tuple[Any, ...]] = []
+    failures = 0
+    for family in families:
         for label, settings in CASES:
-            with tempfile.TemporaryDirectory() as directory:
-                torch.manual_seed(0)
-                model = randomize_norms(FAMILIES[family](num_classes=CLASSES))
-                outcome: Comparison | str
-                try:
-                    outcome = compare_step(model, Path(directory), image=IMAGE, classes=CLASSES, **settings)
-                except Exception as error:  # a family that cannot run a case is a row of the table, not the end of it
-                    outcome = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            trainable = settings.get("trainable", "all")
+            rest = {key: value for key, value in settings.items() if key != "trainable"}
+            outcome: Comparison | str
+            try:
+                path = directory / f"{family}-{trainable.replace(':', '')}.razor"
+                if not path.exists():
+                    export_model(build(family), path, IMAGE, trainable)
+                outcome = compare_step(build(family), path, image=IMAGE, classes=CLASSES, **rest)
+            except Exception as error:  # a family that cannot run a case is a row of the table, not the end of it
+                outcome = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             if isinstance(outcome, str):
                 failures += 1
                 rows.append((family, label, "–", "–", "–", outcome))
@@ -66,6 +72,15 @@ def main() -> None:
                     )
                 )
             print(rows[-1], flush=True)
+    return rows, failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        rows, failures = measure(options.families, Path(directory))
     header = ("family", "case", "trained tensors", "loss error", "worst update error", "within limits")
     body = markdown_table(header, rows)
     body += f"\nLimits: loss {LOSS_LIMIT:g} relative;"

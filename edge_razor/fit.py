@@ -111,7 +111,7 @@ def fit(
             if result.interrupted:
                 break
             trainer.position = (epoch + 1, 0)
-            figures = {"epoch": epoch, "loss": result.last_loss}
+            figures = {"epoch": epoch, "loss": result.last_loss, "seconds": round(result.seconds, 3)}
             if validation is not None:
                 result.evaluation = trainer.evaluate(validation)
                 figures["validation"] = result.evaluation

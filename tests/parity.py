@@ -39,9 +39,15 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def export_model(model: nn.Module, path: Path, image: tuple[int, ...], trainable: str = "all") -> Path:
+    """Exports ``model`` in eval mode without dropout, as ``compare_step`` expects; returns ``path``."""
+    edge_razor.export(model.eval(), (torch.zeros(2, *image),), path, trainable=trainable, dropout=False)
+    return path
+
+
 def compare_step(
     model: nn.Module,
-    directory: Path,
+    bundle: Path,
     *,
     image: tuple[int, ...],
     classes: int,
@@ -50,13 +56,12 @@ def compare_step(
     batch_size: int = 4,
     micro_batch: int | None = None,
     optimizer: str = "sgd",
-    trainable: str = "all",
     steps: int = 1,
     seed: int = 0,
     lr: float | None = None,
     **options: Any,
 ) -> Comparison:
-    """Exports ``model``, takes ``steps`` steps on one random batch in both systems, compares the parameters' changes.
+    """Takes ``steps`` steps on one random batch in both systems, from ``model`` and its ``bundle``; compares the changes.
 
     The learning rate is large by default (100 for SGD), so that the change, not the rounding of the parameter that it
     is added to, is what is compared.
@@ -65,12 +70,12 @@ def compare_step(
     x = torch.randn(batch_size, *image, generator=generator)
     y = torch.randint(0, classes, (batch_size,), generator=generator)
     model = model.eval()
-    path = directory / f"model-{optimizer}-{sparsity}-{form}-{micro_batch}.razor"
-    edge_razor.export(model, (x[:2],), path, trainable=trainable, dropout=False)
+    if optimizer == "sgd":
+        options.setdefault("momentum", 0.0)
     if lr is None:
         lr = 100.0 if optimizer == "sgd" else 1e-2
     trainer = edge_razor.Trainer(
-        path,
+        bundle,
         batch_size=batch_size,
         micro_batch=micro_batch,
         sparsity=sparsity,

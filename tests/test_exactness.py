@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.models import FAMILIES
-from tests.parity import compare_step, randomize_norms
+from tests.parity import compare_step, export_model, randomize_norms
 
-CLASSES = 10
+IMAGE, CLASSES = (3, 64, 64), 10
 LOSS_LIMIT, UPDATE_LIMIT = 1e-5, 1e-3
 
 
-def check(family: str, directory: Path, **settings: Any) -> None:
+def build(family: str) -> nn.Module:
     torch.manual_seed(1)
-    model = randomize_norms(FAMILIES[family](num_classes=CLASSES), seed=1)
-    result = compare_step(model, directory, image=(3, 64, 64), classes=CLASSES, seed=1, **settings)
+    return randomize_norms(FAMILIES[family](num_classes=CLASSES), seed=1)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Bundle of (family, trainable set); each is exported once."""
+    directory = tmp_path_factory.mktemp("bundles")
+
+    @cache
+    def bundle(family: str, trainable: str) -> Path:
+        path = directory / f"{family}-{trainable.replace(':', '')}.razor"
+        return export_model(build(family), path, IMAGE, trainable)
+
+    return bundle
+
+
+def check(bundles: Callable[[str, str], Path], family: str, trainable: str = "all", **settings: Any) -> None:
+    bundle = bundles(family, trainable)
+    result = compare_step(build(family), bundle, image=IMAGE, classes=CLASSES, seed=1, **settings)
     assert result.parameters > 0
     assert result.loss_error <= LOSS_LIMIT
     assert result.update_error <= UPDATE_LIMIT, f"{result.worst} is off by {result.update_error:.1e}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_step_at_sparsity_0_equals_pytorch(family: str, tmp_path: Path) -> None:
-    check(family, tmp_path, sparsity=0.0)
+def test_one_step_at_sparsity_0_equals_pytorch(family: str, bundles: Callable[[str, str], Path]) -> None:
+    check(bundles, family, sparsity=0.0)
 
 
 @pytest.mark.parametrize("form", ["centered", "plain"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_step_at_sparsity_90_equals_the_definition(family: str, form: str, tmp_path: Path) -> None:
-    check(family, tmp_path, sparsity=0.9, form=form)
+def test_one_step_at_sparsity_90_equals_the_definition(
+    family: str, form: str, bundles: Callable[[str, str], Path]
+) -> None:
+    check(bundles, family, sparsity=0.9, form=form)
 
 
 @pytest.mark.parametrize(
@@ -55,5 +77,5 @@ def test_one_step_at_sparsity_90_equals_the_definition(family: str, form: str, t
         pytest.param({"trainable": "norm"}, id="norm"),
     ],
 )
-def test_settings_equal_pytorch_on_mobilenet_v2(settings: dict[str, Any], tmp_path: Path) -> None:
-    check("mobilenet_v2", tmp_path, **settings)
+def test_settings_equal_pytorch_on_mobilenet_v2(settings: dict[str, Any], bundles: Callable[[str, str], Path]) -> None:
+    check(bundles, "mobilenet_v2", **settings)

@@ -8,7 +8,7 @@ of their input; everything else is plain autograd. Independent of the exporter a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,19 @@ def kept_form(x: Tensor, keep: Keep) -> Tensor:
 
 
 @dataclass
+class _Padded:
+    """Zero padding that the next convolution takes over: what is kept is the unpadded x."""
+
+    x: Tensor
+    amounts: Sequence[int]
+
+
+@dataclass
 class _Pending:
     """A convolution whose BatchNorm comes next."""
 
     module: nn.Conv2d
-    x: Tensor
+    x: Tensor | _Padded
 
 
 class _ConvBatchNorm(torch.autograd.Function):
@@ -191,18 +199,26 @@ class KeptModel(fx.Interpreter):
     def _kept(self, x: Tensor) -> Tensor:
         return x.detach() if x is self._input else kept_form(x.detach(), self._keep)
 
-    def _convolve(self, module: nn.Conv2d, x: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+    def _convolve(self, module: nn.Conv2d, x: Tensor | _Padded, norm: nn.BatchNorm2d | None) -> Tensor:
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise NotImplementedError(f"reference: convolution with padding {module.padding!r}, {module.padding_mode}")
         geometry = (module.stride, module.padding, module.dilation, module.groups)
         gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
-        return _ConvBatchNorm.apply(x, self._kept(x), module.weight, module.bias, gamma, beta, norm, geometry)
+        if isinstance(x, _Padded):
+            kept, x = F.pad(self._kept(x.x), x.amounts), F.pad(x.x, x.amounts)
+        else:
+            kept = self._kept(x)
+        return _ConvBatchNorm.apply(x, kept, module.weight, module.bias, gamma, beta, norm, geometry)
 
     def _smooth(self, name: str, x: Tensor) -> Tensor:
         return SMOOTH[name](x) if _rows(x) < MIN_ROWS else _Quantized.apply(x, name)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if isinstance(value, _Padded):
+            users = [self.submodules.get(user.target) if user.op == "call_module" else None for user in n.users]
+            if not all(isinstance(user, nn.Conv2d) for user in users):
+                return F.pad(value.x, value.amounts)
         if isinstance(value, _Pending):
             user = next(iter(n.users)) if len(n.users) == 1 else None
             follower = self.submodules.get(user.target) if user is not None and user.op == "call_module" else None
@@ -213,6 +229,8 @@ class KeptModel(fx.Interpreter):
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
         module = self.submodules[target]
         x = args[0]
+        if isinstance(module, nn.ZeroPad2d):
+            return _Padded(x, module.padding)
         if isinstance(module, nn.Conv2d):
             return _Pending(module, x)
         if isinstance(module, nn.BatchNorm2d):
