@@ -50,7 +50,7 @@ struct GatherGemm {
   const float* weight_scale;
   Finish finish;
 };
-// Bytes of per-thread scratch; zero_row bytes are needed once.
+// Bytes of scratch that each thread needs.
 uint64_t gather_gemm_scratch(const GatherGemm& g);
 // `scratch` is this thread's, `zeros` has source_cols zeros. Every thread calls it with its number.
 void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros);
