@@ -299,7 +299,11 @@ class Session:
             expected = (samples, *rest[1:], rest[0]) if layout and len(rest) == 3 else (samples, *rest)
             if value.shape != expected:
                 raise UsageError(f"'{port.name}' has shape {value.shape}, {expected} is needed")
-            allowed = (port.dtype, np.dtype(np.uint8)) if port.dtype == np.float32 else (port.dtype,)
+            allowed = (
+                (port.dtype, np.dtype(np.uint8))
+                if port.dtype == np.float32 and port.name != "target"
+                else (port.dtype,)
+            )
             if value.dtype not in allowed:
                 raise UsageError(
                     f"'{port.name}' is {value.dtype}, {' or '.join(dtype.name for dtype in allowed)} is needed"

@@ -167,10 +167,11 @@ er_status Session::run(std::vector<Step>& steps) {
       step.calls++;
       step.seconds += std::chrono::duration<double>(Clock::now() - begin).count();
     }
+    if (step.plan->loss && !(finite && std::isfinite(context_.loss)))
+      return fail(ER_NON_FINITE, "the loss is NaN or infinite");
     if (!finite)
       return fail(ER_NON_FINITE, "a value in %.200s (%s) is NaN or infinite", step.plan->label.c_str(),
                   step.plan->kernel->name);
-    if (step.plan->loss && !std::isfinite(context_.loss)) return fail(ER_NON_FINITE, "the loss is NaN or infinite");
   }
   return ER_OK;
 }

@@ -1,0 +1,186 @@
+"""Plan files written field by field (docs/plan-format.md), without the planner, so that tests can write wrong ones.
+
+A plan is a dict of plain values; `encode` writes whatever it holds. `linear_plan` gives a complete valid one.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+from edge_razor.runtime import kernel_scratch
+
+ARENA, PARAMS, STATE = 1, 2, 3
+ABSENT = 2**64 - 1
+
+
+def up64(n: int) -> int:
+    return (n + 63) // 64 * 64
+
+
+def _string(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<I", len(data)) + data
+
+
+def _vec(code: str, values: list[Any]) -> bytes:
+    return struct.pack(f"<I{len(values)}{code}", len(values), *values)
+
+
+def _list(items: list[bytes]) -> bytes:
+    return struct.pack("<I", len(items)) + b"".join(items)
+
+
+def _param(p: dict[str, Any]) -> bytes:
+    head = _string(p["name"]) + struct.pack("<B", p["trainable"])
+    return head + _vec("Q", p["shape"]) + _vec("B", p["perm"]) + struct.pack("<Q", p["offset"]) + _vec("Q", p["states"])
+
+
+def _input(i: dict[str, Any]) -> bytes:
+    head = _string(i["name"]) + struct.pack("<B", i["dtype"]) + _vec("Q", i["shape"]) + _vec("B", i["perm"])
+    return head + struct.pack("<QQ", i["train"], i["eval"]) + _vec("f", i["mul"]) + _vec("f", i["add"])
+
+
+def _output(o: dict[str, Any]) -> bytes:
+    return _string(o["name"]) + _vec("Q", o["shape"]) + _vec("B", o["perm"]) + struct.pack("<Q", o["eval"])
+
+
+def _step(s: dict[str, Any]) -> bytes:
+    operands = [struct.pack("<BQQ", *operand) for operand in s["operands"]]
+    return _string(s["kernel"]) + _string(s["label"]) + _vec("q", s["ints"]) + _vec("f", s["floats"]) + _list(operands)
+
+
+def seal(payload: bytes, version: int = 1) -> bytes:
+    """A plan file around a payload, with the right checksum."""
+    return b"EDGERZR\n" + struct.pack("<IIQ", version, zlib.crc32(payload), len(payload)) + payload
+
+
+def encode(plan: dict[str, Any]) -> bytes:
+    sizes = ("batch_size", "micro_batch", "threads", "reserved", "arena_bytes", "params_bytes", "state_bytes")
+    return seal(
+        _string(plan["bundle_id"])
+        + struct.pack("<IIIQQQQ", *(plan[name] for name in sizes))
+        + _list([_param(p) for p in plan["params"]])
+        + _list([_input(i) for i in plan["inputs"]])
+        + _list([_output(o) for o in plan["outputs"]])
+        + _list([_step(s) for s in plan["train"]])
+        + _list([_step(s) for s in plan["eval"]])
+    )
+
+
+class Region:
+    """Places tensors one after another; `spans` of the plan's operands."""
+
+    def __init__(self, code: int) -> None:
+        self.code, self.bytes = code, 0
+
+    def take(self, count: int, width: int = 4) -> tuple[int, int, int]:
+        span = (self.code, self.bytes, count * width)
+        self.bytes = up64(self.bytes + count * width)
+        return span
+
+
+def linear_plan(
+    *,
+    batch: int = 4,
+    micro: int = 2,
+    threads: int = 1,
+    channels: int = 3,
+    pixels: tuple[int, int] = (1, 2),
+    outputs: int = 5,
+    loss: str = "mse",
+    momentum: float = 0.0,
+) -> dict[str, Any]:
+    """Logits = W · flatten(NHWC(x)) + b; loss; SGD on W and b. Input is [N, C, H, W], W in torch's layout.
+
+    With ``loss="cross_entropy"`` the target is int32 [N]; with "mse" it is float32 [N, outputs].
+    """
+    height, width = pixels
+    features = channels * height * width
+    arena, params, state = Region(ARENA), Region(PARAMS), Region(STATE)
+    x, target = arena.take(micro * features), arena.take(micro * outputs if loss == "mse" else micro)
+    logits, grad_w, grad_b = arena.take(micro * outputs), arena.take(features * outputs), arena.take(outputs)
+    weight, bias = params.take(features * outputs), params.take(outputs)
+    accumulators = micro < batch
+    state_w = state.take(features * outputs) if accumulators or momentum else (0, 0, 0)
+    state_b = state.take(outputs) if accumulators or momentum else (0, 0, 0)
+    none = (0, 0, 0)
+
+    # n, ih, iw, ic, oh, ow, oc, kh, kw, sh, sw, pt, pl, dh, dw, group
+    conv = [micro, 1, 1, features, 1, 1, outputs, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+
+    def step(kernel: str, ints: list[int], floats: list[float], *operands: tuple[int, int, int]) -> dict[str, Any]:
+        has_scratch = kernel in ("conv", "conv_grad_weight", "channel_sum")
+        scratch = kernel_scratch(kernel, ints, floats, threads) if has_scratch else 0
+        tail = ([arena.take(scratch, 1)] if scratch else [none]) if has_scratch else []
+        return {"kernel": kernel, "label": "fc", "ints": ints, "floats": floats, "operands": [*operands, *tail]}
+
+    def update(parameter: tuple[int, int, int], grad: tuple[int, int, int], kept: tuple[int, int, int], n: int) -> Any:
+        slots = (kept, none) if momentum else (none, kept)
+        return step("sgd", [n, 0], [momentum, 0.0], parameter, grad, *slots)
+
+    forward = step("conv", [*conv, 0, 0], [0.0, 0.0], x, weight, none, bias, logits, none)
+    loss_ints = [micro, 1, outputs] if loss == "cross_entropy" else [micro, outputs]
+    train = [
+        forward,
+        step(loss, loss_ints, [0.0] if loss == "cross_entropy" else [], logits, target, logits),
+        step("conv_grad_weight", [*conv, 0, 0], [], x, logits, grad_w),
+        step("channel_sum", [micro, outputs], [], logits, grad_b),
+        update(weight, grad_w, state_w, features * outputs),
+        update(bias, grad_b, state_b, outputs),
+    ]
+    stateful = bool(accumulators or momentum)
+    return {
+        "bundle_id": "0" * 64,
+        "batch_size": batch,
+        "micro_batch": micro,
+        "threads": threads,
+        "reserved": 0,
+        "arena_bytes": arena.bytes,
+        "params_bytes": params.bytes,
+        "state_bytes": state.bytes,
+        "params": [
+            {
+                "name": "fc.weight",
+                "trainable": 1,
+                "shape": [outputs, features],
+                "perm": [1, 0],
+                "offset": weight[1],
+                "states": [state_w[1]] if stateful else [],
+            },
+            {
+                "name": "fc.bias",
+                "trainable": 1,
+                "shape": [outputs],
+                "perm": [0],
+                "offset": bias[1],
+                "states": [state_b[1]] if stateful else [],
+            },
+        ],
+        "inputs": [
+            {
+                "name": "input",
+                "dtype": 0,
+                "shape": [micro, channels, height, width],
+                "perm": [0, 2, 3, 1],
+                "train": x[1],
+                "eval": x[1],
+                "mul": [0.5 + c for c in range(channels)],
+                "add": [-1.0 - c for c in range(channels)],
+            },
+            {
+                "name": "target",
+                "dtype": int(loss == "cross_entropy"),
+                "shape": [micro] if loss == "cross_entropy" else [micro, outputs],
+                "perm": [0] if loss == "cross_entropy" else [0, 1],
+                "train": target[1],
+                "eval": ABSENT,
+                "mul": [],
+                "add": [],
+            },
+        ],
+        "outputs": [{"name": "logits", "shape": [micro, outputs], "perm": [0, 1], "eval": logits[1]}],
+        "train": train,
+        "eval": [forward],
+    }
