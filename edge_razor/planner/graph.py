@@ -244,17 +244,20 @@ def _shape(info: Any) -> Shape | None:
     return shape
 
 
-def _node(proto: Any, index: int) -> Node:
-    import onnx
+def _attribute(proto: Any) -> Any:
+    """An attribute's value: int, float, str, or a list of numbers; None for kinds that training graphs do not use."""
+    kinds = {
+        proto.INT: lambda: proto.i,
+        proto.FLOAT: lambda: proto.f,
+        proto.STRING: lambda: proto.s.decode("utf-8", "replace"),
+        proto.INTS: lambda: list(proto.ints),
+        proto.FLOATS: lambda: list(proto.floats),
+    }
+    return kinds[proto.type]() if proto.type in kinds else None
 
-    attributes: dict[str, Any] = {}
-    for attribute in proto.attribute:
-        value = onnx.helper.get_attribute_value(attribute)
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
-        elif not isinstance(value, (int, float)):
-            value = list(value) if attribute.ints or attribute.floats else value
-        attributes[attribute.name] = value
+
+def _node(proto: Any, index: int) -> Node:
+    attributes = {a.name: _attribute(a) for a in proto.attribute}
     meta = {p.key: p.value for p in proto.metadata_props}
     phase = meta.get("phase", "")
     name = proto.name or f"{proto.op_type}_{index}"

@@ -11,7 +11,7 @@ from .optimizer import Memory, Optimizer, update_step
 from .program import Program, Step
 from .storage import Storage
 
-__all__ = ["lower_inference", "lower_training"]
+__all__ = ["check_operators", "lower_inference", "lower_training"]
 
 RULES = {
     **{(DOMAIN, op): rule for op, rule in lower_conv.RULES.items()},
@@ -21,6 +21,13 @@ RULES = {
     },
     **{("", op): rule for op, rule in lower_shape.RULES.items()},
 }
+
+
+def check_operators(graph: Graph) -> None:
+    """Raises BundleError at the first node whose operator has no rule."""
+    for node in graph.nodes:
+        if (node.domain, node.op) not in RULES:
+            node.fail(f"unknown operator in domain {node.domain!r}")
 
 
 def lower_training(
@@ -63,11 +70,8 @@ def _walk(graph: Graph, samples: int, storage: dict[str, Storage], memory: Memor
     for name in graph.inputs:
         lowering.bind_input(name)
     for node in graph.nodes:
-        rule = RULES.get((node.domain, node.op))
-        if rule is None:
-            node.fail(f"unknown operator in domain {node.domain!r}")
         try:
-            rule(lowering, node)
+            RULES[node.domain, node.op](lowering, node)
         except (IndexError, KeyError, ValueError, TypeError, ZeroDivisionError) as error:
             node.fail(f"inconsistent shapes or attributes ({error})")
     return lowering

@@ -15,7 +15,7 @@ from edge_razor.errors import PlanError, UsageError
 from .accounting import Accounting
 from .context import parameter_perms
 from .graph import Graph
-from .lower import lower_inference, lower_training
+from .lower import check_operators, lower_inference, lower_training
 from .optimizer import Memory, Optimizer, lay_out_parameters
 from .place import Lifetime, lifetimes, live_bytes, place
 from .program import Program
@@ -119,6 +119,7 @@ class Search:
     def __init__(self, graph: Graph, settings: Settings) -> None:
         if not graph.gradients:
             raise PlanError("nothing to train: the bundle's training graph has no gradient outputs")
+        check_operators(graph)
         self.settings = settings
         self.graph = graph.restricted(None)
         self.inference = graph.inference()

@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 BOUNDS = {"clip": (0.0, 6.0), "leaky_relu": (0.1, 0.0), "hardsigmoid": (1 / 6, 0.5)}
 
 
-@dataclass
+@dataclass(repr=False)
 class Built:
     """A training graph as the bundle would hold it."""
 
