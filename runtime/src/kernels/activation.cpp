@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../kernel.h"
+#include "bytes.h"
 #include "call_check.h"
 
 namespace er::ER_ISA {
@@ -111,16 +112,10 @@ void grad_q4(const Activation& act, const float* dy, const uint8_t* kept, float*
   const DerivativeRange range = derivative_range(act.code);
   const float step = (range.high - range.low) / 15.0f;
   const int64_t stride = kept_row_bytes(kKeepQ4, cols);
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes / 2)));
   for (int64_t r = 0; r < rows; r++, dy += cols, dx += cols, kept += stride)
     for (int64_t c = 0; c < cols; c += kLanes) {
       const int64_t left = cols - c;
-      Bytes packed{};
-      std::memcpy(&packed, kept + c / 2, static_cast<size_t>(left >= kLanes ? kLanes / 2 : (left + 1) / 2));
-      VecU64 pair =
-          __builtin_convertvector(packed, VecU64);  // a byte in each u64: low nibble to the even lane, high to the odd
-      pair = (pair & 15) | (pair >> 4 << 32);
-      const VecF q = to_float((VecI)pair);
+      const VecF q = to_float(load_nibbles(kept + c / 2, (left + 1) / 2));
       store_upto(dx + c, load_upto(dy + c, left) * (range.low + q * step), left);
     }
 }

@@ -5,13 +5,13 @@
 
 #include "../kernel.h"
 #include "../simd.h"
+#include "bytes.h"
 #include "call_check.h"
 
 namespace er::ER_ISA {
 namespace {
 
 constexpr int64_t kMaxStep = int64_t{1} << 20;  // bound of kernel sizes, strides, pads and dilations
-typedef uint8_t VecB __attribute__((vector_size(kLanes)));
 
 struct PoolShape {
   int64_t n, ih, iw, c, oh, ow, kh, kw, sh, sw, pt, pl;
@@ -64,19 +64,6 @@ void parallel_rows(const Call& call, int64_t rows, int64_t channels, int64_t flo
   });
 }
 
-inline void store_index(uint8_t* p, VecI index, int64_t left) {
-  const VecB bytes = __builtin_convertvector(index, VecB);
-  std::memcpy(p, &bytes, static_cast<size_t>(std::min<int64_t>(left, kLanes)));
-}
-inline VecI load_index(const uint8_t* p, int64_t left) {
-  VecB bytes{};
-  if (left >= kLanes)
-    std::memcpy(&bytes, p, kLanes);
-  else
-    std::memcpy(&bytes, p, static_cast<size_t>(left));
-  return __builtin_convertvector(bytes, VecI);
-}
-
 // ---- max_pool: X[n,ih,iw,c] → Y[n,oh,ow,c], index?[n,oh,ow,c]; PoolShape, dh, dw ----
 // Taps in the padding do not take part; among equals the first wins; NaN wins over everything. A window that lies in
 // the padding altogether gives −infinity.
@@ -119,7 +106,7 @@ bool run_max(const Call& call) {
             where = wins ? broadcast(static_cast<int32_t>(ky * s.kw + kx)) : where;
           }
         store_upto(y + at + c, best, left);
-        if (index) store_index(index + at + c, where, left);
+        if (index) store_bytes(index + at + c, where, left);
       }
     }
   });
@@ -150,22 +137,28 @@ bool run_max_grad(const Call& call) {
     const int64_t n = row / s.ih, iy = row % s.ih;
     for (int64_t ix = 0; ix < s.iw; ix++) {
       float* out = dx + (row * s.iw + ix) * s.c;
-      std::fill(out + c0, out + c1, 0.0f);
+      // The windows that cover this position, and as which of their taps they see it.
+      int64_t window[256];
+      int32_t tap[256];
+      int windows = 0;
       for (int64_t ky = 0; ky < s.kh; ky++) {
         const int64_t down = iy + s.pt - ky * dh, oy = down / s.sh;
         if (down < 0 || down % s.sh != 0 || oy >= s.oh) continue;
         for (int64_t kx = 0; kx < s.kw; kx++) {
           const int64_t across = ix + s.pl - kx * dw, ox = across / s.sw;
           if (across < 0 || across % s.sw != 0 || ox >= s.ow) continue;
-          const int32_t tap = static_cast<int32_t>(ky * s.kw + kx);
-          const int64_t at = ((n * s.oh + oy) * s.ow + ox) * s.c;
-          for (int64_t c = c0; c < c1; c += kLanes) {
-            const int64_t left = c1 - c;
-            const VecI here = load_index(index + at + c, left) == tap;
-            const VecF g = (VecF)(here & (VecI)load_upto(dy + at + c, left));
-            store_upto(out + c, load_upto(out + c, left) + g, left);
-          }
+          window[windows] = ((n * s.oh + oy) * s.ow + ox) * s.c;
+          tap[windows++] = static_cast<int32_t>(ky * s.kw + kx);
         }
+      }
+      for (int64_t c = c0; c < c1; c += kLanes) {
+        const int64_t left = c1 - c;
+        VecF total{};
+        for (int w = 0; w < windows; w++) {
+          const VecI here = load_bytes(index + window[w] + c, left) == tap[w];
+          total += (VecF)(here & (VecI)load_upto(dy + window[w] + c, left));
+        }
+        store_upto(out + c, total, left);
       }
     }
   });
