@@ -61,10 +61,11 @@ class KeptReader {
     if (at.form == kDense || at.form == kBf16) {
       for (int64_t i = 0; i < rows; i++) {
         const int64_t row = sample * at.rows + first + i;
-        if (at.form == kDense)
-          std::memcpy(out + i * stride, dense_row(row) + begin, count * sizeof(float));
+        float* to = out + i * stride;
+        if (at.form == kBf16)
+          widen(half_row(row) + begin, count, to);
         else
-          for (int64_t j = 0; j < count; j++) out[i * stride + j] = from_bf16(half_row(row)[begin + j]);
+          for (int64_t c = 0; c < count; c += kLanes) store(to + c, load_upto(dense_row(row) + begin + c, count - c));
       }
       return true;
     }

@@ -2,9 +2,9 @@
 //
 // `pack` finds the k-th largest magnitude of a sample exactly, without sorting: a histogram of every eighth row
 // brackets it, a pass over the sample counts what lies above the bracket and takes a finer histogram of the few per
-// cent inside, and a last pass does the same with one bin a value. Magnitudes are compared as the bits of the float
-// without its sign. A sample is packed by one thread, or, if there are fewer samples than threads, by all threads, each
-// with a range of blocks; the result is the same.
+// cent inside, which it also lists, and the last bits are settled on the list. Magnitudes are compared as the bits of
+// the float without its sign. A sample is packed by one thread, or, if there are fewer samples than threads, by all
+// threads, each with a range of blocks; the result is the same.
 #include <algorithm>
 #include <atomic>
 #include <climits>
@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kBins = 4096;
 constexpr int kGuessShift = 19;            // bins of the first histogram: 8 bits of exponent, 4 of mantissa
+constexpr int64_t kListed = 32 << 10;      // magnitudes that a part remembers
 constexpr int kGuessStep = 8;              // it sees every eighth row
 constexpr int64_t kGuessAllBelow = 16384;  // … of samples with more elements than this
 constexpr int32_t kBf16Overflow =
@@ -78,15 +79,6 @@ struct Tile {
   }
 };
 
-// A range of a sample's blocks, the share of one thread.
-struct Part {
-  int64_t begin, end;
-  uint32_t* histogram;  // [kBins]
-  int64_t above;        // magnitudes over the bracket
-  int32_t largest;
-  bool finite;
-};
-
 // The bracket [low, top] in which the k-th largest magnitude is sought, in bins of 2^shift.
 struct Bracket {
   int32_t low = 1, top = INT_MAX;
@@ -95,6 +87,19 @@ struct Bracket {
     while ((top - low) >> s >= kBins) s++;
     return s;
   }
+};
+
+// A range of a sample's blocks, the share of one thread.
+struct Part {
+  int64_t begin, end;
+  uint32_t* histogram;  // [kBins]
+  int32_t* list;        // [kListed]: the magnitudes inside the bracket of the last pass over the data
+  int64_t listed;       // how many there were, also beyond kListed
+  int64_t list_above;   // how many lay above it
+  Bracket list_bracket;
+  int64_t above;  // magnitudes over the bracket
+  int32_t largest;
+  bool finite;
 };
 
 // Which magnitudes are kept: those ≥ `least`, and the first `ties` of those that equal least − 1. `bin` and `tie_bin`
@@ -153,8 +158,9 @@ void write_means(const Sample& s, Part& part) {
 
 // Histogram of the magnitudes of every `step`-th row. The first row varies, so that it is not always the same column of
 // an image.
+// Adds the magnitudes of every `step`-th row to the histogram. The first row varies, so that it is not always the same
+// column of an image.
 void guess_histogram(const Sample& s, int step, Part& part) {
-  std::fill_n(part.histogram, kBins, 0u);
   for (int64_t b = part.begin; b < part.end; b++)
     for (int64_t g = 0; g < s.at.groups; g++) {
       const Tile tile(s.at, s.x, s.mean, b, g);
@@ -163,11 +169,24 @@ void guess_histogram(const Sample& s, int step, Part& part) {
     }
 }
 
-// Histogram of the magnitudes inside the bracket, their number above it, and the largest of all.
+// Histogram of the magnitudes inside the bracket, their number above it, and the largest of all. Reads the data only if
+// the list of an earlier pass does not have all that is inside.
 void bracket_histogram(const Sample& s, const Bracket& bracket, Part& part) {
   std::fill_n(part.histogram, kBins, 0u);
   const int shift = bracket.shift();
+  if (part.listed <= kListed && bracket.low >= part.list_bracket.low && bracket.top <= part.list_bracket.top) {
+    part.above = part.list_above;
+    for (int64_t i = 0; i < part.listed; i++) {
+      const int32_t m = part.list[i];
+      if (m > bracket.top)
+        part.above++;
+      else if (m >= bracket.low)
+        part.histogram[(m - bracket.low) >> shift]++;
+    }
+    return;
+  }
   VecI above[kGroupVectors] = {}, largest[kGroupVectors] = {};
+  int64_t listed = 0;
   for (int64_t b = part.begin; b < part.end; b++)
     for (int64_t g = 0; g < s.at.groups; g++) {
       const Tile tile(s.at, s.x, s.mean, b, g);
@@ -179,15 +198,20 @@ void bracket_histogram(const Sample& s, const Bracket& bracket, Part& part) {
         return (m >= bracket.low) & ~over;
       });
       for (int64_t j = 0; j < kGroupColumns; j++)
-        for (uint64_t w = word[j]; w; w &= w - 1)
-          part.histogram[(magnitude(tile.residual(__builtin_ctzll(w), j)) - bracket.low) >> shift]++;
+        for (uint64_t w = word[j]; w; w &= w - 1) {
+          const int32_t m = magnitude(tile.residual(__builtin_ctzll(w), j));
+          part.histogram[(m - bracket.low) >> shift]++;
+          if (listed < kListed) part.list[listed] = m;
+          listed++;
+        }
     }
-  part.above = 0, part.largest = 0;
+  part.above = 0, part.largest = 0, part.listed = listed, part.list_bracket = bracket;
   for (int v = 0; v < kGroupVectors; v++)
     for (int j = 0; j < kLanes; j++) {
       part.above += above[v][j];
       part.largest = std::max<int32_t>(part.largest, largest[v][j]);
     }
+  part.list_above = part.above;
 }
 
 // int8 = round(residual / scale); `residuals` may be read up to a multiple of kLanes.
@@ -253,7 +277,7 @@ void write_values(const Sample& s, const Threshold& threshold, float scale, int6
 
 // From the histogram of every `step`-th row: a bracket that very likely holds the keep-th largest magnitude.
 Bracket guess_bracket(const Part* parts, int n_parts, int step, int64_t keep) {
-  const int64_t margin = step == 1 ? 0 : keep / 8 + 64 * step;
+  const int64_t margin = step == 1 ? 0 : keep / 16 + 64 * step;
   Bracket bracket;
   bool top_found = false;
   int64_t count = 0;
@@ -317,11 +341,18 @@ bool pack_sample(const Sample& s, Part* parts, int n_parts, Each&& each) {
   for (int p = 0; p < n_parts; p++) {
     parts[p].begin = s.at.blocks * p / n_parts, parts[p].end = s.at.blocks * (p + 1) / n_parts;
     parts[p].finite = true;
+    parts[p].listed = kListed + 1;
   }
   auto all_finite = [&] { return std::all_of(parts, parts + n_parts, [](const Part& p) { return p.finite; }); };
   each([&](int p) {
-    if (s.mean) write_means(s, parts[p]);
-    guess_histogram(s, step, parts[p]);
+    std::fill_n(parts[p].histogram, kBins, 0u);
+    Part block = parts[p];
+    for (block.begin = parts[p].begin; block.begin < parts[p].end; block.begin++) {  // while the block is in cache
+      block.end = block.begin + 1;
+      if (s.mean) write_means(s, block);
+      guess_histogram(s, step, block);
+    }
+    parts[p].finite = block.finite;
   });
   if (!all_finite()) return false;
   Bracket bracket = guess_bracket(parts, n_parts, step, keep);
@@ -376,7 +407,7 @@ std::string pack_check(const Call& call) {
 uint64_t pack_scratch(const Call& call, int threads) {
   PackedLayout at;
   if (!call_layout(call, &at)) return UINT64_MAX;
-  return at.razor() ? threads * kBins * sizeof(uint32_t) : 0;
+  return at.razor() ? threads * (kBins * sizeof(uint32_t) + kListed * sizeof(int32_t)) : 0;
 }
 
 bool pack_bf16(const Call& call, const PackedLayout& at) {
@@ -408,6 +439,7 @@ bool pack_run(const Call& call) {
   const float* x = call.as<const float>(0);
   const PackedSections out(at, call.operands[1].data);
   uint32_t* histograms = call.as<uint32_t>(2);
+  int32_t* lists = reinterpret_cast<int32_t*>(histograms + call.pool->threads() * kBins);
   const int64_t words = at.blocks * at.cols;
   const bool centered = at.form == kCentered;
   auto sample = [&](int64_t i) {
@@ -424,7 +456,7 @@ bool pack_run(const Call& call) {
     std::atomic<bool> finite{true};
     call.pool->split(at.samples, 1, [&](int64_t begin, int64_t end, int thread) {
       Part part{};
-      part.histogram = histograms + thread * kBins;
+      part.histogram = histograms + thread * kBins, part.list = lists + thread * kListed;
       for (int64_t i = begin; i < end; i++)
         if (!pack_sample(sample(i), &part, 1, [](auto&& f) { f(0); })) finite.store(false, std::memory_order_relaxed);
     });
@@ -433,7 +465,9 @@ bool pack_run(const Call& call) {
   constexpr int kMaxParts = 64;
   Part parts[kMaxParts] = {};
   const int n_parts = std::min(threads, kMaxParts);
-  for (int p = 0; p < n_parts; p++) parts[p].histogram = histograms + p * kBins;
+  for (int p = 0; p < n_parts; p++) {
+    parts[p].histogram = histograms + p * kBins, parts[p].list = lists + p * kListed;
+  }
   auto each = [&](auto&& f) {
     call.pool->run([&](int thread) {
       if (thread < n_parts) f(thread);
