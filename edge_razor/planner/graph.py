@@ -177,6 +177,7 @@ def read_graph(data: bytes, output: str) -> Graph:
     if domains.get(DOMAIN) != 1 or not 18 <= domains.get("", 20) <= 20:
         raise BundleError(f"training graph: needs {DOMAIN} 1 and ONNX opset 18 to 20, has {domains}")
     proto = model.graph
+    _check_names(proto)
     initializers = {t.name: _initializer(t) for t in proto.initializer}
     shapes: dict[str, Shape] = {}
     for info in (*proto.input, *proto.output, *proto.value_info):
@@ -202,6 +203,18 @@ def read_graph(data: bytes, output: str) -> Graph:
     nodes = [_node(n, i) for i, n in enumerate(proto.node)]
     _check_order(nodes, set(inputs) | set(initializers), outputs)
     return Graph(inputs, output, nodes, shapes, initializers, gradients)
+
+
+def _check_names(proto: Any) -> None:
+    """Refuses texts that are no UTF-8: protobuf hands those out as bytes, which nothing after this expects."""
+    infos = (*proto.input, *proto.output, *proto.value_info)
+    names = [t.name for t in proto.initializer] + [i.name for i in infos]
+    names += [d.dim_param for i in infos for d in i.type.tensor_type.shape.dim]
+    for node in proto.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        names += [a.name for a in node.attribute] + [t for p in node.metadata_props for t in (p.key, p.value)]
+    if not all(isinstance(name, str) for name in names):
+        raise BundleError("training graph: a name is not valid UTF-8; the file is damaged")
 
 
 def _initializer(tensor: Any) -> Initializer:
