@@ -113,8 +113,7 @@ class Network:
             vectors = [self.parameter(f"{name}.gamma", (out,), 0.2, 1.0), self.parameter(f"{name}.beta", (out,), 0.1)]
             vectors.append(self.parameter(f"{name}.mean", (out,), 0.1))
             variance = self.parameter(f"{name}.var", (out,), 0.0, 1.0)
-            variance.const_value.numpy()[:] = self.rng.uniform(0.5, 1.5, out)
-            self.parameters[f"{name}.var"] = np.asarray(variance.const_value.numpy())
+            self.parameters[f"{name}.var"][:] = self.rng.uniform(0.5, 1.5, out)
             vectors.append(variance)
             fold = make_node(
                 "BatchNormFold",
@@ -165,8 +164,8 @@ class Network:
         return self.node("Affine", [x], dims(x), ACTIVATIONS[act], activation(act), DOMAIN)
 
     def binary(self, op: str, a: ir.Value, b: ir.Value) -> ir.Value:
-        run = {"Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div}[op]
-        return self.node(op, [a, b], np.broadcast_shapes(dims(a), dims(b)), run)
+        table: dict[str, Any] = {"Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div}
+        return self.node(op, [a, b], np.broadcast_shapes(dims(a), dims(b)), table[op])
 
     def max_pool(self, x: ir.Value, kernel: int, stride: int) -> ir.Value:
         n, h, w, c = dims(x)
@@ -269,7 +268,8 @@ class Network:
         return Built(to_proto(model).SerializeToString(deterministic=True), manifest, self.parameters)
 
     def forward(self, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        values: dict[str | None, torch.Tensor] = {"input": x, **parameters}
+        values: dict[str | None, torch.Tensor] = {"input": x}
+        values.update((name, tensor) for name, tensor in parameters.items())
         for out, run, reads in self.calls:
             values[out.name] = run(*(values[r.name] for r in reads))
         return values[self.output.name]
@@ -290,7 +290,7 @@ class Network:
         else:
             loss = F.binary_cross_entropy_with_logits(prediction, torch.tensor(target, dtype=torch.float64))
         loss.backward()
-        return loss.item(), {n: tensors[n].grad.numpy() for n in self.trainable}
+        return loss.item(), {n: np.asarray(tensors[n].grad) for n in self.trainable}
 
 
 def activation(act: str) -> dict[str, Any]:

@@ -121,9 +121,9 @@ def test_each_gradient_dies_before_the_next_layers_begins() -> None:
     for step in candidate.train.steps:
         if step.kernel == "conv_grad_weight":
             assert not alive, f"{step.label} while {[b.name for b in alive]} waits"
-            alive.add(step.operands[2])  # type: ignore[arg-type]
+            alive.update(step.writes)
         elif step.kernel == "sgd":
-            alive.discard(step.operands[1])  # type: ignore[arg-type]
+            alive.difference_update(step.reads)
 
 
 @pytest.mark.parametrize("optimizer", [Optimizer(), Optimizer("adamw"), Optimizer(momentum=0.0)])

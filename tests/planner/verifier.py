@@ -59,9 +59,9 @@ def _overlap(a: Buffer, b: Buffer) -> bool:
 def verify(program: Program, arena_bytes: int) -> None:
     """Raises AssertionError at the first step that would read or overwrite wrong bytes."""
     memory = Memory()
-    for buffer in program.inputs:
-        assert buffer.offset >= 0
-        memory.write(buffer)
+    for bound in program.inputs:
+        assert bound.offset >= 0
+        memory.write(bound)
     for position, step in enumerate(program.steps):
         where = f"step {position} {step.label} ({step.kernel})"
         signature = KERNELS[step.kernel]
@@ -73,9 +73,9 @@ def verify(program: Program, arena_bytes: int) -> None:
             assert buffer.offset >= 0 and buffer.offset % ALIGNMENT == 0 and buffer.bytes > 0, where
             if buffer.region == Region.ARENA:
                 assert buffer.offset + buffer.bytes <= arena_bytes, f"{where}: {buffer.name} ends outside the arena"
-        for buffer in step.reads:
-            if buffer.region == Region.ARENA:
-                assert memory.holds(buffer), f"{where}: reads {buffer.name}, which was overwritten or never written"
+        for read in step.reads:
+            if read.region == Region.ARENA:
+                assert memory.holds(read), f"{where}: reads {read.name}, which was overwritten or never written"
         for i, a in enumerate(step.operands):
             for j, b in enumerate(step.operands):
                 if i >= j or a is None or b is None or not _overlap(a, b):
@@ -86,11 +86,11 @@ def verify(program: Program, arena_bytes: int) -> None:
                     assert a is b and ((i, j) in pairs or (j, i) in pairs), f"{where}: {a.name} and {b.name} overlap"
         if step.scratch is not None:
             memory.write(step.scratch)
-        for buffer in step.writes:
-            if buffer.region == Region.ARENA:
-                memory.write(buffer)
-    for buffer in program.outputs:
-        assert memory.holds(buffer), f"output {buffer.name} does not survive"
+        for result in step.writes:
+            if result.region == Region.ARENA:
+                memory.write(result)
+    for output in program.outputs:
+        assert memory.holds(output), f"output {output.name} does not survive"
 
 
 def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
