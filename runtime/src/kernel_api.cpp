@@ -99,6 +99,14 @@ er_status er_kernel_run(const char* name, const int64_t* ints, uint32_t n_ints, 
     Call call{ints, n_ints, floats, n_floats, operands, n_operands, nullptr, nullptr};
     const std::string problem = check_call(*kernel, call, static_cast<int>(threads));
     if (!problem.empty()) return fail(ER_INVALID_ARGUMENT, "%s: %s", name, problem.c_str());
+    if (kernel->scratch && n_operands) {
+      const er_operand& scratch = operands[n_operands - 1];
+      const auto begin = [](const er_operand& o) { return reinterpret_cast<uintptr_t>(o.data); };
+      for (uint32_t i = 0; i + 1 < n_operands; i++)
+        if (begin(operands[i]) < begin(scratch) + scratch.bytes &&
+            begin(scratch) < begin(operands[i]) + operands[i].bytes)
+          return fail(ER_INVALID_ARGUMENT, "%s: scratch overlaps operand %u", name, i);
+    }
     call.pool = &cached_pool(static_cast<int>(threads));
     call.context = context;
     if (!kernel->run(call)) return fail(ER_NON_FINITE, "%s: a value is NaN or infinite", name);

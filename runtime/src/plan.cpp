@@ -206,6 +206,7 @@ class PlanReader {
       const uint32_t operands = bytes_.count(17);
       for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step));
       check(step);
+      if (step.kernel->scratch) scratch_apart(step);
       step.loss = kernel == "cross_entropy" || kernel == "mse" || kernel == "bce_logits";
       steps.push_back(std::move(step));
     }
@@ -239,6 +240,17 @@ class PlanReader {
                     nullptr};
     const std::string problem = check_call(*step.kernel, call, static_cast<int>(plan_.threads));
     if (!problem.empty()) ER_BAD("step '%.200s' (%s): %.400s", step.label.c_str(), step.kernel->name, problem.c_str());
+  }
+
+  // Kernels keep tables of pointers in their scratch: nothing that a step writes may change them.
+  static void scratch_apart(const PlanStep& step) {
+    const PlanOperand& scratch = step.operands.back();
+    for (size_t i = 0; i + 1 < step.operands.size(); i++) {
+      const PlanOperand& o = step.operands[i];
+      if (o.region == scratch.region && o.offset < scratch.offset + scratch.bytes &&
+          scratch.offset < o.offset + o.bytes)
+        ER_BAD("step '%.200s' (%s): scratch overlaps operand %zu", step.label.c_str(), step.kernel->name, i);
+    }
   }
 
   // A training plan has a loss, and an int32 target gets the class count that its values are checked against from the

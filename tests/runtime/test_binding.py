@@ -85,6 +85,9 @@ def test_wrong_calls_are_usage_errors() -> None:
         kernel_run("neg", [2], [], [x, x[::2]])
     with pytest.raises(UsageError, match="operand 0 is not aligned to 8 bytes"):
         kernel_run("neg", [2], [], [x[1:3], x[2:]])
+    x2 = np.zeros(4096, np.float32)
+    with pytest.raises(UsageError, match="scratch overlaps operand 0"):
+        kernel_run("channel_sum", [4, 4], [], [x2[:16], x, x2])
     with pytest.raises(UsageError, match="attributes are not valid"):
         kernel_scratch("channel_sum", [])
 

@@ -121,6 +121,16 @@ def test_a_scratch_operand_that_is_too_small_is_refused() -> None:
     refuse(encode(plan), f"scratch has {size - 1} bytes, {size} are needed with 2 threads")
 
 
+@pytest.mark.parametrize("operand", [0, 4])
+def test_scratch_that_overlaps_another_operand_is_refused(operand: int) -> None:
+    plan = linear_plan(threads=2, pixels=(8, 8), outputs=64)
+    operands = plan["train"][0]["operands"]
+    size = operands[-1][2]
+    plan["arena_bytes"] += size
+    operands[-1] = (1, operands[operand][1], size)
+    refuse(encode(plan), "scratch overlaps operand")
+
+
 def test_header() -> None:
     good = encode(linear_plan())
     refuse(b"", "not a plan file")

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Native tests and the kernel and runtime tests of Python under the address and undefined-behaviour sanitizers.
+#   PYTHON=python3 [BUILD=folder] [ROUNDS=2000] [SEED=n] runtime/tests/sanitize.sh [pytest arguments]
+# PYTHON needs the extra `test`. Without arguments all of tests/runtime and tests/kernels runs.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-python3}
+BUILD=${BUILD:-build/sanitize}
+SEED=${SEED:-$RANDOM}
+python_path=$(command -v "$PYTHON")
+
+cmake -S runtime -B "$BUILD" -DEDGE_RAZOR_SANITIZE=ON -DEDGE_RAZOR_WERROR=ON -DPython3_EXECUTABLE="$python_path"
+cmake --build "$BUILD" --target edge_razor native_test -j "$(nproc)"
+
+# Python itself is not built with the sanitizers, so their runtime must be there before it, and what it leaks at exit is no matter.
+export EDGE_RAZOR_LIBRARY="$PWD/$BUILD/libedge_razor.so"
+[[ $BUILD = /* ]] && export EDGE_RAZOR_LIBRARY="$BUILD/libedge_razor.so"
+preload="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libstdc++.so)"
+sanitized_python() {
+  LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "$PYTHON" "$@"
+}
+
+plans=$(mktemp -d)
+trap 'rm -rf "$plans"' EXIT
+sanitized_python -m tests.runtime.write_plans "$plans"
+OPENBLAS_NUM_THREADS=1 ASAN_OPTIONS=allocator_may_return_null=1 "$BUILD/native_test" "$SEED" "${ROUNDS:-2000}" "$plans"/*.plan
+if [ $# -eq 0 ]; then set -- tests/runtime tests/kernels; fi
+sanitized_python -m pytest -q -p no:cacheprovider "$@"
