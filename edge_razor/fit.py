@@ -93,7 +93,7 @@ def fit(
                 result.steps += 1
                 result.samples += len(batch.targets)
                 result.seconds = time.perf_counter() - start
-                figures = {
+                figures: dict[str, Any] = {
                     "epoch": epoch,
                     "loss": result.last_loss,
                     "lr": rate,

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 __all__ = ["TensorFile", "TensorSpec", "TensorWriter"]
 
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the format's reference implementation
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -39,7 +39,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 class TensorSpec:
     """What the header says of a tensor; `begin`, `end` are bytes from the start of the data section."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     begin: int = 0
     end: int = 0
@@ -87,11 +87,11 @@ class TensorFile:
         """
         spec = self.tensors[name]
         array = np.empty(spec.shape, spec.dtype)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         self._file.seek(self._data_start + spec.begin)
         filled = 0
         while filled < len(view):
-            count = self._file.readinto(view[filled:])  # type: ignore[attr-defined]
+            count = self._file.readinto(view[filled:])
             if not count:
                 raise ValueError(f"truncated in tensor {name!r}")
             filled += count
@@ -152,6 +152,10 @@ def _parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorSpec], 
     return ordered, metadata
 
 
+def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return dtype.newbyteorder("<")
+
+
 class TensorWriter:
     """Writes a safetensors file whose header is known before its data.
 
@@ -165,7 +169,7 @@ class TensorWriter:
         self.specs: dict[str, TensorSpec] = {}
         position = 0
         for name, spec in tensors.items():
-            dtype = np.dtype(spec.dtype).newbyteorder("<")
+            dtype = _little_endian(spec.dtype)
             if dtype not in _NAMES:
                 raise ValueError(f"tensor {name!r}: safetensors has no type for {spec.dtype}")
             end = position + prod(spec.shape) * dtype.itemsize
@@ -185,7 +189,7 @@ class TensorWriter:
         if name != expected or spec is None or array.shape != spec.shape:
             raise ValueError(f"tensor {name!r} {array.shape} is not the one that comes next ({expected!r})")
         data = np.ascontiguousarray(array, dtype=spec.dtype)
-        self._file.write(memoryview(data.reshape(-1).view(np.uint8)))
+        self._file.write(data.reshape(-1).view(np.uint8).data)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from edge_razor.batches import Array, check_inputs, check_targets
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, write_checkpoint
 from edge_razor.errors import CheckpointError, NonFiniteError, PlanError, UsageError
-from edge_razor.memory import peak_rss_bytes, rss_bytes
+from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
 from edge_razor.runtime import Session, abi_version
@@ -95,6 +95,7 @@ class Trainer:
             raise UsageError(f"seed must be 0 or more, not {seed}")
         self.schedule = Schedule(schedule, warmup_steps, total_steps)
         self.bundle = Bundle(bundle)
+        give_back_freed_memory()
         abi_version()  # loads the native library and OpenBLAS, whose resident bytes belong to the base
         if plan is None:
             if data_bytes is None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from edge_razor.errors import BundleError, UsageError
 from edge_razor.exporters.capture import OPSET, Captured, mark_parameters

@@ -263,9 +263,10 @@ def _train(o: argparse.Namespace) -> int:
     names = (*_PLANNING, "lr", "schedule", "warmup_steps", "betas", "eps", "seed")
     settings = {name: getattr(o, name) for name in names}
     out = o.out or Path("runs") / o.bundle.name.removesuffix(".razor")
-    rest = "bundle data mem_budget threads epochs val_split flip random_crop skip_bad plan_file resume save_every log_every"
-    options = {name: getattr(o, name) for name in rest.split()}
-    return run(RunOptions(out=out, profile=o.profile, settings=settings, given=frozenset(o.given), **options))
+    data = ("bundle", "data", "mem_budget", "threads", "epochs", "val_split", "flip", "random_crop", "skip_bad")
+    run_names = ("plan_file", "resume", "save_every", "log_every", "profile")
+    options = {name: getattr(o, name) for name in (*data, *run_names)}
+    return run(RunOptions(out=out, settings=settings, given=frozenset(o.given), **options))
 
 
 def _evaluate(o: argparse.Namespace) -> None:

@@ -77,6 +77,7 @@ def run(options: RunOptions) -> int:
     batch_size = plan.batch_size if plan is not None else settings["batch_size"]
     with Bundle(options.bundle) as bundle:
         manifest = bundle.manifest
+        largest_tensor = max((bundle.tensors[n].end - bundle.tensors[n].begin for n in manifest.trainable), default=0)
         if checkpoint is not None:
             check_bundle(checkpoint, bundle)
     source = open_source(
@@ -91,6 +92,7 @@ def run(options: RunOptions) -> int:
     data_bytes = BatchRing.bytes_for(source, batch_size)
     if source.input_dtype == "uint8" and not normalizes(manifest.inputs[0], manifest):
         data_bytes += 2 * 4 * batch_size * prod(source.input_shape)  # x/255 in float32, and its unscaled copy
+    data_bytes += largest_tensor  # a checkpoint copies one at a time
     steps = -(-len(training) // batch_size) * recipe["epochs"]
     settings["total_steps"] = steps
     Schedule(settings["schedule"], settings["warmup_steps"], steps)
@@ -161,7 +163,7 @@ def _resumed(options: RunOptions, checkpoint: Checkpoint) -> tuple[dict[str, Any
             continue
         new = list(wanted[name]) if isinstance(wanted[name], tuple) else wanted[name]
         if name == "sparsity" and new != "auto":
-            new = _number(new)
+            new = _number(str(new))
         if new != old and not (name == "sparsity" and new == "auto"):
             raise UsageError(f"{options.out}: the run has {name} {old}, not {new}; leave the option out to resume it")
     recipe = dict(recipe)

@@ -102,7 +102,7 @@ class _Rows:
             with archive.open(info) as stream:
                 self._read_header(stream)  # type: ignore[arg-type]
                 self._loaded = np.empty(self.shape, self.dtype)
-                view = memoryview(self._loaded.reshape(-1).view(np.uint8))
+                view = self._loaded.reshape(-1).view(np.uint8).data
                 position = 0
                 while position < len(view) and (part := stream.read(min(1 << 20, len(view) - position))):
                     view[position : position + len(part)] = part
@@ -138,7 +138,7 @@ class _Rows:
             return self._loaded[first : first + count]
         assert self._file is not None
         rows = np.empty((count, *self.shape[1:]), self.dtype)
-        view = memoryview(rows.reshape(-1).view(np.uint8))
+        view = rows.reshape(-1).view(np.uint8).data
         with self._lock:
             self._file.seek(self._start + first * self.row_bytes)
             filled = 0
