@@ -53,7 +53,8 @@ def test_loading_starts_no_thread_and_leaves_the_environment_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     threads, memory, left = done.stdout.split()
     assert (threads, left) == ("0", "False")
-    assert int(memory) < 16e6, "loading the library and OpenBLAS took more than 16 MB"
+    limit = 64e6 if "libasan" in os.environ.get("LD_PRELOAD", "") else 16e6  # shadow memory of the sanitizer
+    assert int(memory) < limit, f"loading the library and OpenBLAS took {int(memory) / 1e6:.1f} MB"
 
 
 def test_kernel_run_returns_the_context_and_writes_in_place() -> None:
