@@ -1,12 +1,13 @@
 /* edge-razor: the native training runtime. C ABI, version 1.
  *
  * A session executes a plan (docs/plan-format.md): it owns one arena, the parameters and the optimizer state, and
- * allocates nothing after er_session_create (er_weights_load and er_weights_save: the file's header, for the time of the call). Every call returns a status; er_last_error() gives the message of the calling thread's last
- * failure. No call throws or aborts on bad input. Sizes are bytes unless a name says otherwise. All arrays are
- * little-endian, contiguous and row-major.
+ * allocates nothing after er_session_create (er_weights_load and er_weights_save: the file's header, for the time of
+ * the call). Every call returns a status; er_last_error() gives the message of the calling thread's last failure. No
+ * call throws or aborts on bad input. Sizes are bytes unless a name says otherwise. All arrays are little-endian,
+ * contiguous and row-major.
  *
- * Threads: different sessions may be used from different threads at once. One session must not be used by two threads at
- * the same time. */
+ * Threads: different sessions may be used from different threads at once. One session must not be used by two threads
+ * at the same time. */
 #ifndef EDGE_RAZOR_H
 #define EDGE_RAZOR_H
 
@@ -32,8 +33,9 @@ typedef enum er_status {
   ER_BAD_PLAN = 2,         /* the plan is truncated, altered, of another version, or inconsistent */
   ER_BAD_FILE = 3,         /* a weights file is not what it claims to be */
   ER_OUT_OF_MEMORY = 4,    /* the arena, parameters or state cannot be allocated */
-  ER_NON_FINITE = 5,       /* the loss or a packed activation is NaN or infinite; no parameter was changed by this micro-batch */
-  ER_IO = 6                /* the operating system refused a read or write; message has its reason */
+  ER_NON_FINITE =
+      5,    /* the loss or a packed activation is NaN or infinite; no parameter was changed by this micro-batch */
+  ER_IO = 6 /* the operating system refused a read or write; message has its reason */
 } er_status;
 
 typedef struct er_session er_session;
@@ -42,8 +44,9 @@ typedef struct er_session er_session;
 ER_API const char* er_last_error(void);
 /* ER_ABI_VERSION of the library. */
 ER_API uint32_t er_abi_version(void);
-/* Instruction set that the kernels were chosen for: "avx512", "avx2" or "portable" (the compiler's baseline: SSE2, NEON). The
- * environment variable EDGE_RAZOR_ISA names a lower one; with a name that this machine or build does not have, every call fails. */
+/* Instruction set that the kernels were chosen for: "avx512", "avx2" or "portable" (the compiler's baseline: SSE2,
+ * NEON). The environment variable EDGE_RAZOR_ISA names a lower one; with a name that this machine or build does not
+ * have, every call fails. */
 ER_API const char* er_isa(void);
 
 typedef struct er_info {
@@ -75,10 +78,12 @@ ER_API er_status er_output_info(const er_session* session, uint32_t index, er_te
 ER_API er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements);
 ER_API er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements);
 /* Copies optimizer state tensor `slot` of a parameter in or out, torch layout. */
-ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t slot, const float* data, uint64_t elements);
-ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data, uint64_t elements);
-/* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the right shape;
- * other tensors are ignored. Saving writes `path` in place; the caller renames. */
+ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t slot, const float* data,
+                                uint64_t elements);
+ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data,
+                               uint64_t elements);
+/* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the
+ * right shape; other tensors are ignored. Saving writes `path` in place; the caller renames. */
 ER_API er_status er_weights_load(er_session* session, const char* path);
 ER_API er_status er_weights_save(const er_session* session, const char* path);
 
@@ -90,8 +95,8 @@ typedef struct er_array {
   uint32_t layout; /* 0 the user's (NCHW), 1 the runtime's (NHWC) */
 } er_array;
 
-/* One optimizer update from `samples` (1 … batch_size) samples; `arrays` = one per input, target last. `update` counts from 1 and, with
- * `seed`, fixes dropout. *loss is the mean over the samples. */
+/* One optimizer update from `samples` (1 … batch_size) samples; `arrays` = one per input, target last. `update` counts
+ * from 1 and, with `seed`, fixes dropout. *loss is the mean over the samples. */
 ER_API er_status er_train_step(er_session* session, const er_array* arrays, uint32_t samples, float learning_rate,
                                uint64_t update, uint64_t seed, float* loss);
 /* Forward pass in inference mode over any number of samples; `outputs` holds, for each plan output, a buffer of
@@ -111,11 +116,12 @@ ER_API er_status er_profile_read(const er_session* session, uint32_t index, er_p
 
 /* ---- For planners, tests and tools ---- */
 
-/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. 0 if the arguments are invalid. */
+/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. 0 if
+ * the arguments are invalid. */
 ER_API uint64_t er_packed_bytes(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep);
 /* Writes the dense tensor that a kept tensor stands for. */
-ER_API er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep, const void* packed,
-                           uint64_t packed_bytes, float* dense);
+ER_API er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep,
+                           const void* packed, uint64_t packed_bytes, float* dense);
 /* Scratch bytes that a kernel call needs. */
 ER_API er_status er_kernel_scratch(const char* kernel, const int64_t* ints, uint32_t n_ints, const float* floats,
                                    uint32_t n_floats, uint32_t threads, uint64_t* bytes);
@@ -131,9 +137,11 @@ typedef struct er_context { /* docs/plan-format.md, "Step context" */
   uint64_t valid_batch, valid_micro, first_sample;
   double loss; /* losses add to it */
 } er_context;
-/* Checks and runs one kernel on the caller's buffers, each aligned to 8 bytes. Scratch, if the kernel needs some, is the last operand. */
-ER_API er_status er_kernel_run(const char* kernel, const int64_t* ints, uint32_t n_ints, const float* floats, uint32_t n_floats,
-                               const er_operand* operands, uint32_t n_operands, uint32_t threads, er_context* context);
+/* Checks and runs one kernel on the caller's buffers, each aligned to 8 bytes. Scratch, if the kernel needs some, is
+ * the last operand. */
+ER_API er_status er_kernel_run(const char* kernel, const int64_t* ints, uint32_t n_ints, const float* floats,
+                               uint32_t n_floats, const er_operand* operands, uint32_t n_operands, uint32_t threads,
+                               er_context* context);
 
 #ifdef __cplusplus
 }

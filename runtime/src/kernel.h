@@ -1,5 +1,5 @@
-// The contract between the executor and the kernels. Kernel files are compiled once per instruction set, each time with another ER_ISA
-// (namespace) and ER_VECTOR_BYTES; registry.cpp collects the tables.
+// The contract between the executor and the kernels. Kernel files are compiled once per instruction set, each time with
+// another ER_ISA (namespace) and ER_VECTOR_BYTES; registry.cpp collects the tables.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -19,7 +19,8 @@ class ThreadPool {
   // Calls body(thread) once on every thread and returns when all are done. Not reentrant. body must not throw.
   template <class F>
   void run(F&& body) {
-    dispatch([](void* f, int thread) { (*static_cast<F*>(f))(thread); }, const_cast<void*>(static_cast<const void*>(&body)));
+    dispatch([](void* f, int thread) { (*static_cast<F*>(f))(thread); },
+             const_cast<void*>(static_cast<const void*>(&body)));
   }
   // Splits [0, items) into one contiguous range a thread (in multiples of `grain`): body(begin, end, thread).
   template <class F>
@@ -56,11 +57,13 @@ struct Call {
 
 struct Kernel {
   const char* name;
-  // Says what is wrong with the call's attributes, operand counts and operand sizes ("" if nothing). Runs at plan load: operands have sizes, and data is
-  // non-null exactly where an operand is present, but must not be read. After it passes, run() may trust everything except tensor contents.
+  // Says what is wrong with the call's attributes, operand counts and operand sizes ("" if nothing). Runs at plan load:
+  // operands have sizes, and data is non-null exactly where an operand is present, but must not be read. After it
+  // passes, run() may trust everything except tensor contents.
   std::string (*check)(const Call& call);
-  // Scratch bytes for attributes that check() would accept; null: none. A kernel with scratch() takes it as its last operand, whose size the
-  // executor compares with this (check() cannot: it does not know the threads). Operands are aligned to 8 bytes at least. Must not crash or overflow on any attributes (returns UINT64_MAX for nonsense).
+  // Scratch bytes for attributes that check() would accept; null: none. A kernel with scratch() takes it as its last
+  // operand, whose size the executor compares with this (check() cannot: it does not know the threads). Operands are
+  // aligned to 8 bytes at least. Must not crash or overflow on any attributes (returns UINT64_MAX for nonsense).
   uint64_t (*scratch)(const Call& call, int threads);
   // Runs the kernel. Reports a non-finite value it stumbles on by returning false.
   bool (*run)(const Call& call);
