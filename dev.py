@@ -34,7 +34,7 @@ def fingerprint(extra: str) -> str:
     for source in SOURCES:
         path = ROOT / source
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.is_file() and file.suffix != ".pyc":
+            if file.is_file() and file.suffix != ".pyc" and not file.parent.is_symlink():
                 digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -59,6 +59,13 @@ def environment(extra: str) -> Path:
     return bin_directory
 
 
+def link_sources() -> None:
+    """Git-ignored links that let mypy see the folders which an installation puts inside the package."""
+    for link, target in (("edge_razor/exporters", "../exporters"), ("edge_razor/runtime", "../runtime/python")):
+        if not (ROOT / link).is_symlink():
+            (ROOT / link).symlink_to(target)
+
+
 def main() -> None:
     task, *arguments = sys.argv[1:] or ["--help"]
     if task not in EXTRAS:
@@ -75,6 +82,7 @@ def main() -> None:
         run(python, "-m", "ruff", "format", "--check", ".")
         sources = sorted(str(f) for f in (ROOT / "runtime").rglob("*") if f.suffix in (".cpp", ".h"))
         run(python, "-m", "clang_format", "--dry-run", "--Werror", *sources)
+        link_sources()
         run(python, "-m", "mypy")
     elif task == "sanitize":
         run("bash", "runtime/tests/sanitize.sh", PYTHON=str(python))

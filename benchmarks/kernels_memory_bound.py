@@ -1,7 +1,8 @@
 """Memory-bound kernels against torch on two threads: milliseconds and ratio, alternating, medians.
 
 Run: OMP_WAIT_POLICY=passive python benchmarks/kernels_memory_bound.py [--threads 2] [--repeat 15]
-Without the variable the threads of torch spin for a while after each of its calls and take the cores from what is measured next.
+Without the variable the threads of torch spin for a while after each of its calls and take the cores from what is
+measured next.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def gradient(g: Geometry, form: int, keep: int, x: np.ndarray, dy: np.ndarray, t
 
 
 def expected(g: Geometry, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """G in float64 from x[n, ih·iw, ic] and dy[n, oh, ow, oc], and the same of their magnitudes: the scale of rounding."""
+    """G in float64 from x[n, ih·iw, ic] and dy[n, oh, ow, oc], and the same of magnitudes: the scale of rounding."""
     maps = torch.tensor(x, dtype=torch.float64).reshape(g.n, g.ih, g.iw, g.ic).permute(0, 3, 1, 2)
     maps = torch.nn.functional.pad(maps, (g.pads[1], g.pads[3], g.pads[0], g.pads[2]))
     grad = torch.tensor(dy, dtype=torch.float64).permute(0, 3, 1, 2)
@@ -145,7 +145,7 @@ def check(g: Geometry, form: str, sparsity: float, threads: tuple[int, ...], see
     dense = x if code == 0 else unpack(code, samples, rows, cols, keep, packed)
     ours = [gradient(g, code, keep, packed, dy, count) for count in threads]
     exact, size = expected(g, dense, dy)
-    # float32 rounding: each of up to `rows` additions may lose half a unit of a partial sum that Σ|x||dy| bounds, and the
+    # float32 rounding: each of up to `rows` additions may lose half a unit of a partial sum that Σ|x||dy| bounds; the
     # centered form's value · dY + mean · ΣdY is two terms larger than their sum; errors do not all add up, hence a few
     # units instead of `rows`.
     slack = np.abs(x).max() * np.abs(dy).max() * g.n * g.oh * g.ow

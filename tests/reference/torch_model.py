@@ -187,9 +187,11 @@ class _Quantized(torch.autograd.Function):
 class KeptModel(fx.Interpreter):
     """Runs ``model`` (eval mode) with the kept forms of ``keep``; call it like the model, then ``backward()``."""
 
-    def __init__(self, model: nn.Module, keep: Keep) -> None:
+    def __init__(self, model: nn.Module, keep: Keep, noise: float = 0.0) -> None:
+        """``noise``: relative standard deviation of what is added to a value before it is kept, to test sensitivity."""
         super().__init__(fx.symbolic_trace(model.eval()))
         self._keep = keep
+        self._noise = noise
         self._input: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -197,7 +199,12 @@ class KeptModel(fx.Interpreter):
         return self.run(x)
 
     def _kept(self, x: Tensor) -> Tensor:
-        return x.detach() if x is self._input else kept_form(x.detach(), self._keep)
+        if x is self._input:
+            return x.detach()
+        value = x.detach()
+        if self._noise:
+            value = value * (1 + self._noise * torch.randn_like(value))
+        return kept_form(value, self._keep)
 
     def _convolve(self, module: nn.Conv2d, x: Tensor | _Padded, norm: nn.BatchNorm2d | None) -> Tensor:
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
