@@ -96,8 +96,11 @@ def main() -> None:
     body = markdown_table(header, rows)
     body += f"\nLimits: loss {LOSS_LIMIT:g} relative;"
     body += f" for each parameter max|Δ_ours − Δ_torch| ≤ {UPDATE_LIMIT:g}·max|Δ_torch| (column excess); norm error"
-    body += f" {UPDATE_LIMIT:g}. Excess is the worst update error less the parameter's own float32 rounding and twice what the oracle moves when"
-    body += " rounding noise of 1e-6 is put on what it packs: selection and int8 rounding are discontinuous. "
+    body += f" {UPDATE_LIMIT:g}. Excess is the worst update error less the parameter's own float32 rounding and twice"
+    body += (
+        " what the oracle moves when rounding noise of 1e-6 is put on what it packs: selection and int8 rounding are"
+    )
+    body += " discontinuous. "
     body += f"{len(rows) - failures} of {len(rows)} cases within them. Input 64×64, batch 4.\n"
     write_result("exactness", "One step against PyTorch", "python dev.py bench exactness", body, "torch")
     raise SystemExit(1 if failures else 0)
