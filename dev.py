@@ -81,7 +81,7 @@ def main() -> None:
         run(python, "-m", "ruff", "check", ".")
         run(python, "-m", "ruff", "format", "--check", ".")
         sources = sorted(str(f) for f in (ROOT / "runtime").rglob("*") if f.suffix in (".cpp", ".h"))
-        run(python, "-m", "clang_format", "--dry-run", "--Werror", *sources)
+        run(bin_directory / "clang-format", "--dry-run", "--Werror", *sources)
         link_sources()
         run(python, "-m", "mypy")
     elif task == "sanitize":

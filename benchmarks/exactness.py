@@ -98,7 +98,7 @@ def main() -> None:
     body += f" for each parameter max|Δ_ours − Δ_torch| ≤ {UPDATE_LIMIT:g}·max|Δ_torch| (column excess); norm error"
     body += f" {UPDATE_LIMIT:g}. Excess is the worst update error less the parameter's own float32 rounding and twice"
     body += (
-        " what the oracle moves when rounding noise of 1e-6 is put on what it packs: selection and int8 rounding are"
+        " what the oracle moves when rounding noise of 3e-6 is put on what it packs: selection and int8 rounding are"
     )
     body += " discontinuous. "
     body += f"{len(rows) - failures} of {len(rows)} cases within them. Input 64×64, batch 4.\n"

@@ -16,7 +16,7 @@ from tests.reference.razor import razor
 from tests.reference.torch_model import KeptModel
 
 EPSILON = float(np.finfo(np.float32).eps)
-NOISE, NOISE_RUNS = 1e-6, 3  # relative; the float32 forward passes of two systems differ by about as much
+NOISE, NOISE_RUNS = 3e-6, 4  # of a tensor's root mean square: two float32 forward passes differ by about as much
 
 
 @dataclass(frozen=True)

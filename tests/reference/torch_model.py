@@ -63,6 +63,11 @@ def kept_form(x: Tensor, keep: Keep) -> Tensor:
     return keep(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
 
 
+def disturbed(x: Tensor, noise: float) -> Tensor:
+    """x with normal noise of ``noise`` times its root mean square: what rounding in the sums that made x amounts to."""
+    return x + noise * x.square().mean().sqrt() * torch.randn_like(x) if noise else x.clone()
+
+
 @dataclass
 class _Padded:
     """Zero padding that the next convolution takes over: what is kept is the unpadded x."""
@@ -171,9 +176,9 @@ class _Quantized(torch.autograd.Function):
     """A smooth activation whose derivative is kept in 4 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, name: str, noise: float) -> Tensor:
         with torch.enable_grad():
-            probe = x.detach().requires_grad_()
+            probe = disturbed(x.detach(), noise).requires_grad_()
             slope = torch.autograd.grad(SMOOTH[name](probe).sum(), probe)[0]
         lo, hi = Q4_RANGE[name]
         ctx.save_for_backward(lo + ((slope - lo) / (hi - lo) * 15).round().clamp(0, 15) * ((hi - lo) / 15))
@@ -181,14 +186,14 @@ class _Quantized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return dy * ctx.saved_tensors[0], None
+        return dy * ctx.saved_tensors[0], None, None
 
 
 class KeptModel(fx.Interpreter):
     """Runs ``model`` (eval mode) with the kept forms of ``keep``; call it like the model, then ``backward()``."""
 
     def __init__(self, model: nn.Module, keep: Keep, noise: float = 0.0) -> None:
-        """``noise``: relative standard deviation of what is added to a value before it is kept, to test sensitivity."""
+        """``noise``: see ``disturbed``; put on every value before it is kept, to test how sensitive gradients are."""
         super().__init__(fx.symbolic_trace(model.eval()))
         self._keep = keep
         self._noise = noise
@@ -201,10 +206,7 @@ class KeptModel(fx.Interpreter):
     def _kept(self, x: Tensor) -> Tensor:
         if x is self._input:
             return x.detach()
-        value = x.detach()
-        if self._noise:
-            value = value * (1 + self._noise * torch.randn_like(value))
-        return kept_form(value, self._keep)
+        return kept_form(disturbed(x.detach(), self._noise), self._keep)
 
     def _convolve(self, module: nn.Conv2d, x: Tensor | _Padded, norm: nn.BatchNorm2d | None) -> Tensor:
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -218,7 +220,7 @@ class KeptModel(fx.Interpreter):
         return _ConvBatchNorm.apply(x, kept, module.weight, module.bias, gamma, beta, norm, geometry)
 
     def _smooth(self, name: str, x: Tensor) -> Tensor:
-        return SMOOTH[name](x) if _rows(x) < MIN_ROWS else _Quantized.apply(x, name)
+        return SMOOTH[name](x) if _rows(x) < MIN_ROWS else _Quantized.apply(x, name, self._noise)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
