@@ -76,7 +76,7 @@ def main() -> None:
     if task == "demo":
         run(bin_directory / "edge-razor", "demo", *arguments)
     elif task == "test":
-        run(python, "-m", "pytest", "tests", "device_tests", *arguments)
+        run(python, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "tests", "device_tests", *arguments)
     elif task == "check":
         run(python, "-m", "ruff", "check", ".")
         run(python, "-m", "ruff", "format", "--check", ".")
