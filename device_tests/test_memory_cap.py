@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 
 from device_tests.cgroup import run_confined, unavailable
-from tests.models import mobilenet_v2
+from tests.models import efficientnet_lite0, mobilenet_v2
 
 MB = 10**6
 REASON = unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[mobilenet_v2, efficientnet_lite0], ids=lambda factory: factory.__name__)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     import edge_razor
 
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("bundle") / "mobilenet_v2.razor"
-    edge_razor.export(mobilenet_v2(num_classes=1000), (torch.zeros(2, 3, 224, 224),), path)
+    path = tmp_path_factory.mktemp("bundle") / f"{request.param.__name__}.razor"
+    edge_razor.export(request.param(num_classes=1000), (torch.zeros(2, 3, 224, 224),), path)
     return path
 
 
@@ -36,7 +36,7 @@ def train(bundle: Path, cap: int, *arguments: str) -> tuple[dict, int]:
     return json.loads(done.stdout.splitlines()[-1]), done.peak_bytes
 
 
-def test_mobilenet_v2_at_224_trains_inside_a_128_mb_cgroup(bundle: Path) -> None:
+def test_a_mobile_network_at_224_trains_inside_a_128_mb_cgroup(bundle: Path) -> None:
     result, _ = train(bundle, 128 * MB, "--sparsity", "0.95", "--steps", "3", "--predict")
     assert result["peak_rss_bytes"] <= 128 * MB
     assert result["peak_rss_bytes"] <= result["predicted_peak_bytes"] <= 1.05 * result["peak_rss_bytes"]
