@@ -183,14 +183,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
         each = ", ".join(f"{value:.1f}" for value in accuracy)
         rows.append((case, len(mine), spread(loss, 3), spread(accuracy, 2), each))
-    header = (
-        "system",
-        "seeds",
-        "final training loss",
-        "test accuracy, %",
-        "each seed",
-        "seconds of training, one thread",
-    )
+    header = ("system", "seeds", "final training loss", "test accuracy, %", "each seed")
     return markdown_table(header, rows)
 
 
