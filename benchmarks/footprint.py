@@ -49,7 +49,7 @@ def main() -> None:
         ("bare interpreter", "pass"),
         ("import numpy", "import numpy"),
         ("import edge_razor", "import edge_razor"),
-        ("import edge_razor, runtime loaded", "import edge_razor.runtime as r; r.library()"),
+        ("import edge_razor, runtime loaded", "import edge_razor.runtime as r; r.isa()"),
     ):
         seconds, megabytes = measure(IMPORT.format(statement=statement))
         rows.append((label, f"{seconds:.3f}", f"{megabytes:.1f}"))
