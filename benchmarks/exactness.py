@@ -39,6 +39,10 @@ def build(family: str) -> torch.nn.Module:
     return randomize_norms(FAMILIES[family](num_classes=CLASSES))
 
 
+def has_norm(model: torch.nn.Module) -> bool:
+    return any(isinstance(m, torch.nn.BatchNorm2d | torch.nn.LayerNorm | torch.nn.GroupNorm) for m in model.modules())
+
+
 def measure(families: list[str], directory: Path) -> tuple[list[tuple[Any, ...]], int]:
     """The table's rows, and how many of them are outside the limits."""
     rows: list[tuple[Any, ...]] = []
@@ -48,6 +52,9 @@ def measure(families: list[str], directory: Path) -> tuple[list[tuple[Any, ...]]
             trainable = settings.get("trainable", "all")
             rest = {key: value for key, value in settings.items() if key != "trainable"}
             outcome: Comparison | str
+            if trainable == "norm" and not has_norm(build(family)):
+                rows.append((family, label, "–", "–", "–", "–", "–", "the family has no normalization"))
+                continue
             try:
                 path = directory / f"{family}-{trainable.replace(':', '')}.razor"
                 if not path.exists():

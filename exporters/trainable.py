@@ -137,6 +137,7 @@ def _nothing(term: str, available: Sequence[Parameter]) -> str:
     if any(fnmatch.fnmatchcase(p.name, term) for p in available):
         return f"trainable {term!r} matches only BatchNorm statistics, which are never trained"
     names = [p.name for p in available if p.role != "statistic"]
-    close = difflib.get_close_matches(term, [*names, "all", "head", "last:1", "bias", "norm"], n=4, cutoff=0.5)
+    words = [word for word in ("all", "head", "last:1", "bias", "norm") if word != term]
+    close = difflib.get_close_matches(term, [*names, *words], n=4, cutoff=0.5)
     hint = f"close: {', '.join(close)}" if close else f"names look like: {', '.join(names[:4]) or 'none'}"
     return f"trainable {term!r} selects no parameter of the model; {hint}"
