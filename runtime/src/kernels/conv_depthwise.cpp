@@ -11,8 +11,10 @@ namespace {
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int64_t kMostPixels = 8;
 #else
-constexpr int64_t kMostPixels = 4;
+constexpr int64_t kMostPixels = 2;
 #endif
+
+constexpr int64_t kCacheBytes = 512 << 10;  // of the second level, with room for others
 
 // The pixels of one written row that share their tap columns' phase, channels [begin, end).
 struct Row {
@@ -25,6 +27,7 @@ struct Row {
   int64_t weight_row, weight_tap;  // floats between tap rows, tap columns
   int64_t pixel, out_pixel;        // floats between source pixels, written pixels
   int64_t begin, end;              // channels
+  bool far;                        // source and output do not fit the second-level cache
   const Finish* finish;
 };
 
@@ -94,6 +97,15 @@ void some_pixels(const Row& row, int64_t j) {
     }
     const Store finish(*row.finish, c, row.end);
     float* out = row.out + j * row.out_pixel + c;
+    if (row.far) {
+      // The next group's new pixels of the last row, which nothing has read yet, and what it writes. Left alone, the
+      // processor loses track of so many streams.
+      const float* ahead = source - row.row_step + kReach * row.pixel;
+#pragma GCC unroll 16
+      for (int i = 0; i < kPixels * kStep; i++) __builtin_prefetch(ahead + i * row.pixel);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; i++) __builtin_prefetch(out + (kPixels + i) * row.out_pixel, 1);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; i++) finish(out + i * row.out_pixel, sum[i]);
   };
@@ -118,8 +130,9 @@ int64_t pixels_while(const Row& row, int64_t j) {
 
 template <int kTaps, int kStep>
 void fixed_pixels(const Row& row) {
-  int64_t j = pixels_while<kTaps, kStep, kMostPixels>(row, 0);
-  if constexpr (kMostPixels > 4) j = pixels_while<kTaps, kStep, 4>(row, j);
+  constexpr int64_t kMost = kStep == 1 ? kMostPixels : std::min<int64_t>(kMostPixels, 4);
+  int64_t j = pixels_while<kTaps, kStep, kMost>(row, 0);
+  if constexpr (kMost > 4) j = pixels_while<kTaps, kStep, 4>(row, j);
   j = pixels_while<kTaps, kStep, 2>(row, j);
   pixels_while<kTaps, kStep, 1>(row, j);
 }
@@ -172,6 +185,7 @@ void depthwise(const Depthwise& d, int thread, int threads) {
   }
   if (begin >= end) return;
 
+  const bool far = (s.ih * s.iw + s.oh * s.ow) * channels * int64_t{sizeof(float)} > kCacheBytes;
   // The gradient's rows and columns fall into phases of the stride, each with its own taps; the forward pass has one
   // phase.
   const int64_t row_phases = d.gradient ? s.sh : 1, column_phases = d.gradient ? std::min(s.sw, s.iw) : 1;
@@ -203,6 +217,7 @@ void depthwise(const Depthwise& d, int thread, int threads) {
       row.out_pixel = xs.out_step * channels;
       row.begin = begin;
       row.end = end;
+      row.far = far;
       row.finish = &f;
       row_pixels(row);
     }
