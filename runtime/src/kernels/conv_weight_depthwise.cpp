@@ -2,7 +2,7 @@
 //
 // Each column of X meets its own column of dY only, so set bits of neighbouring columns share no work: a block of at
 // most 64 rows and 4 vectors of columns is decoded to a dense tile (in L1), and the taps run over it in vectors of
-// columns. A strip of columns is summed by one thread in the order of the blocks.
+// columns, with stride 1 several taps at once. A strip of columns is summed by one thread in the order of the blocks.
 #include <atomic>
 
 #include "conv_weight.h"
@@ -41,12 +41,85 @@ void add_tap(const TapRun* runs, int n, int64_t step, const float* tile, const f
   }
 }
 
+// `positions` neighbouring input positions of a line, through kTaps neighbouring taps of each of kRows neighbouring
+// kernel rows, all of which meet dY: their sums stay in registers. The first position meets dy[0] through the first
+// tap, the output column before through the next tap, and the output line before (`line` floats) through the next
+// kernel row. Tap t of row r is summed at sum[(r · width + t) · kStrip].
+template <int kRows, int kTaps>
+void add_line(const float* tile, const float* dy, int64_t positions, int64_t stride, int64_t line, int64_t count,
+              int64_t width, float* sum) {
+  auto run = [&](int64_t v, auto in) __attribute__((always_inline)) {
+    VecF part[kRows][kTaps] = {};  // of this line: sums of sums lose less than one long sum
+    const float* x = tile + v * kLanes;
+    const float* d = dy + v * kLanes;
+    for (int64_t i = 0; i < positions; i++, x += kStrip, d += stride) {
+      const VecF value = load(x);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < kTaps; t++) part[r][t] += value * in(d - r * line - t * stride);
+    }
+    for (int r = 0; r < kRows; r++)
+      for (int t = 0; t < kTaps; t++) {
+        float* total = sum + (r * width + t) * kStrip + v * kLanes;
+        store(total, load(total) + part[r][t]);
+      }
+  };
+  const int64_t full = count / kLanes;
+  for (int64_t v = 0; v < full; v++) run(v, [](const float* p) { return load(p); });
+  // Columns past the strip's end are not dY's: they would be read out of bounds, and their sums are dropped.
+  const int tail = static_cast<int>(count % kLanes);
+  if (tail) run(full, [tail](const float* p) { return load_partial(p, tail); });
+}
+
+constexpr int kMostTaps = 5;
+constexpr int kMostSums = 10;  // that fit the registers of AVX-512 and NEON beside what they are made from
+using AddLine = void (*)(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+constexpr AddLine kAddLine[3][kMostTaps] = {
+    {add_line<1, 1>, add_line<1, 2>, add_line<1, 3>, add_line<1, 4>, add_line<1, 5>},
+    {add_line<2, 1>, add_line<2, 2>, add_line<2, 3>, add_line<2, 4>, add_line<2, 5>},
+    {add_line<3, 1>, add_line<3, 2>, add_line<3, 3>, nullptr, nullptr},
+};
+
+// Whether add_block serves a convolution: neighbours in X meet neighbours in dY.
+bool has_lines(const ConvShape& s) {
+  return s.sh == 1 && s.sw == 1 && s.dh == 1 && s.dw == 1 && s.kw > 1 && s.kw <= kMostTaps;
+}
+
+// All taps over the lines of a block, input positions [begin, end) of a sample: as many kernel rows at once as fit the
+// registers, and for the positions at a line's ends only those taps that meet dY.
+void add_block(const ConvShape& s, const float* tile, const float* dy, int64_t sample, int64_t begin, int64_t end,
+               int64_t count, float* sum) {
+  const int64_t line = s.ow * s.oc, most = std::min<int64_t>(3, kMostSums / s.kw);
+  for (int64_t row = begin; row < end;) {
+    const int64_t iy = row / s.iw, x0 = row - iy * s.iw, x1 = std::min(s.iw, x0 + end - row);
+    const float* x = tile + (row - begin) * kStrip;
+    row += x1 - x0;
+    // Kernel rows that meet dY, and positions for which all taps of such a row do.
+    const int64_t ky0 = std::max<int64_t>(0, iy + s.pt - s.oh + 1), ky1 = std::min(s.kh, iy + s.pt + 1);
+    const int64_t inner0 = std::clamp(s.kw - 1 - s.pl, x0, x1), inner1 = std::clamp(s.ow - s.pl, inner0, x1);
+    for (int64_t ky = ky0; ky < ky1; ky += most) {
+      const AddLine* add = kAddLine[std::min(most, ky1 - ky) - 1];
+      const float* d = dy + (sample * s.oh + iy + s.pt - ky) * line;  // kernel row ky, output column 0
+      float* sums = sum + ky * s.kw * kStrip;
+      for (int64_t ix = x0, next; ix < x1; ix = next) {
+        next = ix == inner0 && inner0 < inner1 ? inner1 : ix + 1;
+        const int64_t first = std::max<int64_t>(0, ix + s.pl - s.ow + 1), last = std::min(s.kw, ix + s.pl + 1);
+        if (first < last)
+          add[last - first - 1](x + (ix - x0) * kStrip, d + (ix + s.pl - first) * s.oc, next - ix, s.oc, line, count,
+                                s.kw, sums + first * kStrip);
+      }
+    }
+  }
+}
+
 // G of columns [begin, begin + count), at most a strip. `sum` holds taps · kStrip floats.
 bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t begin, int64_t count, float* sum) {
   static constexpr auto kTaps = {add_tap<1>, add_tap<2>, add_tap<3>, add_tap<4>};
   static_assert(kTaps.size() == kStripVectors, "one function for each number of vectors");
   const ConvShape& s = call.shape;
   const auto add = kTaps.begin()[(count + kLanes - 1) / kLanes - 1];
+  const bool lines = has_lines(s);
   alignas(64) float tile[kBlockRows * kStrip], values[kGroupValues];
   std::fill_n(sum, s.taps() * kStrip, 0.f);
   for (int64_t sample = 0; sample < s.n; sample++)
@@ -54,10 +127,14 @@ bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t beg
       for (int64_t c = 0; c < count; c += kGroupColumns)
         if (!x.tile(sample, block, begin + c, std::min(kGroupColumns, count - c), tile + c, kStrip, values))
           return false;
+      const int64_t row_begin = x.at.row_begin(block), row_end = x.at.row_begin(block + 1);
+      if (lines) {
+        add_block(s, tile, call.dy + begin, sample, row_begin, row_end, count, sum);
+        continue;
+      }
       for (int64_t tap = 0; tap < s.taps(); tap++) {
         TapRun runs[kBlockRows];
-        const int n =
-            tap_runs(s, sample, x.at.row_begin(block), x.at.row_begin(block + 1), tap / s.kw, tap % s.kw, runs);
+        const int n = tap_runs(s, sample, row_begin, row_end, tap / s.kw, tap % s.kw, runs);
         add(runs, n, s.sw, tile, call.dy + begin, s.oc, count, sum + tap * kStrip);
       }
     }
