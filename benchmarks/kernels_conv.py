@@ -139,12 +139,12 @@ def our_calls(layer: Layer, batch: int, threads: int) -> tuple[Callable[[], obje
         size = kernel_scratch(kernel, attributes, floats, threads)
         return aligned((size,), np.uint8) if size else None
 
-    forward, floats, gradient = [*ints, 1, 1], [0.0, 0.0], [*ints, 0]
+    forward, floats, gradient = [*ints, 1, 1], [0.0, 0.0], [*ints, 0, 0, 0, 0]
     forward_operands = [x, w, scale, shift, y, kept, scratch("conv", forward, floats)]
-    gradient_operands = [dy, w, scale, dx, scratch("conv_grad_input", gradient, [])]
+    gradient_operands = [dy, w, scale, dx, None, None, scratch("conv_grad_input", gradient, floats)]
     return (
         lambda: kernel_run("conv", forward, floats, forward_operands, threads),
-        lambda: kernel_run("conv_grad_input", gradient, [], gradient_operands, threads),
+        lambda: kernel_run("conv_grad_input", gradient, floats, gradient_operands, threads),
     )
 
 

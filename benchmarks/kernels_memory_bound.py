@@ -102,11 +102,11 @@ def cases(threads: int) -> dict[str, tuple[Call, Call]]:
             lambda: F.gelu(tx),
         ),
         "activation_grad from bits": (
-            ours("activation_grad", [rows, c, 1, 1], [0, 0], [x, bits, out]),
+            ours("activation_grad", [rows, c, 1, 1, 0], [0, 0], [x, bits, out, None, None]),
             lambda: torch.ops.aten.threshold_backward(tx, ty, 0),
         ),
         "activation_grad from q4": (
-            ours("activation_grad", [rows, c, 8, 2], [0, 0], [x, nibbles, out]),
+            ours("activation_grad", [rows, c, 8, 2, 0], [0, 0], [x, nibbles, out, None, None]),
             lambda: torch.ops.aten.silu_backward(tx, ty),
         ),
         "channel_sum": (ours("channel_sum", [rows, c], [], [x, sums, scratch]), lambda: tx.sum((0, 1, 2))),

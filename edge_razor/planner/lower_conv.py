@@ -86,7 +86,9 @@ def _grad_input(lowering: Lowering, node: Node) -> None:
     dx = lowering.output(node)
     shape = _shape(lowering, node, dx.shape, weight.shape, dy.shape)
     scale = lowering.vector(node, 2, shape[6])
-    lowering.emit(node, "conv_grad_input", [*shape, 0], [], [dy.buffer, weight.buffer, scale, dx.buffer])
+    # No activation, no sums, no accumulation yet: that is the schedule's.
+    operands = [dy.buffer, weight.buffer, scale, dx.buffer, None, None]
+    lowering.emit(node, "conv_grad_input", [*shape, 0, 0, 0, 0], [0.0, 0.0], operands)
 
 
 def _kept_or_dense(lowering: Lowering, node: Node, index: int) -> tuple[Buffer, Storage | None]:
@@ -161,9 +163,8 @@ def _activation_grad(lowering: Lowering, node: Node) -> None:
     if (rows, cols) != (storage.rows, storage.cols):
         node.fail(f"kept activation of {storage.rows} × {storage.cols} does not fit dY {list(dy.shape)}")
     code, bounds = activation(node)
-    lowering.emit(
-        node, "activation_grad", [rows, cols, code, int(storage.form or 0)], bounds, [dy.buffer, kept, dx.buffer]
-    )
+    ints = [rows, cols, code, int(storage.form or 0), 0]
+    lowering.emit(node, "activation_grad", ints, bounds, [dy.buffer, kept, dx.buffer, None])
 
 
 def _channel_sum(lowering: Lowering, node: Node) -> None:

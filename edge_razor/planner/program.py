@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["KERNELS", "Buffer", "Program", "Region", "Signature", "Step"]
+__all__ = ["KERNELS", "Buffer", "Program", "Region", "Signature", "Step", "touches"]
 
 ALIGNMENT = 64  # bytes; every offset in a plan is a multiple
 
@@ -54,11 +55,11 @@ def _signature(text: str, *may_alias: tuple[int, int], scratch: bool = False) ->
 # (written, read) operands that may share memory; scratch kernels take one more operand at the end.
 KERNELS: dict[str, Signature] = {
     "conv": _signature("X W scale? shift? Y! kept?!", scratch=True),
-    "conv_grad_input": _signature("dY W scale? dX!", scratch=True),
+    "conv_grad_input": _signature("dY W scale? dX! kept? sums?!", scratch=True),
     "conv_grad_weight": _signature("X dY G!", scratch=True),
     "pack": _signature("X out!", scratch=True),
     "affine": _signature("X scale? shift? Y! kept?!", (3, 0)),
-    "activation_grad": _signature("dY kept dX!", (2, 0)),
+    "activation_grad": _signature("dY kept dX! sums?!", (2, 0), scratch=True),
     "channel_sum": _signature("dY out!", scratch=True),
     "batch_norm_fold": _signature("gamma? beta? mean var bias? scale! shift!"),
     "batch_norm_grad": _signature("dot dshift mean var bias? dgamma!"),
@@ -113,8 +114,10 @@ class Step:
         reads = [
             b for i, b in enumerate(self.operands[: signature.operands]) if b is not None and i not in signature.writes
         ]
-        if self.kernel in ("sgd", "adamw") or self.kernel == "conv_grad_input" and self.ints[-1]:
+        if self.kernel in ("sgd", "adamw"):
             reads += self.writes  # updated, not overwritten
+        if self.kernel == "conv_grad_input" and self.ints[-1] and self.operands[3] is not None:
+            reads.append(self.operands[3])
         return reads
 
     @property
@@ -130,3 +133,13 @@ class Program:
     steps: list[Step]
     inputs: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
+
+
+def touches(steps: Iterable[Step]) -> dict[Buffer, list[int]]:
+    """For each buffer the indices of the steps that have it as an operand, ascending."""
+    found: dict[Buffer, list[int]] = {}
+    for index, step in enumerate(steps):
+        for buffer in step.operands:
+            if buffer is not None and (buffer not in found or found[buffer][-1] != index):
+                found.setdefault(buffer, []).append(index)
+    return found

@@ -1,4 +1,4 @@
-"""Scheduling: the order of backward and update steps, gradients added where they are made, and steps in place.
+"""Scheduling: gradients finished where they are made, the order of backward and update steps, and steps in place.
 
 Every transformation keeps what each step reads and writes; `tests/planner/verifier.py` checks the results
 independently.
@@ -6,18 +6,19 @@ independently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from .program import KERNELS, Buffer, Program, Region, Step
+from .finish import fuse_finish
+from .program import KERNELS, Buffer, Program, Region, Step, touches
 
 __all__ = ["schedule_inference", "schedule_training"]
 
 _BINARY_ADD = 0
 
 
-def schedule_training(program: Program, updates: list[Step]) -> Program:
+def schedule_training(program: Program, updates: list[Step], threads: int) -> Program:
     """Orders one micro-batch: forward, backward, and each parameter's update as soon as nothing else needs it."""
-    steps = fuse_accumulation(program.steps, {u.operands[1] for u in updates})
+    gradients = {u.operands[1] for u in updates}
+    steps = fuse_accumulation(program.steps, gradients)
+    steps = fuse_finish(steps, gradients, threads)
     steps = order_weight_gradients(steps)
     steps = defer_for_reuse(steps, program.inputs)
     steps = insert_updates(steps, updates)
@@ -29,16 +30,6 @@ def schedule_inference(program: Program) -> Program:
     return share_buffers(program)
 
 
-def _touches(steps: Iterable[Step]) -> dict[Buffer, list[int]]:
-    """For each buffer the indices of the steps that have it as an operand, ascending."""
-    touches: dict[Buffer, list[int]] = {}
-    for index, step in enumerate(steps):
-        for buffer in step.operands:
-            if buffer is not None and (buffer not in touches or touches[buffer][-1] != index):
-                touches.setdefault(buffer, []).append(index)
-    return touches
-
-
 def fuse_accumulation(steps: list[Step], gradients: set[Buffer | None]) -> list[Step]:
     """Turns dX = conv_grad_input(…); sum = other + dX into conv_grad_input accumulating into `other`.
 
@@ -47,7 +38,7 @@ def fuse_accumulation(steps: list[Step], gradients: set[Buffer | None]) -> list[
     """
     order = {step: i for i, step in enumerate(steps)}
     users: dict[Buffer, list[Step]] = {
-        buffer: [steps[i] for i in indices] for buffer, indices in _touches(steps).items()
+        buffer: [steps[i] for i in indices] for buffer, indices in touches(steps).items()
     }
     removed: set[Step] = set()
     for add in steps:
@@ -112,15 +103,15 @@ def defer_for_reuse(steps: list[Step], inputs: list[Buffer]) -> list[Step]:
     """
     window = 8  # steps; further away, the late result would keep other buffers alive
     steps = list(steps)
-    touches = _touches(steps)
+    touched = touches(steps)
     moves: list[tuple[Step, Step]] = []
     for index, step in enumerate(steps):
         for written, read in KERNELS[step.kernel].may_alias:
             out, source = step.operands[written], step.operands[read]
             if out is None or source is None or out.bytes != source.bytes or source in inputs:
                 continue
-            last = touches[source][-1]
-            if source.region == Region.ARENA and touches[out][0] == index < last <= index + window:
+            last = touched[source][-1]
+            if source.region == Region.ARENA and touched[out][0] == index < last <= index + window:
                 if not any(_conflict(step, s) for s in steps[index + 1 : last + 1]):
                     moves.append((step, steps[last]))
             break
@@ -152,12 +143,12 @@ def _conflict(a: Step, b: Step) -> bool:
 
 def insert_updates(steps: list[Step], updates: list[Step]) -> list[Step]:
     """Places each update after the last step that touches its gradient or reads its parameter."""
-    touches = _touches(steps)
+    touched = touches(steps)
     after: dict[int, list[Step]] = {}
     for update in updates:
         parameter, gradient = update.operands[:2]
         assert parameter is not None and gradient is not None
-        after.setdefault(max(touches[gradient][-1], touches[parameter][-1]), []).append(update)
+        after.setdefault(max(touched[gradient][-1], touched[parameter][-1]), []).append(update)
     result: list[Step] = []
     for index, step in enumerate(steps):
         result.append(step)
@@ -168,9 +159,9 @@ def insert_updates(steps: list[Step], updates: list[Step]) -> list[Step]:
 def share_buffers(program: Program) -> Program:
     """Lets a step write its result over an operand that dies there, where the kernel allows it."""
     steps = program.steps
-    touches = _touches(steps)
-    first = {b: t[0] for b, t in touches.items()} | {b: -1 for b in program.inputs}
-    last = {b: t[-1] for b, t in touches.items()} | {b: len(steps) for b in program.outputs}
+    touched = touches(steps)
+    first = {b: t[0] for b, t in touched.items()} | {b: -1 for b in program.inputs}
+    last = {b: t[-1] for b, t in touched.items()} | {b: len(steps) for b in program.outputs}
     target: dict[Buffer, Buffer] = {}
     for index, step in enumerate(steps):
         step.operands[:] = [target.get(b, b) if b is not None else None for b in step.operands]

@@ -79,7 +79,7 @@ class Candidate:
         program, updates = lower_training(
             search.graph, micro_batch, self.storage, self.memory, settings.optimizer, settings.threads
         )
-        self.train: Program = schedule_training(program, updates)
+        self.train: Program = schedule_training(program, updates, settings.threads)
         self.lives: list[Lifetime] = lifetimes(self.train)
         self.peak_live: int = int(live_bytes(self.lives).max())
 

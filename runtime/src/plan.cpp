@@ -14,7 +14,7 @@ namespace er {
 namespace {
 
 constexpr char kMagic[] = "EDGERZR\n";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr size_t kHeaderBytes = 24;
 constexpr uint64_t kAlignment = 64;
 constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 46;  // far above any device, far below overflow

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from edge_razor.runtime import kernel_run
-from tests.kernels.harness import Out, assert_close, normal, run
+from tests.kernels.harness import Out, Scratch, assert_close, normal, run
 
 BITS, Q4, DENSE = 1, 2, 3
 SIXTH = float(np.float32(1 / 6))
@@ -66,7 +66,12 @@ def test_affine_and_its_gradient(name: str, keep: int, rows: int, cols: int) -> 
     if not keep:
         return
     dy = normal(5, rows, cols)
-    (dx,), _ = run("activation_grad", ints, floats, [dy, kept[0], Out((rows, cols))])
+    (dx,), _ = run("activation_grad", [*ints, 0], floats, [dy, kept[0], Out((rows, cols)), None, None])
+    operands = [dy, kept[0], Out((rows, cols)), Out((cols,)), Scratch()]
+    (same, sums), _ = run("activation_grad", [*ints, 1], floats, operands)
+    np.testing.assert_array_equal(same, dx)
+    exact = dx.astype(np.float64)
+    assert (np.abs(sums - exact.sum(0)) <= 5e-7 * np.abs(exact).sum(0) + 1e-30).all()
     if keep == Q4:
         low, high = RANGES[code]
         step = (high - low) / 15
@@ -93,8 +98,16 @@ def test_scale_and_shift_may_be_absent_and_the_result_may_replace_the_input(give
         np.testing.assert_array_equal(same, y)
         dy = normal(3, 33, 70)
         gradient = dy.copy()
-        kernel_run("activation_grad", [33, 70, 1, 1], [0, 0], [gradient, kept, gradient], threads=threads)
+        kernel_run(
+            "activation_grad", [33, 70, 1, 1, 0], [0, 0], [gradient, kept, gradient, None, None], threads=threads
+        )
         np.testing.assert_array_equal(gradient, np.where(y > 0, dy, 0))
+        gradient, sums = dy.copy(), np.empty(70, np.float32)
+        kernel_run(
+            "activation_grad", [33, 70, 1, 1, 1], [0, 0], [gradient, kept, gradient, sums, None], threads=threads
+        )
+        np.testing.assert_array_equal(gradient, np.where(y > 0, dy, 0))
+        assert_close(sums, gradient.astype(np.float64).sum(0))
 
 
 def test_identity_without_scale_copies() -> None:

@@ -33,7 +33,7 @@ AVERAGE = [2, 6, 6, 5, 3, 3, 2, 2, 2, 2, 0, 0, 0, 0, 1]
 POOL_SIZES = list(range(10))
 CALLS = {
     "affine": Valid([3, 9, 1, 1], [0, 0], [108, 36, 36, 108, 6], [0, 1], [0, 3, 4]),
-    "activation_grad": Valid([3, 9, 9, 2], [0, 0], [108, 15, 108], [0, 1], [0, 1, 2]),
+    "activation_grad": Valid([1100, 3, 9, 2, 1], [0, 0], [13200, 2200, 13200, 12], [0, 1], [0, 1, 2, 3], scratch=True),
     "channel_sum": Valid([1100, 3], [], [13200, 12], [0, 1], [0, 1], scratch=True),
     "batch_norm_fold": Valid([7], [1e-5], [28] * 7, [0], [2, 3, 5, 6]),
     "batch_norm_grad": Valid([7], [1e-5], [28] * 6, [0], [0, 1, 2, 3, 5]),
@@ -189,7 +189,10 @@ def test_every_attribute_with_every_odd_value_is_an_error_or_harmless(name: str)
         ("affine", [3, 9, 11, 0], [0, 0], [108, 36, 36, 108, None], "activation"),
         ("affine", [3, 9, 8, 1], [0, 0], [108, 36, 36, 108, 6], "bits"),
         ("affine", [3, 9, 1, 2], [0, 0], [108, 36, 36, 108, 15], "q4"),
-        ("activation_grad", [3, 9, 1, 0], [0, 0], [108, 6, 108], "nothing was kept"),
+        ("activation_grad", [3, 9, 1, 0, 0], [0, 0], [108, 6, 108, None, None], "nothing was kept"),
+        ("activation_grad", [3, 9, 1, 1, 2], [0, 0], [108, 6, 108, None, None], "sum"),
+        ("activation_grad", [3, 9, 1, 1, 0], [0, 0], [108, 6, 108, 36, None], "sums is present"),
+        ("activation_grad", [3, 9, 1, 1, 1], [0, 0], [108, 6, 108, None, None], "sums is absent"),
         ("max_pool", [1, 17, 17, 1, 1, 1, 17, 17, 1, 1, 0, 0, 1, 1], [], [1156, 4, 1], "256"),
         ("max_pool", [*MAX[:10], -1, 0, 1, 1], [], [1440, 360, 90], "pt"),
         ("max_pool", [*MAX[:12], 0, 1], [], [1440, 360, 90], "dh"),
@@ -214,7 +217,7 @@ def test_the_message_names_what_is_wrong(
 
 @pytest.mark.parametrize("ints", [[], [1], [-1, 5], [0, -1], [5, -5], [0, 9], [1 << 62, 1 << 62], [2, 3, 4, 5, 6, 7]])
 def test_scratch_of_nonsense_is_an_error(ints: list[int]) -> None:
-    for name in ("channel_sum", "reduce"):
+    for name in ("channel_sum", "reduce", "activation_grad", "conv_grad_input"):
         with pytest.raises(UsageError):
             kernel_scratch(name, ints)
 

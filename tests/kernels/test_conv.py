@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,8 +153,9 @@ def grad_input(
     threads: int = 1,
 ) -> np.ndarray:
     dx = np.full((case.n, case.ih, case.iw, case.ic), np.nan, np.float32) if into is None else into.copy()
-    ints = [*case.ints, int(into is not None)]
-    kernel_run("conv_grad_input", ints, [], [dy, w, scale, dx, scratch("conv_grad_input", ints, [], threads)], threads)
+    ints, floats = [*case.ints, 0, 0, 0, int(into is not None)], [0.0, 0.0]
+    room = scratch("conv_grad_input", ints, floats, threads)
+    kernel_run("conv_grad_input", ints, floats, [dy, w, scale, dx, None, None, room], threads)
     return dx
 
 
@@ -312,7 +314,7 @@ def test_bad_shapes_are_refused(name: str) -> None:
     with pytest.raises(UsageError):
         kernel_run("conv", [*ints, 0, 0], [0.0, 0.0], [x, w, None, None, y, None, room])
     with pytest.raises(UsageError):
-        kernel_run("conv_grad_input", [*ints, 0], [], [dy, w, None, dx, room])
+        kernel_run("conv_grad_input", [*ints, 0, 0, 0, 0], [0.0, 0.0], [dy, w, None, dx, None, None, room])
 
 
 def test_bad_operands_and_attributes_are_refused() -> None:
@@ -360,7 +362,7 @@ def test_bad_operands_and_attributes_are_refused() -> None:
     with pytest.raises(UsageError):
         run([*case.ints, 3, 0], (float("nan"), 0.0))
     with pytest.raises(UsageError):
-        kernel_run("conv_grad_input", [*case.ints, 2], [], [dy, w, None, dx, room])
+        kernel_run("conv_grad_input", [*case.ints, 0, 0, 0, 2], [0.0, 0.0], [dy, w, None, dx, None, None, room])
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
@@ -371,16 +373,17 @@ def test_every_instruction_set_passes(isa: str) -> None:
         pytest.skip("already under a chosen instruction set")
     if subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True).returncode:
         pytest.skip(f"this machine has no {isa}")
-    selected = "threads or scale or fused or conv_and_input"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected]
+    selected = "threads or scale or fused or conv_and_input or finish"
+    files = [__file__, str(Path(__file__).with_name("test_conv_finish.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", selected]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
 def test_scratch_grows_with_threads_and_stays_small() -> None:
     deep = Case(8, 7, 7, 512, 512, (3, 3), (1, 1), (1, 1, 1, 1))
-    for kernel, tail in (("conv", [0, 0]), ("conv_grad_input", [0])):
-        floats = [0.0, 0.0] if kernel == "conv" else []
+    for kernel, tail in (("conv", [0, 0]), ("conv_grad_input", [0, 0, 0, 0])):
+        floats = [0.0, 0.0]
         one, two = (kernel_scratch(kernel, [*deep.ints, *tail], floats, threads) for threads in (1, 2))
         assert one < two <= 2 * 512 * 1024  # half a megabyte a thread, no copy of the 9.4 MB weight
     assert kernel_scratch("conv", [*replace(deep, oc=512, group=512).ints, 0, 0], [0.0, 0.0], 2) == 0

@@ -103,23 +103,24 @@ def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
     updates: dict[str, object] = {}
     for step in steps:
         signature = KERNELS[step.kernel]
-        ints, accumulates = list(step.ints), False
-        if step.kernel == "conv_grad_input":
-            accumulates, ints[-1] = bool(ints[-1]), 0
+        ints = list(step.ints)
         given = tuple(
             None if b is None else content.get(b, b.name if b.region == Region.PARAMS else None)
             for i, b in enumerate(step.operands[: signature.operands])
             if i not in signature.writes or step.kernel in ("sgd", "adamw") and i == 0
         )
-        result: object = hash((step.kernel, step.label, tuple(ints), tuple(step.floats), given))
+        if step.kernel in FINISHING:
+            _finished_gradient(step, given, content)
+            continue
+        # A sum may be part of the step that makes its terms, so it is known by them alone.
+        label = "" if step.kernel == "channel_sum" else step.label
+        result: object = hash((step.kernel, label, tuple(ints), tuple(step.floats), given))
         if step.kernel == "binary" and ints[:2] == [0, 1] and 0 not in ints[3:5]:
             result = _sum(*given)
         for index, buffer in enumerate(step.operands[: signature.operands]):
             if buffer is None or index not in signature.writes:
                 continue
-            if accumulates:
-                content[buffer] = _sum(content[buffer], hash((result, index)))
-            elif step.kernel == "copy":
+            if step.kernel == "copy":
                 content[buffer] = hash((content.get(buffer), result))
             elif step.kernel == "binary":
                 content[buffer] = result
@@ -128,6 +129,34 @@ def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
         if step.kernel in ("sgd", "adamw"):
             updates[step.label] = given
     return updates
+
+
+FINISHING = ("conv_grad_input", "activation_grad")
+
+
+def _finished_gradient(step: Step, given: tuple[object, ...], content: dict[Buffer, object]) -> None:
+    """Addition, activation and channel sums in a step mean the same as in steps of their own."""
+    if step.kernel == "conv_grad_input":
+        dy, weight, scale, kept = given
+        shape, (act, keep, sums, accumulate) = step.ints[:16], step.ints[16:]
+        dx, out = step.operands[3], step.operands[5]
+        rows, cols = shape[0] * shape[1] * shape[2], shape[3]
+        assert dx is not None
+        value: object = hash((step.kernel, step.label, tuple(shape), (dy, weight, scale)))
+        if accumulate:
+            value = _sum(content[dx], value)
+    else:
+        value, kept = given
+        rows, cols, act, keep, sums = step.ints
+        dx, out = step.operands[2], step.operands[3]
+        assert dx is not None and keep
+    assert bool(keep) == (kept is not None) and bool(sums) == (out is not None)
+    if keep:
+        value = hash(("activation_grad", rows, cols, act, keep, tuple(step.floats), value, kept))
+    content[dx] = value
+    if out is not None:
+        terms = (value,)
+        content[out] = hash((hash(("channel_sum", "", (rows, cols), (), terms)), 1))
 
 
 def _sum(*terms: object) -> object:

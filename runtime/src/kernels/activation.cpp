@@ -5,8 +5,9 @@
 #include <algorithm>
 
 #include "../kernel.h"
-#include "bytes.h"
 #include "call_check.h"
+#include "column_sum.h"
+#include "slope.h"
 
 namespace er::ER_ISA {
 namespace {
@@ -66,10 +67,11 @@ bool run_affine(const Call& call) {
   return true;
 }
 
-// activation_grad: dY[rows][cols], kept, dX[rows][cols] = dY·f'; ints rows, cols, act, keep (not "nothing").
+// activation_grad: dY[rows][cols], kept, dX[rows][cols] = dY·f', sums?[cols] = Σ over rows of dX; ints rows, cols, act,
+// keep (not "nothing"), sum. Scratch: one partial sum [cols] a chunk of rows.
 std::string check_grad(const Call& call) {
-  CallCheck check(call, 3, 4, 2);
-  const int64_t rows = check.size(0, "rows"), cols = check.size(1, "cols");
+  CallCheck check(call, 5, 5, 2);
+  const int64_t rows = check.size(0, "rows"), cols = check.size(1, "cols"), sum = check.integer(4, "sum", 0, 1);
   if (check.ok()) {
     const std::string problem = activation_error(activation_of(call, 2), call.ints[3]);
     if (!problem.empty()) check.fail(problem);
@@ -79,98 +81,90 @@ std::string check_grad(const Call& call) {
   check.present(0, "dY", bytes);
   if (check.ok()) check.present(1, "kept", byte_size({rows, kept_row_bytes(call.ints[3], cols)}, 1));
   check.present(2, "dX", bytes);
+  if (sum)
+    check.present(3, "sums", byte_size({cols}));
+  else
+    check.require(!check.ok() || !call.operands[3].data, "sums is present, but sum is 0");
   return check.error();
 }
 
-// The kLanes bits from column c (a multiple of kLanes) of a row of bits, of which `left` columns exist.
-inline VecI kept_active(const uint8_t* row, int64_t c, int64_t left) {
-  uint32_t word = row[c / 8];
-  if (kLanes == 4) word >>= c % 8;
-  if (kLanes == 16 && left > 8) word |= static_cast<uint32_t>(row[c / 8 + 1]) << 8;
-  return bits_mask(word);
+uint64_t scratch_grad(const Call& call, int) {
+  if (call.n_ints != 5 || call.ints[0] < 1 || call.ints[1] < 1) return UINT64_MAX;
+  const int64_t chunks = sum_chunks(call.ints[0]);
+  return call.ints[4] && chunks > 1 ? byte_size({chunks, call.ints[1]}) : 0;
 }
 
-// dX = dY·(bit ? on : off).
-void grad_bits(const Activation& act, const float* dy, const uint8_t* kept, float* dx, int64_t rows, int64_t cols) {
-  const VecF on = broadcast(act.code == kActHardSigmoid ? act.alpha : 1.0f);
-  const VecF off = broadcast(act.code == kActLeakyRelu ? act.alpha : 0.0f);
-  const int64_t stride = kept_row_bytes(kKeepBits, cols);
-  // A slope of exactly 1 or 0 lets the mask select instead of multiply; NaN gradients of inactive elements vanish, as
-  // in torch.
-  const bool plain = act.code == kActRelu || act.code == kActClip;
-  for (int64_t r = 0; r < rows; r++, dy += cols, dx += cols, kept += stride)
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      const int64_t left = cols - c;
-      const VecI mask = kept_active(kept, c, left);
-      const VecF g = load_upto(dy + c, left);
-      store_upto(dx + c, plain ? (VecF)(mask & (VecI)g) : g * select(mask, on, off), left);
-    }
-}
-
-// dX = dY·(low + q·(high − low)/15).
-void grad_q4(const Activation& act, const float* dy, const uint8_t* kept, float* dx, int64_t rows, int64_t cols) {
-  const DerivativeRange range = derivative_range(act.code);
-  const float step = (range.high - range.low) / 15.0f;
-  const int64_t stride = kept_row_bytes(kKeepQ4, cols);
-  for (int64_t r = 0; r < rows; r++, dy += cols, dx += cols, kept += stride)
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      const int64_t left = cols - c;
-      const VecF q = to_float(load_nibbles(kept + c / 2, (left + 1) / 2));
-      store_upto(dx + c, load_upto(dy + c, left) * (range.low + q * step), left);
-    }
+// dX[r][c …] = times(dY[r][c …], r, c, left), summed over rows if asked.
+template <class Times>
+void grad_rows(const Call& call, Times&& times) {
+  const float* dy = call.as<float>(0);
+  float* dx = call.as<float>(2);
+  const int64_t rows = call.ints[0], cols = call.ints[1];
+  auto term = [&](int64_t r, int64_t c, int64_t left) __attribute__((always_inline)) {
+    const VecF g = times(load_upto(dy + r * cols + c, left), r, c, left);
+    store_upto(dx + r * cols + c, g, left);
+    return g;
+  };
+  if (call.ints[4]) return sum_rows(call, rows, cols, 1.0f, call.as<float>(3), call.as<float>(4), term);
+  parallel(call, rows, 2 * cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++)
+      for (int64_t c = 0; c < cols; c += kLanes) term(r, c, cols - c);
+  });
 }
 
 // dX = dY·f'(pre-activation).
 template <int64_t kCode>
-void grad_dense(const Activation& act, const float* dy, const float* x, float* dx, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t left = n - i;
-    const VecF slope = derivative<kCode>(load_upto(x + i, left), act.alpha, act.beta);
-    store_upto(dx + i, load_upto(dy + i, left) * slope, left);
-  }
+void grad_dense(const Call& call, const Activation& act) {
+  const float* x = call.as<const float>(1);
+  const int64_t cols = call.ints[1];
+  auto times = [=](VecF g, int64_t r, int64_t c, int64_t left) {
+    return g * derivative<kCode>(load_upto(x + r * cols + c, left), act.alpha, act.beta);
+  };
+  if (call.ints[4]) return grad_rows(call, times);
+  // One long row: columns may be few.
+  parallel_elements(call, call.ints[0] * cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kLanes)
+      store_upto(call.as<float>(2) + i, times(load_upto(call.as<const float>(0) + i, end - i), 0, i, end - i), end - i);
+  });
 }
 
-void grad_dense_any(const Activation& act, const float* dy, const float* x, float* dx, int64_t n) {
+void grad_dense_any(const Call& call, const Activation& act) {
   switch (act.code) {
     case kActRelu:
-      return grad_dense<kActRelu>(act, dy, x, dx, n);
+      return grad_dense<kActRelu>(call, act);
     case kActClip:
-      return grad_dense<kActClip>(act, dy, x, dx, n);
+      return grad_dense<kActClip>(call, act);
     case kActLeakyRelu:
-      return grad_dense<kActLeakyRelu>(act, dy, x, dx, n);
+      return grad_dense<kActLeakyRelu>(call, act);
     case kActHardSigmoid:
-      return grad_dense<kActHardSigmoid>(act, dy, x, dx, n);
+      return grad_dense<kActHardSigmoid>(call, act);
     case kActHardSwish:
-      return grad_dense<kActHardSwish>(act, dy, x, dx, n);
+      return grad_dense<kActHardSwish>(call, act);
     case kActSigmoid:
-      return grad_dense<kActSigmoid>(act, dy, x, dx, n);
+      return grad_dense<kActSigmoid>(call, act);
     case kActTanh:
-      return grad_dense<kActTanh>(act, dy, x, dx, n);
+      return grad_dense<kActTanh>(call, act);
     case kActSilu:
-      return grad_dense<kActSilu>(act, dy, x, dx, n);
+      return grad_dense<kActSilu>(call, act);
     case kActGelu:
-      return grad_dense<kActGelu>(act, dy, x, dx, n);
+      return grad_dense<kActGelu>(call, act);
     default:
-      return grad_dense<kActGeluTanh>(act, dy, x, dx, n);
+      return grad_dense<kActGeluTanh>(call, act);
   }
 }
 
 bool run_grad(const Call& call) {
-  const float* dy = call.as<float>(0);
-  const uint8_t* kept = call.as<uint8_t>(1);
-  float* dx = call.as<float>(2);
-  const int64_t rows = call.ints[0], cols = call.ints[1], keep = call.ints[3];
+  const int64_t keep = call.ints[3];
   const Activation act = activation_of(call, 2);
-  const int64_t stride = kept_row_bytes(keep, cols);
-  parallel(call, rows, 2 * cols, [&](int64_t begin, int64_t end) {
-    const int64_t at = begin * cols, n = end - begin;
-    const uint8_t* from = kept + begin * stride;
-    if (keep == kKeepBits)
-      grad_bits(act, dy + at, from, dx + at, n, cols);
-    else if (keep == kKeepQ4)
-      grad_q4(act, dy + at, from, dx + at, n, cols);
-    else
-      grad_dense_any(act, dy + at, reinterpret_cast<const float*>(from), dx + at, n * cols);
+  if (keep == kKeepDense) {
+    grad_dense_any(call, act);
+    return true;
+  }
+  const Slope slope = Slope::of(act, keep, call.as<const uint8_t>(1), call.ints[1]);
+  slope.with_kind([&](auto kind) {
+    grad_rows(call, [=](VecF g, int64_t r, int64_t c, int64_t left) {
+      return slope.times<kind.value>(g, slope.row(r), c, left);
+    });
   });
   return true;
 }
@@ -180,7 +174,7 @@ bool run_grad(const Call& call) {
 extern const Kernel activation_kernels[];
 const Kernel activation_kernels[] = {
     {"affine", check_affine, nullptr, run_affine},
-    {"activation_grad", check_grad, nullptr, run_grad},
+    {"activation_grad", check_grad, scratch_grad, run_grad},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

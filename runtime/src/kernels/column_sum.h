@@ -71,9 +71,10 @@ inline double sum_contiguous(const float* x, int64_t n) {
 // their number.
 inline int64_t sum_chunks(int64_t rows) { return std::clamp<int64_t>(rows / 512, 1, 32); }
 
-// out[c] = factor · Σ over rows of x[rows][cols]. partial: float [sum_chunks(rows)][cols], unused if that is one chunk.
-inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t cols, float factor, float* out,
-                     float* partial) {
+// out[c] = factor · Σ over rows r of term(r, c, left), which is asked once for each and may do more than tell. partial:
+// float [sum_chunks(rows)][cols], unused if that is one chunk.
+template <class Term>
+void sum_rows(const Call& call, int64_t rows, int64_t cols, float factor, float* out, float* partial, Term&& term) {
   const int64_t chunks = sum_chunks(rows), width = kSumTile * kLanes, tiles = (cols + width - 1) / width;
   float* sums = chunks == 1 ? out : partial;
   parallel(call, chunks * tiles, rows * cols / (chunks * tiles), [&](int64_t begin, int64_t end) {
@@ -81,7 +82,7 @@ inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t col
       const int64_t chunk = unit / tiles, column = unit % tiles * width;
       const int64_t first = rows * chunk / chunks, last = rows * (chunk + 1) / chunks;
       sum_columns(last - first, column, std::min(cols, column + width), false, sums + chunk * cols,
-                  [=](int64_t r, int64_t c, int64_t left) { return load_upto(x + (first + r) * cols + c, left); });
+                  [&](int64_t r, int64_t c, int64_t left) { return term(first + r, c, left); });
     }
   });
   for (int64_t c = 0; c < cols; c += kLanes) {
@@ -90,6 +91,13 @@ inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t col
     for (int64_t chunk = 0; chunk < chunks; chunk++) total += load_upto(sums + chunk * cols + c, left);
     store_upto(out + c, total * factor, left);
   }
+}
+
+// The same of a matrix x[rows][cols].
+inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t cols, float factor, float* out,
+                     float* partial) {
+  sum_rows(call, rows, cols, factor, out, partial,
+           [=](int64_t r, int64_t c, int64_t left) { return load_upto(x + r * cols + c, left); });
 }
 
 }  // namespace er::ER_ISA

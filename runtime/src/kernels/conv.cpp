@@ -1,6 +1,6 @@
-// conv: Y = act(scale · conv(X, W) + shift) with the kept form of the activation, and conv_grad_input: dX (+)=
-// convᵀ(scale · dY, W). X is [n,ih,iw,ic], W [kh,kw,ic/group,oc], Y and dY [n,oh,ow,oc], scale and shift [oc], float32
-// (docs/plan-format.md).
+// conv: Y = act(scale · conv(X, W) + shift) with the kept form of the activation, and conv_grad_input: dX = f' · ((dX
+// +) convᵀ(scale · dY, W)) with f' as the activation that made X kept it, and the sums of dX's columns. X is
+// [n,ih,iw,ic], W [kh,kw,ic/group,oc], Y and dY [n,oh,ow,oc], scale and shift [oc], float32 (docs/plan-format.md).
 #include "conv_paths.h"
 
 namespace er::ER_ISA {
@@ -100,11 +100,30 @@ uint64_t scratch_bytes(const ConvShape& s, bool gradient, int threads, uint64_t*
   return aligned(static_cast<uint64_t>(gradient ? s.oc : s.ic) * 4) + *part * static_cast<uint64_t>(threads);
 }
 
-template <bool kGradient>
-uint64_t scratch(const Call& call, int threads) {
+// conv_grad_input's attributes behind the shape.
+enum GradInputInt : uint32_t { kGradKeep = kConvInts + 1, kGradSum, kGradAccumulate, kGradInts };
+
+// Floats between the two running sums of a thread, so that threads share no line of cache.
+int64_t sums_stride(const ConvShape& s) { return (s.ic + 15) / 16 * 16; }
+
+uint64_t conv_scratch(const Call& call, int threads) {
   if (!conv_shape_error(call).empty() || threads < 1) return UINT64_MAX;
   uint64_t part;
-  return scratch_bytes(conv_shape(call.ints), kGradient, threads, &part);
+  return scratch_bytes(conv_shape(call.ints), false, threads, &part);
+}
+
+// The running sums of all threads, if any, come first.
+uint64_t sums_bytes(const Call& call, const ConvShape& s, int threads) {
+  return call.ints[kGradSum]
+             ? static_cast<uint64_t>(sums_stride(s)) * 2 * sizeof(float) * static_cast<uint64_t>(threads)
+             : 0;
+}
+
+uint64_t grad_input_scratch(const Call& call, int threads) {
+  if (!conv_shape_error(call).empty() || call.n_ints != kGradInts || threads < 1) return UINT64_MAX;
+  const ConvShape s = conv_shape(call.ints);
+  uint64_t part;
+  return sums_bytes(call, s, threads) + scratch_bytes(s, true, threads, &part);
 }
 
 // "" if operand `index` has `bytes` bytes, or is absent and may be.
@@ -121,6 +140,7 @@ std::string first_error(std::initializer_list<std::string> errors) {
   return "";
 }
 
+// Both kernels have it right behind the shape.
 Activation activation_of(const Call& call) { return {call.ints[kConvInts], call.floats[0], call.floats[1]}; }
 
 std::string conv_check(const Call& call) {
@@ -170,44 +190,73 @@ bool conv_run(const Call& call) {
 std::string conv_grad_input_check(const Call& call) {
   std::string error = conv_shape_error(call);
   if (!error.empty()) return error;
-  if (call.n_ints != kConvInts + 1) return "needs 17 integers, got " + std::to_string(call.n_ints);
-  if (call.n_floats != 0) return "needs no floats, got " + std::to_string(call.n_floats);
-  if (call.n_operands != 5) return "needs 5 operands, got " + std::to_string(call.n_operands);
-  if (call.ints[kConvInts] != 0 && call.ints[kConvInts] != 1) return "accumulate must be 0 or 1";
+  if (call.n_ints != kGradInts) return "needs 20 integers, got " + std::to_string(call.n_ints);
+  if (call.n_floats != 2) return "needs 2 floats, got " + std::to_string(call.n_floats);
+  if (call.n_operands != 7) return "needs 7 operands, got " + std::to_string(call.n_operands);
+  const int64_t keep = call.ints[kGradKeep], sum = call.ints[kGradSum], accumulate = call.ints[kGradAccumulate];
+  const Activation act = activation_of(call);
+  error = activation_error(act, keep);
+  if (!error.empty()) return error;
+  if ((act.code == kActNone) != (keep == kKeepNothing)) return "an activation needs what it kept";
+  if (keep == kKeepDense) return "keep must be nothing, bits or q4";
+  if (sum != 0 && sum != 1) return "sum must be 0 or 1";
+  if (accumulate != 0 && accumulate != 1) return "accumulate must be 0 or 1";
+  if (!keep && call.operands[4].data) return "kept is present, but nothing is kept";
+  if (!sum && call.operands[5].data) return "sums is present, but sum is 0";
   const ConvShape s = conv_shape(call.ints);
   return first_error({operand_error(call, 0, "dY", s.y_elements() * 4), operand_error(call, 1, "W", s.w_elements() * 4),
-                      operand_error(call, 2, "scale", s.oc * 4, true),
-                      operand_error(call, 3, "dX", s.x_elements() * 4)});
+                      operand_error(call, 2, "scale", s.oc * 4, true), operand_error(call, 3, "dX", s.x_elements() * 4),
+                      operand_error(call, 4, "kept", s.n * s.ih * s.iw * kept_row_bytes(keep, s.ic), !keep),
+                      operand_error(call, 5, "sums", s.ic * 4, !sum)});
+}
+
+// sums[c] = Σ over threads of what they added up.
+void add_up(const Finish& finish, int threads, int64_t cols, float* sums) {
+  for (int64_t c = 0; c < cols; c++) {
+    double total = 0;
+    for (int thread = 0; thread < threads; thread++) {
+      const RunningSums part = finish.running_sums(thread);
+      total += static_cast<double>(part.sum[c]) - part.lost[c];
+    }
+    sums[c] = static_cast<float>(total);
+  }
 }
 
 bool conv_grad_input_run(const Call& call) {
   const ConvShape s = conv_shape(call.ints);
   const float* scale = call.as<const float>(2);
-  Finish finish{};
-  finish.accumulate = call.ints[kConvInts] == 1;
   const int threads = call.pool->threads();
+  const uint64_t sums = sums_bytes(call, s, threads);
+  Finish finish{};
+  finish.accumulate = call.ints[kGradAccumulate] == 1;
+  finish.slope = Slope::of(activation_of(call), call.ints[kGradKeep], call.as<const uint8_t>(4), s.ic);
+  finish.sums = sums ? call.as<float>(6) : nullptr;
+  finish.sums_stride = sums_stride(s);
+  std::fill_n(call.as<char>(6), sums, '\0');
   if (is_depthwise(s)) {
     finish.scale = scale;  // its channel is the input's channel
     const Depthwise d{s, true, call.as<const float>(0), call.as<const float>(1), call.as<float>(3), finish};
     call.pool->run([&](int thread) { depthwise(d, thread, threads); });
-    return true;
-  }
-  uint64_t part;
-  scratch_bytes(s, true, threads, &part);
-  float* zeros = call.as<float>(4);
-  std::fill_n(zeros, s.oc, 0.0f);
-  char* parts = call.as<char>(4) + aligned(static_cast<uint64_t>(s.oc) * 4);
-  call.pool->run([&](int thread) {
-    each_phase(s, [&](int64_t y, int64_t x) {
-      GatherGemm g = gradient_gemm(s, y, x);
-      g.source = call.as<const float>(0);
-      g.weight = call.as<const float>(1);
-      g.weight_scale = scale;
-      g.out = call.as<float>(3);
-      g.finish = finish;
-      gather_gemm(g, thread, threads, parts + part * static_cast<uint64_t>(thread), zeros);
+  } else {
+    uint64_t part;
+    scratch_bytes(s, true, threads, &part);
+    char* scratch = call.as<char>(6) + sums;
+    float* zeros = reinterpret_cast<float*>(scratch);
+    std::fill_n(zeros, s.oc, 0.0f);
+    char* parts = scratch + aligned(static_cast<uint64_t>(s.oc) * 4);
+    call.pool->run([&](int thread) {
+      each_phase(s, [&](int64_t y, int64_t x) {
+        GatherGemm g = gradient_gemm(s, y, x);
+        g.source = call.as<const float>(0);
+        g.weight = call.as<const float>(1);
+        g.weight_scale = scale;
+        g.out = call.as<float>(3);
+        g.finish = finish;
+        gather_gemm(g, thread, threads, parts + part * static_cast<uint64_t>(thread), zeros);
+      });
     });
-  });
+  }
+  if (finish.sums) add_up(finish, threads, s.ic, call.as<float>(5));
   return true;
 }
 
@@ -215,8 +264,8 @@ bool conv_grad_input_run(const Call& call) {
 
 extern const Kernel conv_kernels[];
 const Kernel conv_kernels[] = {
-    {"conv", conv_check, scratch<false>, conv_run},
-    {"conv_grad_input", conv_grad_input_check, scratch<true>, conv_grad_input_run},
+    {"conv", conv_check, conv_scratch, conv_run},
+    {"conv_grad_input", conv_grad_input_check, grad_input_scratch, conv_grad_input_run},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -26,8 +26,11 @@ struct Row {
   int64_t row_step;                // floats between the source rows of neighbouring tap rows
   int64_t weight_row, weight_tap;  // floats between tap rows, tap columns
   int64_t pixel, out_pixel;        // floats between source pixels, written pixels
-  int64_t begin, end;              // channels
-  bool far;                        // source and output do not fit the second-level cache
+  const uint8_t* kept;             // slopes of the first written pixel
+  int64_t kept_pixel;              // bytes between the slopes of written pixels
+  RunningSums sums;
+  int64_t begin, end;  // channels
+  bool far;            // source and output do not fit the second-level cache
   const Finish* finish;
 };
 
@@ -44,10 +47,31 @@ struct Store {
         high(broadcast(f.high())),
         left(end - c),
         accumulate(f.accumulate) {}
-  void operator()(float* out, VecF sum) const {
+  VecF finished(const float* out, VecF sum) const {
     VecF z = sum * scale + shift;
     if (accumulate) z += load_upto(out, left);
-    store_upto(out, min(high, max(low, z)), left);
+    return min(high, max(low, z));
+  }
+  // The sums of kPixels pixels from pixel j on at channel c.
+  template <int kPixels>
+  void pixels(const Row& row, int64_t j, int64_t c, const VecF* sum) const {
+    float* out = row.out + j * row.out_pixel + c;
+    if (!row.finish->slopes_or_sums()) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; i++)
+        store_upto(out + i * row.out_pixel, finished(out + i * row.out_pixel, sum[i]), left);
+      return;
+    }
+    const uint8_t* kept = row.kept + j * row.kept_pixel;
+    VecF total{};
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; i++) {
+      VecF z = finished(out + i * row.out_pixel, sum[i]);
+      z = row.finish->slope.times(z, kept + i * row.kept_pixel, c, left);
+      store_upto(out + i * row.out_pixel, z, left);
+      total += z;
+    }
+    if (row.sums.sum) row.sums.add(c, total, left);
   }
 };
 
@@ -64,7 +88,7 @@ void any_pixels(const Row& row, int64_t begin, int64_t end) {
         for (int64_t t = first; t < last; t++)
           sum += load_upto(source + r * row.row_step + t * row.axis->tap_step * row.pixel + c, left) *
                  load_upto(row.weight + r * row.weight_row + t * row.weight_tap + c, left);
-      Store(*row.finish, c, row.end)(row.out + j * row.out_pixel + c, sum);
+      Store(*row.finish, c, row.end).pixels<1>(row, j, c, &sum);
     }
   }
 }
@@ -95,19 +119,17 @@ void some_pixels(const Row& row, int64_t j) {
           if (p - i * kStep >= 0 && p - i * kStep < kTaps) sum[i] += v * tap[p - i * kStep];
       }
     }
-    const Store finish(*row.finish, c, row.end);
-    float* out = row.out + j * row.out_pixel + c;
     if (row.far) {
       // The next group's new pixels of the last row, which nothing has read yet, and what it writes. Left alone, the
       // processor loses track of so many streams.
       const float* ahead = source - row.row_step + kReach * row.pixel;
+      const float* out = row.out + j * row.out_pixel + c;
 #pragma GCC unroll 16
       for (int i = 0; i < kPixels * kStep; i++) __builtin_prefetch(ahead + i * row.pixel);
 #pragma GCC unroll 8
       for (int i = 0; i < kPixels; i++) __builtin_prefetch(out + (kPixels + i) * row.out_pixel, 1);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kPixels; i++) finish(out + i * row.out_pixel, sum[i]);
+    Store(*row.finish, c, row.end).pixels<kPixels>(row, j, c, sum);
   };
   int64_t c = row.begin;
   for (; c + kLanes <= row.end; c += kLanes) block(c, [](const float* p) { return load(p); });
@@ -184,6 +206,7 @@ void depthwise(const Depthwise& d, int thread, int threads) {
     end = std::min(channels, units * (thread + 1) / threads * unit);
   }
   if (begin >= end) return;
+  const RunningSums sums = f.running_sums(thread);
 
   const bool far = (s.ih * s.iw + s.oh * s.ow) * channels * int64_t{sizeof(float)} > kCacheBytes;
   // The gradient's rows and columns fall into phases of the stride, each with its own taps; the forward pass has one
@@ -215,6 +238,9 @@ void depthwise(const Depthwise& d, int thread, int threads) {
       row.weight_tap = xs.kernel_step * channels;
       row.pixel = channels;
       row.out_pixel = xs.out_step * channels;
+      row.kept = f.slope.row(line * out_w + xs.out_start);
+      row.kept_pixel = xs.out_step * f.slope.row_bytes;
+      row.sums = sums;
       row.begin = begin;
       row.end = end;
       row.far = far;

@@ -28,7 +28,7 @@ struct Layout {
   explicit Layout(const GatherGemm& g) {
     rows = g.samples * g.rows_axis.count * g.cols_axis.count;
     taps = g.rows_axis.taps * g.cols_axis.taps;
-    int64_t fit = kTableBytes / static_cast<int64_t>(sizeof(float*)) / (taps + 1);
+    int64_t fit = kTableBytes / static_cast<int64_t>(sizeof(float*)) / pointers();
     tile_rows = std::max<int64_t>(kTileRowsNarrow, std::min({fit, kMaxTileRows, rows}));
     vectors = ceil_div(g.n, kLanes);
     panels = ceil_div(vectors, kTileVectors);
@@ -40,6 +40,9 @@ struct Layout {
     pack = g.transposed || (!few_rows && (panels > 1 || g.n % kLanes));
     resident = packed_floats(g) * 4 <= kResidentBytes;
   }
+  // In a row's part of the table: a source a tap, the output, the kept slopes.
+  int64_t pointers() const { return taps + 2; }
+  int64_t table_bytes() const { return (tile_rows * pointers() * static_cast<int64_t>(sizeof(float*)) + 63) / 64 * 64; }
   int64_t packed_floats(const GatherGemm& g) const {
     int64_t cols = vectors * kLanes;
     if (g.group > kResidentBytes / cols || taps * g.k_tap > kResidentBytes / cols / g.group) return kResidentBytes;
@@ -107,54 +110,73 @@ void pack(const GatherGemm& g, int64_t group, const DepthBlock& block, int64_t c
   }
 }
 
-// Row pointers of rows [row, row + count): sources[t·stride + r] and outputs[r].
-void gather(const GatherGemm& g, const Layout& l, int64_t row, int64_t count, const float** sources, float** outputs,
-            const float* zeros) {
+// Row pointers of a tile.
+struct Table {
+  const float** sources;  // [t·tile_rows + r]
+  float** outputs;        // [r]
+  const uint8_t** kept;   // [r]
+
+  Table(const Layout& l, char* memory)
+      : sources(reinterpret_cast<const float**>(memory)),
+        outputs(reinterpret_cast<float**>(memory) + l.tile_rows * l.taps),
+        kept(reinterpret_cast<const uint8_t**>(memory) + l.tile_rows * (l.taps + 1)) {}
+};
+
+// The table of rows [row, row + count).
+void gather(const GatherGemm& g, const Layout& l, int64_t row, int64_t count, const Table& table, const float* zeros) {
   const Axis &ys = g.rows_axis, &xs = g.cols_axis;
   for (int64_t done = 0; done < count;) {
     int64_t i = (row + done) % xs.count, line = (row + done) / xs.count;
     int64_t j = line % ys.count, s = line / ys.count, length = std::min(count - done, xs.count - i);
-    float* out = g.out + ((s * g.out_h + ys.out_start + j * ys.out_step) * g.out_w + xs.out_start + i * xs.out_step) *
-                             g.out_cols;
-    for (int64_t r = 0; r < length; r++) outputs[done + r] = out + r * xs.out_step * g.out_cols;
+    const int64_t first_out = (s * g.out_h + ys.out_start + j * ys.out_step) * g.out_w + xs.out_start + i * xs.out_step;
+    for (int64_t r = 0; r < length; r++) {
+      table.outputs[done + r] = g.out + (first_out + r * xs.out_step) * g.out_cols;
+      table.kept[done + r] = g.finish.slope.row(first_out + r * xs.out_step);
+    }
     for (int64_t ty = 0; ty < ys.taps; ty++) {
       int64_t y = ys.src_start + j * ys.src_step + ty * ys.tap_step;
       for (int64_t tx = 0; tx < xs.taps; tx++) {
-        const float** table = sources + (ty * xs.taps + tx) * l.tile_rows + done;
+        const float** sources = table.sources + (ty * xs.taps + tx) * l.tile_rows + done;
         int64_t first = 0, last = 0;
         if (y >= 0 && y < ys.source) xs.position_range(tx, &first, &last);
         first = std::clamp(first - i, int64_t{0}, length);
         last = std::clamp(last - i, first, length);
         int64_t r = 0;
-        for (; r < first; r++) table[r] = zeros;
+        for (; r < first; r++) sources[r] = zeros;
         if (first < last) {
           int64_t x = xs.src_start + tx * xs.tap_step + i * xs.src_step;
           const int64_t base = ((s * ys.source + y) * xs.source + x) * g.source_cols,
                         step = xs.src_step * g.source_cols;
-          for (; r < last; r++) table[r] = g.source + (base + r * step);
+          for (; r < last; r++) sources[r] = g.source + (base + r * step);
         }
-        for (; r < length; r++) table[r] = zeros;
+        for (; r < length; r++) sources[r] = zeros;
       }
     }
     done += length;
   }
 }
 
+// The last step of a gradient for `count` rows from row r of the table on, a few at a time: sums stay short.
+void finish_rows(const Finish& f, const Table& table, int64_t r, int64_t count, int64_t begin, int64_t end,
+                 const RunningSums& sums) {
+  for (int64_t at = r; at < r + count; at += kTileRowsNarrow)
+    f.finish_gradient(table.outputs + at, table.kept + at, std::min<int64_t>(kTileRowsNarrow, r + count - at), begin,
+                      end, sums);
+}
+
 }  // namespace
 
 uint64_t gather_gemm_scratch(const GatherGemm& g) {
   Layout l(g);
-  uint64_t table = static_cast<uint64_t>(l.tile_rows) * static_cast<uint64_t>(l.taps + 1) * sizeof(float*);
-  return (table + 63) / 64 * 64 + static_cast<uint64_t>(l.buffer_floats(g)) * 4;
+  return static_cast<uint64_t>(l.table_bytes()) + static_cast<uint64_t>(l.buffer_floats(g)) * 4;
 }
 
 void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros) {
   const Layout l(g);
   const Finish& f = g.finish;
-  const float** sources = reinterpret_cast<const float**>(scratch);
-  float** outputs = reinterpret_cast<float**>(scratch) + l.tile_rows * l.taps;
-  float* buffer =
-      reinterpret_cast<float*>(scratch + (l.tile_rows * (l.taps + 1) * int64_t{sizeof(float*)} + 63) / 64 * 64);
+  const Table table(l, scratch);
+  float* buffer = reinterpret_cast<float*>(scratch + l.table_bytes());
+  const RunningSums sums = f.running_sums(thread);
 
   // Few rows: each thread takes all rows of some panels. Groups do not start at whole bytes of kept bits, so they split
   // by rows.
@@ -167,14 +189,22 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
     panel_end = l.panels * (thread + 1) / threads;
   }
   if (row_begin == row_end || panel_begin == panel_end) return;
+  const bool all = panel_begin == 0 && panel_end == g.group * l.panels;
+  const int64_t col_begin = all ? 0 : l.panel_start(panel_begin) * kLanes;
+  const int64_t col_end = all ? g.out_cols : std::min(g.n, l.panel_start(panel_end) * kLanes);
+  // The columns of a group need not start at a vector or a byte of bits: then whole rows are finished.
+  const bool whole_rows = f.slopes_or_sums() && (g.group > 1 || l.taps == 0);
+  const bool by_panel = f.slopes_or_sums() && !whole_rows;
 
   const int64_t tiles = ceil_div(row_end - row_begin, l.tile_rows);
   for (int64_t tile = 0; tile < tiles; tile++) {
     const int64_t row = row_begin + (row_end - row_begin) * tile / tiles;
     const int64_t count = row_begin + (row_end - row_begin) * (tile + 1) / tiles - row;
-    gather(g, l, row, count, sources, outputs, zeros);
+    gather(g, l, row, count, table, zeros);
     if (l.taps == 0) {  // no output position reads these inputs
-      for (int64_t r = 0; r < count && !f.accumulate; r++) std::fill_n(outputs[r], g.out_cols, 0.0f);
+      for (int64_t r = 0; r < count && !f.accumulate; r++)
+        std::fill(table.outputs[r] + col_begin, table.outputs[r] + col_end, 0.0f);
+      if (whole_rows && f.accumulate) finish_rows(f, table, 0, count, col_begin, col_end, sums);
       continue;
     }
     auto multiply = [&](int64_t p, int64_t b) {
@@ -211,10 +241,12 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
       const int64_t pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(vectors)));
       for (int64_t i = 0; i < pieces; i++) {
         const int64_t r = count * i / pieces;
-        t.a = sources + block.tap * l.tile_rows + r;
-        t.c = outputs + r;
-        gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(vectors),
-                  !l.pack && t.last < kLanes);
+        const int64_t rows = count * (i + 1) / pieces - r;
+        t.a = table.sources + block.tap * l.tile_rows + r;
+        t.c = table.outputs + r;
+        gemm_tile(t, static_cast<int>(rows), static_cast<int>(vectors), !l.pack && t.last < kLanes);
+        if (by_panel && t.finish)
+          finish_rows(f, table, r, rows, column, std::min(g.n, column + vectors * kLanes), sums);
       }
     };
     if (l.few_rows)
@@ -223,12 +255,8 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
     else
       for (int64_t p = panel_begin; p < panel_end; p++)
         for (int64_t b = 0; b < l.blocks; b++) multiply(p, b);
-    if (f.second_pass()) {
-      bool all = panel_begin == 0 && panel_end == g.group * l.panels;
-      int64_t begin = all ? 0 : l.panel_start(panel_begin) * kLanes;
-      int64_t end = all ? g.out_cols : std::min(g.n, l.panel_start(panel_end) * kLanes);
-      f.run(g.out, g.out_cols, row, count, begin, end);
-    }
+    if (f.second_pass()) f.run(g.out, g.out_cols, row, count, col_begin, col_end);
+    if (whole_rows) finish_rows(f, table, 0, count, 0, g.out_cols, sums);
   }
 }
 

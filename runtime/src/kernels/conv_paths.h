@@ -3,10 +3,12 @@
 #include "activation.h"
 #include "conv_axis.h"
 #include "conv_shape.h"
+#include "slope.h"
 
 namespace er::ER_ISA {
 
-// What happens to a finished accumulator z: y = f(scale·z + shift), with the kept form, or y += scale·z.
+// What happens to a finished accumulator z. Forward: y = f(scale·z + shift), with the kept form. Gradient: dx =
+// slope·(z + (accumulate) dx), and the sum of each column of dX.
 struct Finish {
   const float* scale;  // [columns] or null
   const float* shift;  // [columns] or null
@@ -14,7 +16,38 @@ struct Finish {
   Activation act;
   int64_t keep;
   uint8_t* kept;
-  int64_t kept_row;  // bytes
+  int64_t kept_row;       // bytes
+  Slope slope{};          // of the activation whose value dX is the gradient of
+  float* sums = nullptr;  // [threads][2][sums_stride], zeros at first, or null
+  int64_t sums_stride = 0;
+
+  // Whether a gradient needs more than its store.
+  bool slopes_or_sums() const { return slope.kind != SlopeKind::kOne || sums; }
+  RunningSums running_sums(int thread) const {
+    if (!sums) return {};
+    float* own = sums + thread * 2 * sums_stride;
+    return {own, own + sums_stride};
+  }
+  // The last step of a gradient: columns [begin, end) of `count` rows of dX, which hold z (+ dx) and have just been
+  // stored. kept[r] is the row's kept slopes (slope.row), unused without an activation; begin is a multiple of kLanes.
+  void finish_gradient(float* const* rows, const uint8_t* const* kept, int64_t count, int64_t begin, int64_t end,
+                       const RunningSums& running) const {
+    slope.with_kind([&](auto kind) {
+      for (int64_t c = begin; c < end; c += kLanes) {
+        const int64_t left = end - c;
+        VecF total{};
+        for (int64_t r = 0; r < count; r++) {
+          VecF z = load_upto(rows[r] + c, left);
+          if constexpr (kind.value != SlopeKind::kOne) {
+            z = slope.times<kind.value>(z, kept[r], c, left);
+            store_upto(rows[r] + c, z, left);
+          }
+          total += z;
+        }
+        if (running.sum) running.add(c, total, left);
+      }
+    });
+  }
 
   // relu and clip without a kept form are two instructions on the accumulator; the others run over finished rows.
   bool clamps() const { return keep == kKeepNothing && (act.code == kActRelu || act.code == kActClip); }
