@@ -56,6 +56,21 @@ GatherGemm gradient_gemm(const ConvShape& s, int64_t phase_y, int64_t phase_x) {
   return g;
 }
 
+Winograd winograd_of(const ConvShape& s, bool gradient) {
+  Winograd w{};
+  w.samples = s.n;
+  w.source_h = gradient ? s.oh : s.ih;
+  w.source_w = gradient ? s.ow : s.iw;
+  w.k = gradient ? s.oc : s.ic;
+  w.out_h = gradient ? s.ih : s.oh;
+  w.out_w = gradient ? s.iw : s.ow;
+  w.n = gradient ? s.ic : s.oc;
+  w.pad_y = gradient ? 2 - s.pt : s.pt;
+  w.pad_x = gradient ? 2 - s.pl : s.pl;
+  w.transposed = gradient;
+  return w;
+}
+
 template <class F>
 void each_phase(const ConvShape& s, F&& body) {
   for (int64_t y = 0; y < std::min(s.sh, s.ih); y++)
@@ -103,8 +118,10 @@ uint64_t scratch_bytes(const ConvShape& s, bool gradient, int threads, uint64_t*
 template <bool kGradient>
 uint64_t scratch(const Call& call, int threads) {
   if (!conv_shape_error(call).empty() || threads < 1) return UINT64_MAX;
+  const ConvShape s = conv_shape(call.ints);
+  if (winograd_wins(s, kGradient, threads)) return winograd_scratch(winograd_of(s, kGradient), threads);
   uint64_t part;
-  return scratch_bytes(conv_shape(call.ints), kGradient, threads, &part);
+  return scratch_bytes(s, kGradient, threads, &part);
 }
 
 // "" if operand `index` has `bytes` bytes, or is absent and may be.
@@ -152,6 +169,15 @@ bool conv_run(const Call& call) {
     call.pool->run([&](int thread) { depthwise(d, thread, threads); });
     return true;
   }
+  if (winograd_wins(s, false, threads)) {
+    Winograd w = winograd_of(s, false);
+    w.source = call.as<const float>(0);
+    w.weight = call.as<const float>(1);
+    w.out = call.as<float>(4);
+    w.finish = finish;
+    winograd(w, call.pool, call.as<char>(6));
+    return true;
+  }
   GatherGemm g = forward_gemm(s);
   g.source = call.as<const float>(0);
   g.weight = call.as<const float>(1);
@@ -190,6 +216,16 @@ bool conv_grad_input_run(const Call& call) {
     finish.scale = scale;  // its channel is the input's channel
     const Depthwise d{s, true, call.as<const float>(0), call.as<const float>(1), call.as<float>(3), finish};
     call.pool->run([&](int thread) { depthwise(d, thread, threads); });
+    return true;
+  }
+  if (winograd_wins(s, true, threads)) {
+    Winograd w = winograd_of(s, true);
+    w.source = call.as<const float>(0);
+    w.weight = call.as<const float>(1);
+    w.weight_scale = scale;
+    w.out = call.as<float>(3);
+    w.finish = finish;
+    winograd(w, call.pool, call.as<char>(4));
     return true;
   }
   uint64_t part;
