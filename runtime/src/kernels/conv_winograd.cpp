@@ -10,6 +10,8 @@ namespace er::ER_ISA {
 namespace {
 
 constexpr int kPoints = 16;
+// Arrays a power of two apart share a set of the cache; a line between them puts an end to that.
+constexpr int64_t kLine = 16;  // floats
 constexpr int64_t kWeightBytes = (2 << 20) + (128 << 10);  // of transformed weight at a time, shared by the threads
 constexpr int64_t kWindowBytes = 768 << 10;                // of transformed windows at a time, a thread
 constexpr int64_t kMostTiles = 48, kFewestTiles = 24;      // in a block
@@ -40,23 +42,32 @@ struct Layout {
     k_stride = ceil_div(w.k, kLanes) * kLanes;
     block = std::clamp(kWindowBytes / (kPoints * k_stride * 4), kFewestTiles, kMostTiles);
     block = std::min(block, ceil_div(tiles, threads));
-    point_stride = block * k_stride + kLanes;  // not a multiple of a page: the points must not share a set of the cache
+    point_stride = block * k_stride + kLine;
   }
-  static int64_t weight_floats(const Winograd& w, int64_t width) { return kPoints * w.k * width * kLanes; }
+  // Transformed weight of a panel of `width` vectors: [16 points][k][width·kLanes], and a cache line between the points.
+  static int64_t weight_stride(const Winograd& w, int64_t width) { return w.k * width * kLanes + kLine; }
+  static int64_t weight_floats(const Winograd& w, int64_t width) { return kPoints * weight_stride(w, width); }
   // First vector of panel p. Panels are even in width and start at multiples of 8 columns, whole bytes of kept bits.
   int64_t panel_start(int64_t p) const {
     constexpr int64_t unit = kLanes < 8 ? 2 : 1;
     return std::min(vectors, ceil_div(vectors, unit) * p / panels * unit);
   }
-  int64_t product_stride() const { return kPoints * panel_width * kLanes + kLanes; }  // from tile to tile
+  // Where panel `p` begins in the transformed weight of the panels from `first` on.
+  int64_t weight_start(const Winograd& w, int64_t first, int64_t p) const {
+    return (panel_start(p) - panel_start(first)) * kPoints * w.k * kLanes + (p - first) * kPoints * kLine;
+  }
+  int64_t product_stride() const { return kPoints * panel_width * kLanes + kLine; }  // from tile to tile
 
   // Scratch: a row of zeros, the transformed weight, then each thread's windows, products and row pointers.
-  int64_t zeros_floats() const { return ceil_div(k_stride, 16) * 16; }
+  int64_t zeros_floats() const { return ceil_div(k_stride, kLine) * kLine; }
   int64_t weight_part(const Winograd& w) const {
-    return ceil_div(weight_floats(w, std::min(vectors, chunk_panels * panel_width)), 16) * 16;
+    int64_t most = 0;
+    for (int64_t p = 0; p < panels; p += chunk_panels)
+      most = std::max(most, weight_start(w, p, std::min(p + chunk_panels, panels)));
+    return ceil_div(most, kLine) * kLine;
   }
-  int64_t window_part() const { return ceil_div(kPoints * point_stride, 16) * 16; }
-  int64_t product_part() const { return ceil_div(block * product_stride(), 16) * 16; }
+  int64_t window_part() const { return ceil_div(kPoints * point_stride, kLine) * kLine; }
+  int64_t product_part() const { return ceil_div(block * product_stride(), kLine) * kLine; }
   int64_t thread_bytes() const {
     return (window_part() + product_part()) * 4 + ceil_div(2 * block * int64_t{sizeof(float*)}, 64) * 64;
   }
@@ -88,8 +99,8 @@ void transform_weights(const Winograd& w, const Layout& l, int64_t first, int64_
   const int64_t from = l.panel_start(first), taps = w.k * w.n;
   auto place = [&](int64_t panel, int64_t vector, int64_t k, int64_t* stride) {
     const int64_t start = l.panel_start(panel), width = (l.panel_start(panel + 1) - start) * kLanes;
-    *stride = w.k * width;
-    return out + l.weight_floats(w, start - from) + k * width + (vector - start) * kLanes;
+    *stride = w.k * width + kLine;
+    return out + l.weight_start(w, first, panel) + k * width + (vector - start) * kLanes;
   };
   VecF taps9[9];
   int64_t stride;
@@ -261,7 +272,7 @@ void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, i
           t.c = results + r;
           gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(width), false);
         }
-        panel += w.k * t.ldb;
+        panel += l.weight_stride(w, width);
       }
       transform_products(w, l, tile, count, start, width, products);
     }
