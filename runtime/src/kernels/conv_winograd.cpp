@@ -11,12 +11,12 @@ namespace {
 
 constexpr int kPoints = 16;
 // Arrays a power of two apart share a set of the cache; a line between them puts an end to that.
-constexpr int64_t kLine = 16;  // floats
+constexpr int64_t kLine = 16;                              // floats
 constexpr int64_t kWeightBytes = (2 << 20) + (128 << 10);  // of transformed weight at a time, shared by the threads
 constexpr int64_t kWindowBytes = 768 << 10;                // of transformed windows at a time, a thread
 constexpr int64_t kMostTiles = 48, kFewestTiles = 24;      // in a block
 constexpr int64_t kFewestChannels = 32, kMostChannels = 1024;
-constexpr int64_t kFewestTilesPerThread = 16;
+constexpr int64_t kFewestTilesPerThread = 12;  // two register tiles
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,7 +44,8 @@ struct Layout {
     block = std::min(block, ceil_div(tiles, threads));
     point_stride = block * k_stride + kLine;
   }
-  // Transformed weight of a panel of `width` vectors: [16 points][k][width·kLanes], and a cache line between the points.
+  // Transformed weight of a panel of `width` vectors: [16 points][k][width·kLanes], and a cache line between the
+  // points.
   static int64_t weight_stride(const Winograd& w, int64_t width) { return w.k * width * kLanes + kLine; }
   static int64_t weight_floats(const Winograd& w, int64_t width) { return kPoints * weight_stride(w, width); }
   // First vector of panel p. Panels are even in width and start at multiples of 8 columns, whole bytes of kept bits.
@@ -286,9 +287,10 @@ bool winograd_wins(const ConvShape& s, bool gradient, int threads) {
   if (s.pt > 2 || s.pl > 2 || std::min(s.ic, s.oc) < kFewestChannels || std::max(s.ic, s.oc) > kMostChannels)
     return false;
   const int64_t h = gradient ? s.ih : s.oh, w = gradient ? s.iw : s.ow;
-  const int64_t tiles = s.n * ceil_div(h, 2) * ceil_div(w, 2);
-  // Small maps waste results of their last tiles.
-  return tiles >= threads * kFewestTilesPerThread && 9 * s.n * h * w >= 24 * tiles;
+  const int64_t tiles = s.n * ceil_div(h, 2) * ceil_div(w, 2), direct = 9 * s.n * h * w, products = kPoints * tiles;
+  if (tiles < threads * kFewestTilesPerThread || 2 * direct < 3 * products) return false;  // odd maps waste results
+  // Transforming an element of the weight costs about as much as so many products with it.
+  return direct - products >= (gradient ? 400 : 160);
 }
 
 uint64_t winograd_scratch(const Winograd& w, int threads) {
