@@ -56,6 +56,21 @@ GatherGemm gradient_gemm(const ConvShape& s, int64_t phase_y, int64_t phase_x) {
   return g;
 }
 
+Winograd winograd_of(const ConvShape& s, bool gradient) {
+  Winograd w{};
+  w.samples = s.n;
+  w.source_h = gradient ? s.oh : s.ih;
+  w.source_w = gradient ? s.ow : s.iw;
+  w.k = gradient ? s.oc : s.ic;
+  w.out_h = gradient ? s.ih : s.oh;
+  w.out_w = gradient ? s.iw : s.ow;
+  w.n = gradient ? s.ic : s.oc;
+  w.pad_y = gradient ? 2 - s.pt : s.pt;
+  w.pad_x = gradient ? 2 - s.pl : s.pl;
+  w.transposed = gradient;
+  return w;
+}
+
 template <class F>
 void each_phase(const ConvShape& s, F&& body) {
   for (int64_t y = 0; y < std::min(s.sh, s.ih); y++)
@@ -106,12 +121,6 @@ enum GradInputInt : uint32_t { kGradKeep = kConvInts + 1, kGradSum, kGradAccumul
 // Floats between the two running sums of a thread, so that threads share no line of cache.
 int64_t sums_stride(const ConvShape& s) { return (s.ic + 15) / 16 * 16; }
 
-uint64_t conv_scratch(const Call& call, int threads) {
-  if (!conv_shape_error(call).empty() || threads < 1) return UINT64_MAX;
-  uint64_t part;
-  return scratch_bytes(conv_shape(call.ints), false, threads, &part);
-}
-
 // The running sums of all threads, if any, come first.
 uint64_t sums_bytes(const Call& call, const ConvShape& s, int threads) {
   return call.ints[kGradSum]
@@ -119,11 +128,21 @@ uint64_t sums_bytes(const Call& call, const ConvShape& s, int threads) {
              : 0;
 }
 
+uint64_t engine_scratch(const ConvShape& s, bool gradient, int threads) {
+  if (winograd_wins(s, gradient, threads)) return winograd_scratch(winograd_of(s, gradient), threads);
+  uint64_t part;
+  return scratch_bytes(s, gradient, threads, &part);
+}
+
+uint64_t conv_scratch(const Call& call, int threads) {
+  if (!conv_shape_error(call).empty() || threads < 1) return UINT64_MAX;
+  return engine_scratch(conv_shape(call.ints), false, threads);
+}
+
 uint64_t grad_input_scratch(const Call& call, int threads) {
   if (!conv_shape_error(call).empty() || call.n_ints != kGradInts || threads < 1) return UINT64_MAX;
   const ConvShape s = conv_shape(call.ints);
-  uint64_t part;
-  return sums_bytes(call, s, threads) + scratch_bytes(s, true, threads, &part);
+  return sums_bytes(call, s, threads) + engine_scratch(s, true, threads);
 }
 
 // "" if operand `index` has `bytes` bytes, or is absent and may be.
@@ -170,6 +189,15 @@ bool conv_run(const Call& call) {
   if (is_depthwise(s)) {
     const Depthwise d{s, false, call.as<const float>(0), call.as<const float>(1), call.as<float>(4), finish};
     call.pool->run([&](int thread) { depthwise(d, thread, threads); });
+    return true;
+  }
+  if (winograd_wins(s, false, threads)) {
+    Winograd w = winograd_of(s, false);
+    w.source = call.as<const float>(0);
+    w.weight = call.as<const float>(1);
+    w.out = call.as<float>(4);
+    w.finish = finish;
+    winograd(w, call.pool, call.as<char>(6));
     return true;
   }
   GatherGemm g = forward_gemm(s);
@@ -237,6 +265,14 @@ bool conv_grad_input_run(const Call& call) {
     finish.scale = scale;  // its channel is the input's channel
     const Depthwise d{s, true, call.as<const float>(0), call.as<const float>(1), call.as<float>(3), finish};
     call.pool->run([&](int thread) { depthwise(d, thread, threads); });
+  } else if (winograd_wins(s, true, threads)) {
+    Winograd w = winograd_of(s, true);
+    w.source = call.as<const float>(0);
+    w.weight = call.as<const float>(1);
+    w.weight_scale = scale;
+    w.out = call.as<float>(3);
+    w.finish = finish;
+    winograd(w, call.pool, call.as<char>(6) + sums);
   } else {
     uint64_t part;
     scratch_bytes(s, true, threads, &part);

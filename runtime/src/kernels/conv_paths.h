@@ -1,4 +1,4 @@
-// What the convolution's entry points (conv.cpp) and its two engines share.
+// What the convolution's entry points (conv.cpp) and its engines share.
 #pragma once
 #include "activation.h"
 #include "conv_axis.h"
@@ -87,6 +87,26 @@ struct GatherGemm {
 uint64_t gather_gemm_scratch(const GatherGemm& g);
 // `scratch` is this thread's, `zeros` has source_cols zeros. Every thread calls it with its number.
 void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros);
+
+// 3×3 taps, stride and dilation 1, one group: out[s, y, x, c] = Σ source[s, y − pad_y + ky, x − pad_x + kx, k] · B[ky,
+// kx, k, c]. B is the weight (forward), or turned by half a turn, transposed and scaled (gradient).
+struct Winograd {
+  int64_t samples, source_h, source_w, k;  // source is [samples, source_h, source_w, k]
+  int64_t out_h, out_w, n;                 // out is [samples, out_h, out_w, n]
+  int64_t pad_y, pad_x;
+  const float* source;
+  float* out;
+  const float* weight;  // HWIO
+  bool transposed;      // B[ky, kx, k, c] = weight[2 − ky, 2 − kx, c, k] · weight_scale[k]
+  const float* weight_scale;
+  Finish finish;
+};
+// Whether it is possible for the shape and faster than gather_gemm.
+bool winograd_wins(const ConvShape& s, bool gradient, int threads);
+// Bytes of scratch for all threads together.
+uint64_t winograd_scratch(const Winograd& w, int threads);
+// Runs on all threads of the pool.
+void winograd(const Winograd& w, ThreadPool* pool, char* scratch);
 
 // group = ic = oc: Y[s, y, x, c] = Σ_t X[s, …, c] · W[t, c], or dX from dY, where each input position gathers the taps
 // that reached it.
