@@ -61,6 +61,24 @@ class Case:
         return x, w, dy
 
 
+SAME = (1, 1, 1, 1)
+# Large enough for Winograd's tiles with three threads, forward and gradient, save where said.
+WINOGRAD = {
+    "winograd": Case(1, 14, 14, 32, 32, (3, 3), pads=SAME),
+    "winograd_7": Case(8, 7, 7, 64, 48, (3, 3), pads=SAME),
+    "winograd_odd": Case(3, 13, 9, 45, 70, (3, 3), pads=SAME),
+    "winograd_unpadded": Case(2, 15, 14, 33, 37, (3, 3)),
+    "winograd_padded_2": Case(2, 12, 11, 40, 65, (3, 3), pads=(2, 2, 2, 2)),
+    "winograd_asymmetric": Case(2, 12, 13, 47, 32, (3, 3), pads=(0, 1, 2, 0)),
+    "winograd_asymmetric_2": Case(2, 11, 14, 32, 79, (3, 3), pads=(2, 0, 1, 2)),
+    "winograd_blocks": Case(1, 29, 31, 32, 33, (3, 3), pads=SAME),
+    "winograd_chunks": Case(1, 13, 14, 160, 300, (3, 3), pads=SAME),
+    "winograd_deep": Case(1, 12, 13, 1024, 40, (3, 3), pads=SAME),
+    "winograd_small_output": Case(40, 4, 4, 32, 35, (3, 3)),
+    # forward only: the gradient's maps are too small
+    "winograd_from_1x1": Case(12, 1, 1, 33, 40, (3, 3), pads=(2, 2, 3, 3)),
+    "winograd_from_1x7": Case(4, 1, 7, 40, 33, (3, 3), pads=(2, 2, 2, 2)),
+}
 CASES = {
     # pointwise
     "one_everything": Case(1, 1, 1, 1, 1),
@@ -94,6 +112,8 @@ CASES = {
     "one_channel": Case(2, 9, 9, 1, 1, (3, 3), (1, 1), (1, 1, 1, 1)),
     "many_taps": Case(1, 40, 41, 2, 3, (31, 33), (1, 1), (15, 16, 15, 16)),
     "patches": Case(2, 32, 32, 3, 24, (8, 8), (8, 8)),
+    # Winograd's tiles, see test_conv_winograd.py
+    **WINOGRAD,
     # groups
     "groups": Case(2, 9, 8, 12, 18, (3, 3), (1, 1), (1, 1, 1, 1), group=3),
     "groups_odd": Case(1, 7, 7, 10, 35, (3, 3), (2, 2), (1, 1, 1, 1), group=5),
@@ -200,7 +220,10 @@ def test_scale_shift_and_accumulation(name: str) -> None:
     assert_close(grad_input(case, dy, w, scale, into=base, threads=2), dx + base)
 
 
-@pytest.mark.parametrize("name", ["pointwise_prime", "k3_stride_2", "depthwise_5", "linear_8_rows", "groups"])
+@pytest.mark.parametrize(
+    "name",
+    ["pointwise_prime", "k3_stride_2", "depthwise_5", "linear_8_rows", "groups", "winograd_odd", "winograd_chunks"],
+)
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_repeated_runs_give_identical_bits(name: str, threads: int) -> None:
     case = CASES[name]
@@ -245,6 +268,8 @@ FUSED_CASES = [
     Case(1, 6, 7, 6, 21, (3, 3), group=3),
     Case(2, 9, 9, 43, 43, (3, 3), (1, 1), (1, 1, 1, 1), group=43),
     Case(1, 2, 5, 64, 64, (3, 3), (1, 1), (1, 1, 1, 1), group=64),
+    WINOGRAD["winograd_asymmetric_2"],
+    WINOGRAD["winograd_unpadded"],
 ]
 
 
@@ -385,5 +410,10 @@ def test_scratch_grows_with_threads_and_stays_small() -> None:
     for kernel, tail in (("conv", [0, 0]), ("conv_grad_input", [0, 0, 0, 0])):
         floats = [0.0, 0.0]
         one, two = (kernel_scratch(kernel, [*deep.ints, *tail], floats, threads) for threads in (1, 2))
-        assert one < two <= 2 * 512 * 1024  # half a megabyte a thread, no copy of the 9.4 MB weight
+        assert one < two <= 4 << 20  # parts of transformed weight and windows, no copy of the 9.4 MB weight
+    strided = replace(deep, s=(2, 2))
+    for kernel, tail in (("conv", [0, 0]), ("conv_grad_input", [0, 0, 0, 0])):
+        floats = [0.0, 0.0]
+        one, two = (kernel_scratch(kernel, [*strided.ints, *tail], floats, threads) for threads in (1, 2))
+        assert one < two <= 2 * 512 * 1024  # half a megabyte a thread
     assert kernel_scratch("conv", [*replace(deep, oc=512, group=512).ints, 0, 0], [0.0, 0.0], 2) == 0

@@ -48,7 +48,8 @@ struct Layout {
   // points.
   static int64_t weight_stride(const Winograd& w, int64_t width) { return w.k * width * kLanes + kLine; }
   static int64_t weight_floats(const Winograd& w, int64_t width) { return kPoints * weight_stride(w, width); }
-  // First vector of panel p. Panels are even in width and start at multiples of 8 columns, whole bytes of kept bits.
+  // First vector of panel p. Panels are even in width, none is empty, and they start at multiples of 8 columns, whole
+  // bytes of kept bits.
   int64_t panel_start(int64_t p) const {
     constexpr int64_t unit = kLanes < 8 ? 2 : 1;
     return std::min(vectors, ceil_div(vectors, unit) * p / panels * unit);
@@ -57,7 +58,8 @@ struct Layout {
   int64_t weight_start(const Winograd& w, int64_t first, int64_t p) const {
     return (panel_start(p) - panel_start(first)) * kPoints * w.k * kLanes + (p - first) * kPoints * kLine;
   }
-  int64_t product_stride() const { return kPoints * panel_width * kLanes + kLine; }  // from tile to tile
+  // Products of a tile, all points of a panel.
+  int64_t product_stride() const { return kPoints * panel_width * kLanes + kLine; }
 
   // Scratch: a row of zeros, the transformed weight, then each thread's windows, products and row pointers.
   int64_t zeros_floats() const { return ceil_div(k_stride, kLine) * kLine; }
@@ -265,10 +267,9 @@ void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, i
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t tile = begin + (end - begin) * b / blocks, count = begin + (end - begin) * (b + 1) / blocks - tile;
     if (first == 0 || blocks > 1) transform_windows(w, l, tile, count, zeros, windows);
-    const float* panel = weight;
     for (int64_t p = first; p < last; p++) {
       const int64_t start = l.panel_start(p), width = l.panel_start(p + 1) - start;
-      if (width == 0) continue;
+      const float* panel = weight + l.weight_start(w, first, p);
       GemmTile t{};
       t.taps = 1;
       t.k = w.k;
@@ -276,7 +277,7 @@ void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, i
       t.last = kLanes;
       const int64_t pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(width)));
       for (int64_t point = 0; point < kPoints; point++) {
-        t.b = panel;
+        t.b = panel + point * l.weight_stride(w, width);
         t.a_offset = point * l.point_stride;
         t.c_offset = point * t.ldb;
         for (int64_t i = 0; i < pieces; i++) {
@@ -285,7 +286,6 @@ void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, i
           t.c = results + r;
           gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(width), false);
         }
-        panel += l.weight_stride(w, width);
       }
       transform_products(w, l, tile, count, start, width, products, sums);
     }
