@@ -88,7 +88,8 @@ def main() -> None:
         run("bash", "runtime/tests/sanitize.sh", PYTHON=str(python))
     elif task == "bench":
         if not arguments:
-            names = sorted(f.stem for f in (ROOT / "benchmarks").glob("*.py") if f.stem not in ("__init__", "common"))
+            files = (ROOT / "benchmarks").glob("*.py")
+            names = sorted(f.stem for f in files if "def main(" in f.read_text() and f.stem not in ("worker", "models"))
             raise SystemExit("bench needs a name: " + ", ".join(names))
         run(python, "-m", f"benchmarks.{arguments[0]}", *arguments[1:])
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import platform
+import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
 
 
@@ -46,10 +50,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_result(name: str, title: str, command: str, body: str, *packages: str) -> None:
-    """Writes ``results/<name>.md`` and prints it."""
+def write_result(name: str, title: str, command: str, body: str, *packages: str, machine: str | None = None) -> None:
+    """Writes ``results/<name>.md`` and prints it. ``machine``: the line at its foot; None: this machine, now."""
     RESULTS.mkdir(exist_ok=True)
-    text = f"# {title}\n\n`{command}`\n\n{body}\n{machine_line(*packages)}\n"
+    text = f"# {title}\n\n`{command}`\n\n{body}\n{machine or machine_line(*packages)}\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
 
@@ -69,34 +73,76 @@ def fashion_mnist(split: str, count: int, size: int, seed: int = 0) -> tuple[np.
     return np.repeat(np.stack(scaled)[..., None], 3, axis=3), labels[chosen]
 
 
+class WorkerError(RuntimeError):
+    """A worker could not do what it was asked; the text is its error, one line."""
+
+
 class Worker:
     """A process that sets one system up and then does one training step whenever it is told to.
 
     Systems are measured in turns, one step each, so that what else the machine does hits all alike.
+
+    Args:
+        arguments: of ``benchmarks.worker``: system, model, options.
+        python: interpreter to run it with, for a system in an environment of its own.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        WorkerError: the system could not be set up.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, python: str | Path = sys.executable, timeout: float = 900.0) -> None:
+        self.timeout = timeout
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", *arguments],
+            [str(python), "-m", "benchmarks.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
+            cwd=ROOT,
         )
         self.setup = self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], self.timeout)[0]:
+            self.close()
+            raise WorkerError(f"no answer within {self.timeout:.0f} s")
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a benchmark worker ended with status {self.process.wait()}")
-        return json.loads(line)
+            status = self.process.wait()
+            self.errors.seek(0)
+            said = [text.strip() for text in self.errors.read().splitlines() if text.strip()]
+            raise WorkerError(f"ended with status {status}" + (f": {said[-1]}" if said else ""))
+        answer = json.loads(line)
+        if "error" in answer:
+            self.close()
+            raise WorkerError(answer["error"])
+        return answer
 
     def ask(self, command: str) -> dict[str, Any]:
-        """``step`` → {"seconds", "loss"}; ``stop`` → {"peak_rss_bytes", …} and the process ends."""
+        """``step`` → {"seconds", "loss"}; ``profile N`` → {"lines"}; ``stop`` → {"peak_rss_bytes", …}, then it ends.
+
+        Raises:
+            WorkerError: it failed, died or takes too long.
+        """
         assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(command + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead; the answer says why
         answer = self._answer()
         if command == "stop":
-            self.process.wait()
+            self.close()
         return answer
+
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()

@@ -2,85 +2,35 @@
 
     python -m benchmarks.worker SYSTEM MODEL --batch-size 8 --size 224 [--bundle PATH] [--sparsity 0.95] …
 
-SYSTEM is edge-razor, torch (eager), torch-channels-last, or onnxruntime (inference only).
+Reads commands from standard input, one a line, and answers each with one line of JSON: ``step`` with seconds and loss,
+``profile N`` with the lines of a profile of N steps, ``stop`` with the peak memory. The first line tells the setup. An
+answer with ``error`` is the last.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Step = Callable[[], float]
-
-
-def edge_razor_step(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> tuple[Step, dict[str, Any]]:
-    import edge_razor
-
-    trainer = edge_razor.Trainer(
-        options.bundle,
-        mem_budget=options.mem_budget,
-        batch_size=options.batch_size,
-        sparsity=options.sparsity,
-        razor=options.razor,
-        optimizer="sgd",
-        momentum=0.0,
-        lr=1e-3,
-        threads=options.threads,
-        seed=0,
-    )
-    return lambda: trainer.step(images, labels), dict(trainer.plan.summary)
-
-
-def torch_step(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> tuple[Step, dict[str, Any]]:
-    import torch
-
-    from benchmarks.models import build
-
-    torch.set_num_threads(options.threads)
-    model = build(options.model, options.size).eval()
-    x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    if options.system == "torch-channels-last":
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step, {}
-
-
-def onnxruntime_step(
-    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
-) -> tuple[Step, dict[str, Any]]:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = options.threads
-    session = onnxruntime.InferenceSession(str(Path(options.bundle) / "inference.onnx"), settings)
-    feed = {session.get_inputs()[0].name: images}
-
-    def step() -> float:
-        return float(session.run(None, feed)[0][0, 0])
-
-    return step, {}
-
-
+# Imported only in the process that needs it: each has other dependencies.
 SYSTEMS = {
-    "edge-razor": edge_razor_step,
-    "torch": torch_step,
-    "torch-channels-last": torch_step,
-    "onnxruntime": onnxruntime_step,
+    "edge-razor": "ours:edge_razor",
+    "onnxruntime": "ours:onnxruntime_inference",
+    "onnxruntime-training": "ort_training:make",
+    "machine": "machine:make",
+    "torch": "pytorch:make",
+    "torch-channels-last": "pytorch:make",
+    "torch-compile": "pytorch:make",
+    "torch-checkpoint": "pytorch:make",
+    "torch-back-razor": "pytorch:make",
 }
 
 
@@ -91,7 +41,7 @@ def peak_rss_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("model")
@@ -103,19 +53,44 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--razor", default="centered")
     parser.add_argument("--mem-budget")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not get between the answers
+
+    def answer(**figures: Any) -> None:
+        answers.write(json.dumps(figures) + "\n")
+
+    try:
+        serve(arguments(), answer)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        answer(error=f"{type(error).__name__}: {text}"[:300])
+        raise
+
+
+def serve(options: argparse.Namespace, answer: Any) -> None:
+    """Sets the system up and answers commands until ``stop`` or the end of the input."""
     generator = np.random.default_rng(0)
     images = generator.standard_normal((options.batch_size, 3, options.size, options.size), dtype=np.float32)
     labels = generator.integers(0, options.classes, options.batch_size)
-    step, setup = SYSTEMS[options.system](options, images, labels)
-    print(json.dumps(setup), flush=True)
+    module, function = SYSTEMS[options.system].split(":")
+    system = getattr(importlib.import_module(f"benchmarks.systems.{module}"), function)(options, images, labels)
+    answer(**system.setup)
     for line in sys.stdin:
-        if line.strip() == "stop":
-            break
-        start = time.perf_counter()
-        loss = step()
-        print(json.dumps({"seconds": time.perf_counter() - start, "loss": loss}), flush=True)
-    print(json.dumps({"peak_rss_bytes": peak_rss_bytes()}), flush=True)
+        command, *values = line.split()
+        if command == "step":
+            start = time.perf_counter()
+            loss = system.step()
+            answer(seconds=time.perf_counter() - start, loss=loss)
+        elif command == "profile":
+            answer(lines=system.profile(int(values[0])))
+        else:
+            peak = peak_rss_bytes()
+            answer(peak_rss_bytes=peak, **system.finish())
+            return
 
 
 if __name__ == "__main__":

@@ -132,6 +132,9 @@ def test_train_eval_and_both_exports(
         "54 training samples, 6 for validation, 28 steps",
         "epoch 4",
         "peak resident",
+        "time by kernel",
+        " slowest steps",
+        "GFLOP/s",
         "sgd",
     ):
         assert text in shown

@@ -194,7 +194,7 @@ def _add_train(parser: _Parser) -> None:
     flag("--resume", "go on from the checkpoint in the run directory")
     add("--save-every", type=_COUNT, metavar="STEPS", help="checkpoints beside the one after each epoch")
     add("--log-every", type=_COUNT, default=10, metavar="STEPS", help="lines of metrics.jsonl (default 10)")
-    flag("--profile", "show the time by kernel at the end")
+    flag("--profile", "show time, GFLOP/s and GB/s by kernel, and the slowest steps, at the end")
 
 
 def _add_run(parser: _Parser) -> None:

@@ -29,6 +29,7 @@ from .tables import print_table
 
 __all__ = ["RunOptions", "run"]
 
+SLOWEST_STEPS = 15  # that --profile lists one by one
 # Signal → exit status, as shells expect: 128 + its number.
 _STOPPING = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -223,17 +224,25 @@ def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitRe
 
 
 def _show_profile(trainer: Trainer) -> None:
-    totals: dict[tuple[str, str], tuple[int, float]] = {}
-    for entry in trainer.profile_entries():
-        calls, seconds = totals.get((entry.phase, entry.kernel), (0, 0.0))
-        totals[entry.phase, entry.kernel] = (calls + entry.calls, seconds + entry.seconds)
-    everything = sum(seconds for _, seconds in totals.values()) or 1.0
+    from edge_razor.profile import by_kernel, profile_lines, slowest, table_cells
+
+    lines = profile_lines(trainer.plan.binary, trainer.profile_entries())
+    everything = sum(line.seconds for line in lines)
+    print("\ntime by kernel")
     print_table(
-        ("phase", "kernel", "calls", "seconds", "share"),
+        ("phase", "kernel", "calls", "seconds", "ms a call", "share", "GFLOP/s", "GB/s"),
         [
-            (phase, kernel, str(calls), f"{seconds:.3f}", f"{seconds / everything:.1%}")
-            for (phase, kernel), (calls, seconds) in sorted(totals.items(), key=lambda item: -item[1][1])
-            if calls
+            (line.phase, line.kernel, str(line.calls), f"{line.seconds:.3f}", *table_cells(line, everything))
+            for line in by_kernel(lines)
         ],
         left=2,
+    )
+    print(f"\nthe {min(SLOWEST_STEPS, len(lines))} slowest steps")
+    print_table(
+        ("phase", "kernel", "step", "ms a call", "share", "GFLOP/s", "GB/s"),
+        [
+            (line.phase, line.kernel, line.label, *table_cells(line, everything))
+            for line in slowest(lines, SLOWEST_STEPS)
+        ],
+        left=3,
     )

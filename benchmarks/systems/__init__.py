@@ -1,0 +1,1 @@
+"""The systems under measurement. Each `make` sets one up and returns what ``benchmarks.worker`` drives."""

@@ -1,0 +1,53 @@
+"""edge-razor, and stock onnxruntime's inference of the same bundle."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.systems.system import System
+
+
+def edge_razor(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> System:
+    import edge_razor
+    from edge_razor.profile import by_kernel, profile_lines
+
+    trainer = edge_razor.Trainer(
+        options.bundle,
+        mem_budget=options.mem_budget,
+        batch_size=options.batch_size,
+        sparsity=options.sparsity,
+        razor=options.razor,
+        optimizer="sgd",
+        momentum=0.0,
+        lr=1e-3,
+        threads=options.threads,
+        seed=0,
+    )
+
+    def profile(steps: int) -> list[dict[str, Any]]:
+        trainer.profile(True)
+        for _ in range(steps):
+            trainer.step(images, labels)
+        lines = by_kernel(profile_lines(trainer.plan.binary, trainer.profile_entries()))
+        trainer.profile(False)
+        return [asdict(line) for line in lines]
+
+    summary = dict(trainer.plan.summary)
+    kept = sum(row["bytes"] for row in summary.pop("kept"))
+    summary.pop("trainable")
+    return System(lambda: trainer.step(images, labels), {**summary, "kept_bytes": kept}, profile=profile)
+
+
+def onnxruntime_inference(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> System:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    session = onnxruntime.InferenceSession(str(Path(options.bundle) / "inference.onnx"), settings)
+    feed = {session.get_inputs()[0].name: images}
+    return System(lambda: float(session.run(None, feed)[0][0, 0]))

@@ -1,0 +1,105 @@
+"""PyTorch in its variants: eager, channels_last, compiled, with activation checkpointing, with plain Back Razor."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.models import build
+from benchmarks.systems.back_razor import BackRazor
+from benchmarks.systems.system import System
+
+
+class Checkpointed(nn.Module):
+    """Keeps a block's input only; the backward pass runs the block again. ``inputs`` collects what is kept, if set."""
+
+    def __init__(self, block: nn.Module, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.block = block
+        self.inputs = inputs
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        self.inputs.append(x)
+        return checkpoint(self.block, x, use_reentrant=False, **options)
+
+
+def checkpoint_blocks(model: nn.Module) -> list[Tensor]:
+    """Checkpoints every block of the model, in place: the children of a Sequential, or its list of ``_blocks``.
+
+    The blocks are those that the literature names: inverted residuals, residual blocks. Returns the list to which each
+    forward pass adds the blocks' inputs; the caller empties it.
+    """
+    inputs: list[Tensor] = []
+    blocks: nn.Module = model if isinstance(model, nn.Sequential) else model._blocks  # type: ignore[assignment]
+    for name, block in list(blocks.named_children()):
+        setattr(blocks, name, Checkpointed(block, inputs))
+    return inputs
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Address → bytes of the storages under the tensors, each once."""
+    found = [t.untyped_storage() for t in tensors]
+    return {s.data_ptr(): s.nbytes() for s in found}
+
+
+def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor], more: list[Tensor]) -> int:
+    """Bytes that autograd keeps between the passes, each storage once, parameters and buffers left out.
+
+    Args:
+        forward: returns the loss.
+        parameters: tensors that exist anyway.
+        more: list that the forward pass fills with tensors that are kept apart from autograd's own.
+    """
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    found = storages(saved) | storages(more)
+    del loss
+    return sum(size for address, size in found.items() if address not in storages(parameters))
+
+
+def make(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> System:
+    torch.set_num_threads(options.threads)
+    model = build(options.model, options.size).eval()
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    if options.system == "torch-channels-last":
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    mode: AbstractContextManager[Any] = nullcontext()
+    block_inputs: list[Tensor] = []
+    if options.system == "torch-back-razor":
+        mode = BackRazor(options.sparsity)
+    elif options.system == "torch-checkpoint":
+        block_inputs = checkpoint_blocks(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    network: Callable[[Tensor], Tensor] = torch.compile(model) if options.system == "torch-compile" else model
+
+    def forward() -> Tensor:
+        with mode:
+            return torch.nn.functional.cross_entropy(network(x), y)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = forward()
+        block_inputs.clear()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def finish() -> dict[str, Any]:
+        block_inputs.clear()
+        return {"kept_bytes": kept_bytes(forward, tensors, block_inputs)}
+
+    return System(step, finish=finish)

@@ -1,0 +1,128 @@
+"""What each step of a plan takes and does: seconds as measured, multiply-adds and bytes as the plan says.
+
+Multiply-adds are those that a convolution or matrix product needs by its definition, taps in the padding included,
+whichever algorithm does them; a weight gradient from a razor form counts the share of values that is kept. Other
+kernels count none. Bytes are those of the operands: each is read or written once, both if it is updated, scratch left
+out. So GFLOP/s and GB/s say how fast a kernel does what it is for, not what its caches see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+from edge_razor.errors import PlanError
+from edge_razor.planner.deserialize import read_steps
+from edge_razor.planner.program import Step
+from edge_razor.planner.storage import Form
+
+__all__ = ["Line", "by_kernel", "profile_lines", "slowest", "step_bytes", "step_multiply_adds", "table_cells"]
+
+_CONV_SHAPE = 16  # ints of ConvShape: n, ih, iw, ic, oh, ow, oc, kh, kw, sh, sw, pt, pl, dh, dw, group
+
+
+class Entry(Protocol):
+    """A measured step: `edge_razor.runtime.session.StepTime`."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One step, or all of a kernel's, over all its calls: seconds, multiply-adds and bytes are sums."""
+
+    phase: str
+    kernel: str
+    label: str
+    calls: int
+    seconds: float
+    multiply_adds: int
+    bytes: int
+
+
+def step_multiply_adds(step: Step) -> int:
+    """Multiply-adds of one call."""
+    if not step.kernel.startswith("conv"):
+        return 0
+    n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = step.ints[:_CONV_SHAPE]
+    dense = n * oh * ow * oc * kh * kw * (ic // group)
+    if step.kernel != "conv_grad_weight":
+        return dense
+    form, keep = step.ints[_CONV_SHAPE : _CONV_SHAPE + 2]
+    return dense if form in (Form.DENSE, Form.BF16) else dense * keep // (ih * iw * ic)
+
+
+def step_bytes(step: Step) -> int:
+    """Bytes that one call reads and writes, scratch left out."""
+    if step.kernel == "copy":  # of a part of its operands
+        rank = step.ints[0]
+        return 2 * 4 * prod(step.ints[1 : 1 + rank])
+    return sum(buffer.bytes for buffer in (*step.reads, *step.writes))
+
+
+def profile_lines(plan: bytes, entries: Sequence[Entry]) -> list[Line]:
+    """One line a step that ran, in plan order.
+
+    Args:
+        plan: the plan file that was executed.
+        entries: `Trainer.profile_entries()`, one for each step of the plan.
+
+    Raises:
+        PlanError: the entries are not those of this plan.
+    """
+    steps = [step for program in read_steps(plan) for step in program]
+    if [(s.kernel, s.label) for s in steps] != [(e.kernel, e.label) for e in entries]:
+        raise PlanError("the profile belongs to another plan")
+    return [
+        Line(e.phase, e.kernel, e.label, e.calls, e.seconds, e.calls * step_multiply_adds(s), e.calls * step_bytes(s))
+        for e, s in zip(entries, steps, strict=True)
+        if e.calls
+    ]
+
+
+def by_kernel(lines: Iterable[Line]) -> list[Line]:
+    """Sums over the steps of each kernel and phase, slowest first; their label is empty."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line.phase, line.kernel), []).append(line)
+
+    sums = [
+        Line(
+            phase,
+            kernel,
+            "",
+            sum(line.calls for line in group),
+            sum(line.seconds for line in group),
+            sum(line.multiply_adds for line in group),
+            sum(line.bytes for line in group),
+        )
+        for (phase, kernel), group in groups.items()
+    ]
+    return slowest(sums, len(sums))
+
+
+def slowest(lines: Iterable[Line], count: int) -> list[Line]:
+    """The `count` lines that took longest, slowest first."""
+    return sorted(lines, key=lambda line: -line.seconds)[:count]
+
+
+def table_cells(line: Line, everything: float) -> tuple[str, str, str, str]:
+    """Milliseconds a call, share of `everything` seconds, GFLOP/s and GB/s; "–" where a kernel has no multiply-adds."""
+    seconds = max(line.seconds, 1e-12)
+    return (
+        f"{1e3 * line.seconds / line.calls:.3f}",
+        f"{line.seconds / max(everything, 1e-12):.1%}",
+        f"{2e-9 * line.multiply_adds / seconds:.1f}" if line.multiply_adds else "–",
+        f"{1e-9 * line.bytes / seconds:.1f}",
+    )
