@@ -30,7 +30,7 @@ def step(kernel: str, ints: list[int], *sizes: int | None) -> Step:
     ("kernel", "rest", "expected"),
     [
         ("conv", [0, 0], DENSE),
-        ("conv_grad_input", [0], DENSE),
+        ("conv_grad_input", [0, 0, 0, 0], DENSE),
         ("conv_grad_weight", [0, 0], DENSE),  # dense float32
         ("conv_grad_weight", [1, 0], DENSE),  # bf16
         ("conv_grad_weight", [2, 21], DENSE // 10),  # 21 of 7·5·6 values a sample
@@ -52,8 +52,11 @@ def test_other_kernels_count_no_multiply_adds() -> None:
         # X, W, scale, shift, Y, kept, and scratch that does not count
         (step("conv", [*CONV, 1, 1], 100, 20, 4, 4, 50, 7, 999), 185),
         (step("conv", [*CONV, 0, 0], 100, 20, None, None, 50, None, 999), 170),
-        (step("conv_grad_input", [*CONV, 0], 50, 20, None, 100, 999), 170),
-        (step("conv_grad_input", [*CONV, 1], 50, 20, None, 100, 999), 270),  # accumulates: dX is read too
+        (step("conv_grad_input", [*CONV, 0, 0, 0, 0], 50, 20, None, 100, None, None, 999), 170),
+        (
+            step("conv_grad_input", [*CONV, 0, 0, 0, 1], 50, 20, None, 100, None, None, 999),
+            270,
+        ),  # accumulates: dX is read too
         (step("sgd", [5, 0], 20, 20, None, None), 60),  # the parameter is read and written
         (step("adamw", [5], 20, 20, 20, 20, None), 140),
         (step("copy", [2, 3, 5, 1, 1, 1, 1, 0, 0], 4000, 8000), 2 * 4 * 15),  # a part of its operands
@@ -124,6 +127,8 @@ def test_every_truncation_of_a_plan_is_an_error(binary: bytes) -> None:
 
 def test_a_kernel_that_is_not_known_is_an_error(binary: bytes) -> None:
     payload = binary[24:].replace(b"cross_entropy", b"cross_entropz")
-    header = struct.pack("<8sIIQ", binary[:8], 1, zlib.crc32(payload), len(payload))
+    header = struct.pack(
+        "<8sIIQ", binary[:8], struct.unpack_from("<I", binary, 8)[0], zlib.crc32(payload), len(payload)
+    )
     with pytest.raises(PlanError, match="unknown kernel 'cross_entropz'"):
         read_steps(header + payload)
