@@ -30,18 +30,18 @@ WARM_UP = 1
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting that varies: its values, how the plot calls it, and whether it grows by factors."""
+    """One setting that varies: its values, how the plot calls it, and how the plot scales it ("" is no curve)."""
 
     values: tuple[float, ...]
     label: str
-    log: bool = False
+    scale: str = "log"
 
 
 AXES = {
-    "batch": Axis((1, 2, 4, 8, 16, 32, 64), "batch size, images", True),
-    "resolution": Axis((96, 128, 160, 192, 224, 288, 384), "resolution, pixels a side", True),
-    "sparsity": Axis(SPARSITIES, "sparsity of the kept activations (centered)"),
-    "threads": Axis((1, 2), "threads"),
+    "batch": Axis((1, 2, 4, 8, 16, 32, 64), "batch size, images"),
+    "resolution": Axis((96, 128, 160, 192, 224, 288, 384), "resolution, pixels a side"),
+    "sparsity": Axis(SPARSITIES, "sparsity of the kept activations (centered)", "sparsity"),
+    "threads": Axis((1, 2), "threads", ""),
 }
 
 
@@ -94,8 +94,8 @@ def curves_of(axis: str, points: Sequence[dict[str, Any]]) -> dict[str, list[tup
             if axis != "sparsity":
                 found.setdefault(result.label, []).append((entry["value"], result.step, result.peak_rss_bytes))
             elif result.system == "edge-razor":
-                label = "edge-razor, centered 0.95"  # the colour of the centered form
-                found.setdefault(label, []).append((float(result.label), result.step, result.peak_rss_bytes))
+                mine = found.setdefault("edge-razor, centered", [])
+                mine.append((float(result.label), result.step, result.peak_rss_bytes))
             else:  # PyTorch knows no sparsity: a level line
                 ends = (SPARSITIES[0], SPARSITIES[-1])
                 found[result.label] = [(s, result.step, result.peak_rss_bytes) for s in ends]
@@ -151,7 +151,7 @@ def write_report(content: dict[str, Any]) -> None:
             if axis == "threads":
                 thread_bars(title, {label: [(int(p[0]), p[1]) for p in ps] for label, ps in curves.items()}, path)
             else:
-                growth_curves(title, AXES[axis].label, curves, path, AXES[axis].log)
+                growth_curves(title, AXES[axis].label, curves, path, AXES[axis].scale)
             body += f"## {title}\n\n![{axis}]({path.name})\n\n{table(axis, points)}\n"
             body += "".join(f"- {text}\n" for text in errors_of(points)) + ("\n" if errors_of(points) else "")
     body += (

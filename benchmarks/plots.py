@@ -8,16 +8,17 @@ from statistics import median
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
 
 # One colour and one marker a system in every plot (Okabe and Ito's palette, which colour-blind readers can tell apart).
 STYLES = {
     "edge-razor, sparsity 0": ("#0072B2", "s"),
     "edge-razor, centered 0.9": ("#56B4E9", "o"),
+    "edge-razor, centered": ("#D55E00", "o"),  # at several sparsities
     "edge-razor, centered 0.95": ("#D55E00", "o"),
     "edge-razor, centered 0.97": ("#E69F00", "o"),
     "edge-razor, plain 0.9": ("#009E73", "v"),
@@ -28,6 +29,7 @@ STYLES = {
     "PyTorch, plain Back Razor 0.9": ("#8B6914", "v"),
     "onnxruntime-training": ("#7B4FA3", "h"),
 }
+SHADES = ("#9ecae1", "#2171b5", "#08306b", "#000000")  # by number of threads
 SIZE = (7.2, 4.6)  # inches
 DPI = 130
 
@@ -95,25 +97,19 @@ def memory_against_time(model: str, systems: Sequence[dict[str, Any]], path: Pat
     _save(figure, path)
 
 
-def _curve(axes: Axes, label: str, points: Sequence[tuple[float, float]], lines: str = "-") -> None:
-    colour, marker = STYLES[label]
-    axes.plot(*zip(*points, strict=True), lines, color=colour, marker=marker, markersize=6, label=label)
-
-
 def growth_curves(
     title: str,
     x_label: str,
     curves: dict[str, list[tuple[float, float, float]]],
     path: Path,
-    log_x: bool,
+    x_scale: str,
 ) -> None:
     """Seconds a step and peak memory against one setting, side by side.
 
     Args:
         curves: by system, (setting, seconds, peak bytes) in ascending order of the setting.
-        log_x: whether the setting grows by factors.
+        x_scale: "log", or "sparsity" (logarithmic in the kept share 1 − s).
     """
-    curves = {label: points for label, points in curves.items() if points}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.6))
     settings = sorted({point[0] for points in curves.values() for point in points})
     for axes, column, scale, y_label in (
@@ -121,11 +117,16 @@ def growth_curves(
         (right, 2, 1e6, "peak resident set, MB"),
     ):
         for label, points in curves.items():
-            _curve(axes, label, [(p[0], p[column] / scale) for p in points])
-        if log_x:
+            colour, marker = STYLES[label]
+            x, y = [p[0] for p in points], [p[column] / scale for p in points]
+            axes.plot(x, y, color=colour, marker=marker, markersize=6, label=label)
+        if x_scale == "log":
             exact_axis(axes.xaxis, settings)
         else:
-            axes.set_xticks(settings)
+            # Logarithmic in the kept share, so that 0.9, 0.95 and 0.97 have room; cut off short of 1.
+            axes.set_xscale("function", functions=(lambda s: -np.log1p(-np.minimum(s, 0.99)), lambda t: -np.expm1(-t)))
+            axes.set_xlim(-0.1, 0.975)
+            axes.set_xticks(settings, [f"{s:g}" for s in settings])
         log_axis(axes.yaxis, [p[column] / scale for points in curves.values() for p in points])
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -133,7 +134,7 @@ def growth_curves(
     handles, labels = left.get_legend_handles_labels()
     figure.suptitle(title)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="lower center", ncols=max(len(labels), 1), frameon=False, fontsize=9)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
 
@@ -142,19 +143,20 @@ def thread_bars(title: str, bars: dict[str, list[tuple[int, float]]], path: Path
     """Seconds a step by system and threads; the figure under each group is the gain from the fewest to the most."""
     figure, axes = plt.subplots(figsize=SIZE)
     counts = sorted({threads for points in bars.values() for threads, _ in points})
-    shades = ("#9ecae1", "#2171b5", "#08306b", "#000000")
-    width = 0.8 / len(counts)
+    width = 0.8 / max(len(counts), 1)
     for index, threads in enumerate(counts):
-        heights = [dict(points).get(threads, 0.0) for points in bars.values()]
-        places = [group + (index - (len(counts) - 1) / 2) * width for group in range(len(bars))]
+        found = [
+            (group, dict(points)[threads]) for group, points in enumerate(bars.values()) if threads in dict(points)
+        ]
+        places = [group + (index - (len(counts) - 1) / 2) * width for group, _ in found]
         name = f"{threads} thread" + ("s" if threads > 1 else "")
-        shown = axes.bar(places, heights, width * 0.94, color=shades[index % len(shades)], label=name)
+        shown = axes.bar(places, [seconds for _, seconds in found], width * 0.94, color=SHADES[index], label=name)
         axes.bar_label(shown, fmt="%.2f", fontsize=8, padding=2)
     names = []
     for label, points in bars.items():
         times = dict(points)
-        gain = times.get(counts[0], 0.0) / times[counts[-1]] if counts[-1] in times else 0.0
-        names.append(label.replace(", ", ",\n") + f"\n({gain:.2f}x)")
+        gain = f"\n({times[counts[0]] / times[counts[-1]]:.2f}x)" if {counts[0], counts[-1]} <= set(times) else ""
+        names.append(label.replace(", ", ",\n") + gain)
     axes.set_xticks(range(len(bars)), names, fontsize=9)
     axes.set_ylabel("seconds a training step (median)")
     axes.set_title(title)

@@ -236,6 +236,9 @@ def _schema(operator: Operator) -> OpSchema:
 
 def register() -> None:
     """Makes the operators known to ``onnx``; again has no effect."""
+    # onnxscript imports this module, and it refuses to be imported once two domains share an operator's name.
+    import onnx.reference  # noqa: F401
+
     for operator in OPERATORS:
         if not onnx.defs.has(operator.name, DOMAIN):
             onnx.defs.register_schema(_schema(operator))
