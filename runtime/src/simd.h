@@ -94,6 +94,15 @@ inline VecI bits_mask(uint32_t word) {
   return (broadcast(static_cast<int32_t>(word)) & one) != 0;
 }
 
+// v where bit i of `word` is set, else 0, NaN or not.
+inline VecF keep_lanes(uint32_t word, VecF v) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (VecF)_mm512_maskz_mov_ps(static_cast<__mmask16>(word), (__m512)v);
+#else
+  return (VecF)(bits_mask(word) & (VecI)v);
+#endif
+}
+
 template <int kStep, size_t... kLane>
 inline void swap_blocks(VecF& a, VecF& b, std::index_sequence<kLane...>) {
   VecF low = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);

@@ -62,16 +62,31 @@ struct Store {
         store_upto(out + i * row.out_pixel, finished(out + i * row.out_pixel, sum[i]), left);
       return;
     }
-    const uint8_t* kept = row.kept + j * row.kept_pixel;
+    // Copies: a store might change what `row` refers to, for all that the compiler knows.
+    const SlopeKind kind = row.finish->slope.kind;
+    const int64_t out_pixel = row.out_pixel, kept_pixel = row.kept_pixel;
+    const uint8_t* kept = row.kept + j * kept_pixel;
+    const RunningSums sums = row.sums;
+    if (kind == SlopeKind::kTwo || kind == SlopeKind::kQ4) {
+      float* rows[kPixels];
+      const uint8_t* slopes[kPixels];
+      for (int i = 0; i < kPixels; i++) {
+        rows[i] = out + i * out_pixel - c;
+        slopes[i] = kept + i * kept_pixel;
+        store_upto(rows[i] + c, finished(rows[i] + c, sum[i]), left);
+      }
+      row.finish->finish_gradient(rows, slopes, kPixels, c, c + std::min<int64_t>(left, kLanes), sums);
+      return;
+    }
     VecF total{};
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; i++) {
-      VecF z = finished(out + i * row.out_pixel, sum[i]);
-      z = row.finish->slope.times(z, kept + i * row.kept_pixel, c, left);
-      store_upto(out + i * row.out_pixel, z, left);
+      VecF z = finished(out + i * out_pixel, sum[i]);
+      if (kind == SlopeKind::kMask) z = keep_lanes(kept_bits(kept + i * kept_pixel, c, left), z);
+      store_upto(out + i * out_pixel, z, left);
       total += z;
     }
-    if (row.sums.sum) row.sums.add(c, total, left);
+    if (sums.sum) sums.add(c, total, left);
   }
 };
 

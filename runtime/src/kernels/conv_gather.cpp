@@ -156,12 +156,12 @@ void gather(const GatherGemm& g, const Layout& l, int64_t row, int64_t count, co
   }
 }
 
-// The last step of a gradient for `count` rows from row r of the table on, a few at a time: sums stay short.
-void finish_rows(const Finish& f, const Table& table, int64_t r, int64_t count, int64_t begin, int64_t end,
+// The last step of a gradient for the table's rows, a few at a time: sums stay short.
+void finish_rows(const Finish& f, const Table& table, int64_t count, int64_t begin, int64_t end,
                  const RunningSums& sums) {
-  for (int64_t at = r; at < r + count; at += kTileRowsNarrow)
-    f.finish_gradient(table.outputs + at, table.kept + at, std::min<int64_t>(kTileRowsNarrow, r + count - at), begin,
-                      end, sums);
+  for (int64_t r = 0; r < count; r += kTileRowsNarrow)
+    f.finish_gradient(table.outputs + r, table.kept + r, std::min<int64_t>(kTileRowsNarrow, count - r), begin, end,
+                      sums);
 }
 
 }  // namespace
@@ -192,9 +192,10 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
   const bool all = panel_begin == 0 && panel_end == g.group * l.panels;
   const int64_t col_begin = all ? 0 : l.panel_start(panel_begin) * kLanes;
   const int64_t col_end = all ? g.out_cols : std::min(g.n, l.panel_start(panel_end) * kLanes);
-  // The columns of a group need not start at a vector or a byte of bits: then whole rows are finished.
-  const bool whole_rows = f.slopes_or_sums() && (g.group > 1 || l.taps == 0);
-  const bool by_panel = f.slopes_or_sums() && !whole_rows;
+  // Masks and sums are made in registers, except where the columns of a group need not start at a vector or a byte of
+  // bits: then, and with other slopes, the rows of a tile get them when they are done.
+  const bool masks = f.slope.kind == SlopeKind::kMask;
+  const bool later = f.slopes_or_sums() && (g.group > 1 || l.taps == 0 || !(masks || f.slope.kind == SlopeKind::kOne));
 
   const int64_t tiles = ceil_div(row_end - row_begin, l.tile_rows);
   for (int64_t tile = 0; tile < tiles; tile++) {
@@ -204,7 +205,7 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
     if (l.taps == 0) {  // no output position reads these inputs
       for (int64_t r = 0; r < count && !f.accumulate; r++)
         std::fill(table.outputs[r] + col_begin, table.outputs[r] + col_end, 0.0f);
-      if (whole_rows && f.accumulate) finish_rows(f, table, 0, count, col_begin, col_end, sums);
+      if (later && f.accumulate) finish_rows(f, table, count, col_begin, col_end, sums);
       continue;
     }
     auto multiply = [&](int64_t p, int64_t b) {
@@ -238,15 +239,16 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
       t.shift = f.shift ? f.shift + to : nullptr;
       t.low = f.low();
       t.high = f.high();
+      t.column = column;
+      if (!later) t.sums = sums;
       const int64_t pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(vectors)));
       for (int64_t i = 0; i < pieces; i++) {
         const int64_t r = count * i / pieces;
         const int64_t rows = count * (i + 1) / pieces - r;
         t.a = table.sources + block.tap * l.tile_rows + r;
         t.c = table.outputs + r;
+        if (!later && masks) t.kept = table.kept + r;
         gemm_tile(t, static_cast<int>(rows), static_cast<int>(vectors), !l.pack && t.last < kLanes);
-        if (by_panel && t.finish)
-          finish_rows(f, table, r, rows, column, std::min(g.n, column + vectors * kLanes), sums);
       }
     };
     if (l.few_rows)
@@ -256,7 +258,7 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
       for (int64_t p = panel_begin; p < panel_end; p++)
         for (int64_t b = 0; b < l.blocks; b++) multiply(p, b);
     if (f.second_pass()) f.run(g.out, g.out_cols, row, count, col_begin, col_end);
-    if (whole_rows) finish_rows(f, table, 0, count, 0, g.out_cols, sums);
+    if (later) finish_rows(f, table, count, col_begin, col_end, sums);
   }
 }
 

@@ -4,7 +4,7 @@
 #pragma once
 #include <cmath>
 
-#include "../simd.h"
+#include "slope.h"
 
 namespace er::ER_ISA {
 
@@ -28,6 +28,11 @@ struct GemmTile {
   bool finish;                 // C = min(high, max(low, scale·sum + shift)), else C = sum
   const float *scale, *shift;  // at the first column; null: 1, 0
   float low, high;
+  // With `finish`, of a gradient: bits of kept slopes (row r's: kept[r], the first column is `column` of the row) or
+  // null, and the running sums of the columns, if any.
+  const uint8_t* const* kept;
+  int64_t column;
+  RunningSums sums;
 };
 
 template <int kRows, int kVectors, bool kPartialB>
@@ -62,6 +67,24 @@ void gemm_tile(const GemmTile& g) {
   auto fetch = [&](const float* p, int v) {
     return v == kEnd && !whole ? load_partial(p + v * kLanes, g.last) : load(p + v * kLanes);
   };
+  if (g.finish && (g.kept || g.sums.sum)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t left = v == kEnd ? g.last : kLanes, column = g.column + v * kLanes;
+      VecF total{};
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) {
+        float* c = g.c[r] + g.c_offset + v * kLanes;
+        VecF z = acc[r][v];
+        if (g.load_c) z += load_upto(c, left);
+        if (g.kept) z = keep_lanes(kept_bits(g.kept[r], column, left), z);
+        store_upto(c, z, left);
+        total += z;
+      }
+      if (g.sums.sum) g.sums.add(column, total, left);
+    }
+    return;
+  }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; v++) {
     VecF scale = broadcast(1.0f), shift{};

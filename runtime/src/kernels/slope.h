@@ -8,12 +8,15 @@
 
 namespace er::ER_ISA {
 
-// The kLanes bits from column c (a multiple of kLanes) of a row of bits, of which `left` columns exist.
-inline VecI kept_active(const uint8_t* row, int64_t c, int64_t left) {
-  uint32_t word = row[c / 8];
-  if (kLanes == 4) word >>= c % 8;
-  if (kLanes == 16 && left > 8) word |= static_cast<uint32_t>(row[c / 8 + 1]) << 8;
-  return bits_mask(word);
+// The kLanes bits from column c (a multiple of kLanes) of a row of bits, of which `left` columns exist; the bits past
+// them may be anything.
+inline uint32_t kept_bits(const uint8_t* row, int64_t c, int64_t left) {
+  if (kLanes == 16 && left > 8) {
+    uint16_t two;
+    std::memcpy(&two, row + c / 8, 2);
+    return two;
+  }
+  return kLanes == 4 ? row[c / 8] >> c % 8 : row[c / 8];
 }
 
 enum class SlopeKind {
@@ -46,18 +49,12 @@ struct Slope {
   // g·f' for the kLanes columns from c (a multiple of kLanes) on, of which `left` exist; `row` as row() gives it.
   template <SlopeKind kKind>
   VecF times(VecF g, const uint8_t* row, int64_t c, int64_t left) const {
-    if constexpr (kKind == SlopeKind::kMask) return (VecF)(kept_active(row, c, left) & (VecI)g);
+    if constexpr (kKind == SlopeKind::kMask) return keep_lanes(kept_bits(row, c, left), g);
     if constexpr (kKind == SlopeKind::kTwo)
-      return g * select(kept_active(row, c, left), broadcast(high), broadcast(low));
+      return g * select(bits_mask(kept_bits(row, c, left)), broadcast(high), broadcast(low));
     if constexpr (kKind == SlopeKind::kQ4)
       return g * (low + to_float(load_nibbles(row + c / 2, (left + 1) / 2)) * high);
     return g;
-  }
-  // The same with the kind looked up, for loops that do not: the usual kinds in line.
-  VecF times(VecF g, const uint8_t* row, int64_t c, int64_t left) const {
-    if (kind == SlopeKind::kOne) return g;
-    if (kind == SlopeKind::kMask) return times<SlopeKind::kMask>(g, row, c, left);
-    return times_unusual(g, row, c, left);
   }
   // body(kind) with the kind as a constant.
   template <class F>
@@ -72,12 +69,6 @@ struct Slope {
       case SlopeKind::kQ4:
         return body(std::integral_constant<SlopeKind, SlopeKind::kQ4>());
     }
-  }
-
- private:
-  __attribute__((noinline)) VecF times_unusual(VecF g, const uint8_t* row, int64_t c, int64_t left) const {
-    if (kind == SlopeKind::kTwo) return times<SlopeKind::kTwo>(g, row, c, left);
-    return times<SlopeKind::kQ4>(g, row, c, left);
   }
 };
 
