@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from .program import KERNELS, Buffer, Region, Step
 from .serialize import HEADER, check_header
 
 __all__ = ["PlanSteps", "read_steps"]
+
+
+# Fields of a parameter, an input and an output, which lie before the steps: "s" is a string, "[x]" a vector.
+_RECORDS = ("sB[Q][B]Q[Q]", "sB[Q][B]QQ[f][f]", "s[Q][B]Q")
 
 
 class PlanSteps(NamedTuple):
@@ -38,6 +43,16 @@ class _Reader:
         (count,) = self.unpack("I")
         return list(self.unpack(f"{count}{code}"))
 
+    def skip(self, record: str) -> None:
+        """Passes over fields, as ``_RECORDS`` writes them."""
+        for vector, code in re.findall(r"(\[)?(\w)", record):
+            if vector:
+                self.items(code)
+            elif code == "s":
+                self.text()
+            else:
+                self.unpack(code)
+
     def step(self) -> Step:
         kernel, label = self.text(), self.text()
         if kernel not in KERNELS:
@@ -59,28 +74,10 @@ def read_steps(plan: bytes) -> PlanSteps:
     check_header(plan)
     reader = _Reader(plan[HEADER.size :])
     try:
-        reader.text()
-        reader.unpack("IIIQQQQ")
-        for _ in range(reader.unpack("I")[0]):  # parameters
-            reader.text()
-            reader.unpack("B")
-            for code in "QB":
-                reader.items(code)
-            reader.unpack("Q")
-            reader.items("Q")
-        for _ in range(reader.unpack("I")[0]):  # inputs
-            reader.text()
-            reader.unpack("B")
-            for code in "QB":
-                reader.items(code)
-            reader.unpack("QQ")
-            for code in "ff":
-                reader.items(code)
-        for _ in range(reader.unpack("I")[0]):  # outputs
-            reader.text()
-            for code in "QB":
-                reader.items(code)
-            reader.unpack("Q")
+        reader.skip("sIIIQQQQ")
+        for record in _RECORDS:
+            for _ in range(reader.unpack("I")[0]):
+                reader.skip(record)
         programs = [[reader.step() for _ in range(reader.unpack("I")[0])] for _ in range(2)]
     except (struct.error, ValueError) as error:
         raise PlanError(f"plan file is damaged: {error}") from error

@@ -13,6 +13,10 @@ namespace er::ER_ISA {
 typedef float VecF __attribute__((vector_size(ER_VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(ER_VECTOR_BYTES)));
 typedef uint64_t VecU64 __attribute__((vector_size(ER_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(ER_VECTOR_BYTES)));
+// As many lanes of 2 bytes and of 1 byte.
+typedef uint16_t VecH __attribute__((vector_size(ER_VECTOR_BYTES / 2)));
+typedef int8_t VecB __attribute__((vector_size(ER_VECTOR_BYTES / 4)));
 constexpr int kLanes = ER_VECTOR_BYTES / 4;
 
 inline VecF load(const float* p) {

@@ -11,7 +11,7 @@ namespace {
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int64_t kMostPixels = 8;
 #else
-constexpr int64_t kMostPixels = 2;
+constexpr int64_t kMostPixels = 4;
 #endif
 
 constexpr int64_t kCacheBytes = 512 << 10;  // of the second level, with room for others

@@ -91,10 +91,6 @@ class KeptReader {
   }
 
  private:
-  typedef int8_t VecB __attribute__((vector_size(ER_VECTOR_BYTES / 4)));
-  typedef uint16_t VecH __attribute__((vector_size(ER_VECTOR_BYTES / 2)));
-  typedef uint32_t VecU __attribute__((vector_size(ER_VECTOR_BYTES)));
-
   static void widen(const int8_t* in, int64_t n, float scale, float* out) {
     for (int64_t i = 0; i < n; i += kLanes) {
       VecB b{};

@@ -22,8 +22,6 @@ constexpr int64_t kGuessElements = 4096;  // … and at so many elements at leas
 constexpr int kChunkGroups = 4;           // column groups that are in the first-level cache at once
 constexpr int kMaxParts = 64;
 
-typedef int8_t VecB __attribute__((vector_size(ER_VECTOR_BYTES / 4)));
-
 // One block and column group of a sample, 16 columns wide: a group at the right edge is a copy padded with zeros.
 struct Tile {
   const float* x;
@@ -112,12 +110,12 @@ struct Part {
   bool finite;
 };
 
-// Which magnitudes are kept: those ≥ `least`, and the first `ties` of those that equal least − 1. `bin` says the same
-// in bins of the last histogram, so that each part knows how many it keeps.
+// Which magnitudes are kept: those ≥ `least`, and the first `ties` of those that equal least − 1, which are `tie_bin`
+// of the last histogram.
 struct Threshold {
   int32_t least = INT_MAX;
   int64_t ties = 0;
-  int bin = kBins;
+  int tie_bin = 0;
 };
 
 // Means of columns [c, end) of a block, rows added in order. False if one is not finite.
@@ -307,11 +305,11 @@ bool narrow(const Part* parts, int n_parts, int64_t keep, Bracket* bracket, Thre
     }
     const int32_t least = bracket->low + (bin << shift);
     if (count + here == keep) {
-      *threshold = {least, 0, bin};
+      *threshold = {least, 0, 0};
       return true;
     }
     if (shift == 0) {
-      *threshold = {least + 1, keep - count, bin + 1};
+      *threshold = {least + 1, keep - count, bin};
       return true;
     }
     *bracket = {least, static_cast<int32_t>(std::min<int64_t>(bracket->top, least + (INT64_C(1) << shift) - 1))};
@@ -325,16 +323,9 @@ bool narrow(const Part* parts, int n_parts, int64_t keep, Bracket* bracket, Thre
   return false;
 }
 
-// Magnitudes of a part that a threshold keeps, from the histogram that settled it; *ties loses those that the part
-// takes.
-int64_t kept_of(const Part& part, const Threshold& threshold, int64_t* ties) {
-  int64_t n = part.above;
-  for (int bin = threshold.bin; bin < kBins; bin++) n += part.histogram[bin];
-  if (threshold.ties) {
-    const int64_t taken = std::min<int64_t>(*ties, part.histogram[threshold.bin - 1]);
-    n += taken, *ties -= taken;
-  }
-  return n;
+// Ties of a part that a threshold keeps if `left` are still to be kept, from the histogram that settled it.
+int64_t ties_of(const Part& part, const Threshold& threshold, int64_t left) {
+  return left ? std::min<int64_t>(left, part.histogram[threshold.tie_bin]) : 0;
 }
 
 // Moves the lanes with set bits to `out` in order and returns their number; nothing beyond them is written.
@@ -453,10 +444,12 @@ bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
   }
   auto all_finite = [&] { return std::all_of(parts, parts + n_parts, [](const Part& p) { return p.finite; }); };
   Bracket bracket;
-  if (keep)
-    each([&](int p) { guess_histogram(s, n_parts, parts[p]); }), bracket = guess_bracket(parts, n_parts, s.at);
-  else
+  if (keep) {
+    each([&](int p) { guess_histogram(s, n_parts, parts[p]); });
+    bracket = guess_bracket(parts, n_parts, s.at);
+  } else {
     bracket.low = overflow;  // nothing is kept: the pass only looks for what is not finite
+  }
   each([&](int p) { list_residuals(s, bracket.low, 0, parts[p]); });
   if (!all_finite()) return false;
   int64_t listed = 0;
@@ -464,30 +457,39 @@ bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
   for (int p = 0; p < n_parts; p++) listed += parts[p].listed, full |= parts[p].listed > capacity;
 
   Threshold threshold;
+  int64_t ties[kMaxParts];  // that each part keeps
+  auto share_ties = [&] {
+    int64_t left = threshold.ties;
+    for (int p = 0; p < n_parts; p++) {
+      ties[p] = left;
+      left -= ties_of(parts[p], threshold, left);
+    }
+  };
   const bool guessed = !full && (listed >= keep || bracket.low == 1);
   if (!guessed) {
-    if (s.mean)
-      each([&](int p) {  // a full list ended the pass early
+    if (s.mean) {  // a full list ended the pass early
+      each([&](int p) {
         for (int64_t b = parts[p].begin; b < parts[p].end; b++) parts[p].finite &= write_means(s, b, 0, s.at.cols);
       });
-    if (!all_finite()) return false;
+      if (!all_finite()) return false;
+    }
     bracket = {};
-    do each([&](int p) { data_histogram(s, bracket, parts[p]); });
-    while (!narrow(parts, n_parts, keep, &bracket, &threshold));
+    do {
+      each([&](int p) { data_histogram(s, bracket, parts[p]); });
+    } while (!narrow(parts, n_parts, keep, &bracket, &threshold));
+    share_ties();
+    each([&](int p) { list_residuals(s, threshold.least, ties[p], parts[p]); });
   }
-  int64_t ties[kMaxParts], left = threshold.ties;
-  for (int p = 0; !guessed && p < n_parts; p++) ties[p] = left, kept_of(parts[p], threshold, &left);
-  if (!guessed) each([&](int p) { list_residuals(s, threshold.least, ties[p], parts[p]); });
 
   int32_t largest = 0;
   each([&](int p) { find_largest(parts[p]); });
   for (int p = 0; p < n_parts; p++) largest = std::max(largest, parts[p].largest);
   if (largest >= overflow) return false;
   if (guessed && keep && listed > keep) {
-    do each([&](int p) { list_histogram(bracket, parts[p]); });
-    while (!narrow(parts, n_parts, keep, &bracket, &threshold));
-    left = threshold.ties;
-    for (int p = 0; p < n_parts; p++) ties[p] = left, kept_of(parts[p], threshold, &left);
+    do {
+      each([&](int p) { list_histogram(bracket, parts[p]); });
+    } while (!narrow(parts, n_parts, keep, &bracket, &threshold));
+    share_ties();
     each([&](int p) { drop_below(s, threshold, ties[p], parts[p]); });
   }
 

@@ -16,9 +16,6 @@ constexpr int32_t kBf16Overflow =
     0x7f7f8000;  // the smallest magnitude that rounds to an infinite bf16; NaN and infinity lie above it
 constexpr int32_t kInfinity = 0x7f800000;
 
-typedef uint32_t VecU __attribute__((vector_size(ER_VECTOR_BYTES)));
-typedef uint16_t VecH __attribute__((vector_size(ER_VECTOR_BYTES / 2)));
-
 // A magnitude is the bits of a float without its sign: it orders as the absolute value does.
 inline int32_t magnitude(float x) {
   int32_t b;
