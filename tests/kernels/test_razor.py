@@ -165,6 +165,18 @@ def test_large_samples_take_the_sampled_bracket(kind: str, form: str) -> None:
             check(values(shape, kind), form, keep_count(n, sparsity))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", ["plain", "centered"])
+@pytest.mark.parametrize("looked_at", [1e-3, 1e3], ids=["too many are listed", "too few are listed"])
+def test_a_wrong_guess_of_the_threshold_changes_nothing(looked_at: float, form: str, threads: int) -> None:
+    blocks, rows, cols = 100, 64, 20
+    x = values((1, blocks * rows, cols), "normal")
+    for i in range(16):  # the blocks from which `pack` guesses
+        x[0, ((2 * i + 1) * blocks // 32) * rows :][:rows] *= looked_at
+    for sparsity in (0.95, 0.5):
+        check(x, form, keep_count(x[0].size, sparsity), threads)
+
+
 @pytest.mark.parametrize("form", ["plain", "centered"])
 @pytest.mark.parametrize("kind", ["normal", "ties", "relu6"])
 def test_threads_give_the_same_bytes(kind: str, form: str) -> None:
