@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from edge_razor.checkpoint import Checkpoint
 from edge_razor.cli import main
+from edge_razor.cli.progress import Progress
 from tests.bundles import write_linear_bundle
 
 COMMANDS = ("export", "info", "plan", "train", "eval", "to-onnx", "to-torch", "demo")
@@ -196,6 +197,29 @@ def test_an_interrupt_saves_and_resumes_without_a_seam(
     epochs = stopped["position"][0] + 2
     succeed(*train(bundle, data, out, "--resume", "--epochs", epochs))
     succeed(*train(bundle, data, whole, "--epochs", epochs, "--schedule", "constant"))
+    a, b = Checkpoint(whole), Checkpoint(out)
+    assert all(np.array_equal(a.read(name), b.read(name)) for name in a.tensors)
+
+
+def test_a_run_stopped_behind_the_last_step_of_an_epoch_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    out, whole, step = tmp_path / "run", tmp_path / "whole", Progress.step
+
+    def stop_at_the_end(progress: Progress, figures: dict[str, Any]) -> None:
+        step(progress, figures)
+        if progress.done == 7:  # of 54 samples, 8 at a time
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", stop_at_the_end)
+        assert main([str(a) for a in train(bundle, data, out, "--epochs", 1)]) == 128 + signal.SIGTERM
+    assert Checkpoint(out).state["position"] == [0, 7]
+    capsys.readouterr()
+    succeed(*train(bundle, data, out, "--resume", "--epochs", 1))
+    assert "epoch 1: no step was left, validation loss" in capsys.readouterr().out
+    assert Checkpoint(out).state["position"] == [1, 0]
+    succeed(*train(bundle, data, whole, "--epochs", 1))
     a, b = Checkpoint(whole), Checkpoint(out)
     assert all(np.array_equal(a.read(name), b.read(name)) for name in a.tensors)
 

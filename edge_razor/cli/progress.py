@@ -70,7 +70,9 @@ class Progress:
 
     def epoch(self, figures: dict[str, Any]) -> None:
         """One epoch is done."""
-        text = f"epoch {figures['epoch'] + 1}: loss {figures['loss']:.4f}"
+        text = f"epoch {figures['epoch'] + 1}: "
+        # A run stopped behind an epoch's last step, and resumed, has no step left in it.
+        text += "no step was left" if figures["loss"] is None else f"loss {figures['loss']:.4f}"
         validation = figures.get("validation")
         if validation is not None:
             text += f", validation loss {validation['loss']:.4f}"
