@@ -68,7 +68,10 @@ def test_rows_without_the_systems_that_others_are_compared_with() -> None:
 
 def test_a_system_that_found_another_loss_is_named() -> None:
     (remark,) = loss_remarks(model())
-    assert remark == "onnxruntime-training ends with the loss 5.00000, PyTorch eager with 6.90000: not the same work."
+    assert (
+        remark
+        == "onnxruntime-training has the loss 5.00000 after one update, PyTorch eager 6.90000: not the same work."
+    )
 
 
 def test_the_kernel_table() -> None:
