@@ -14,6 +14,8 @@ namespace er::ER_ISA {
   X(arithmetic)        \
   X(pool)              \
   X(softmax)           \
+  X(layer_norm)        \
+  X(attention)         \
   X(dropout)           \
   X(loss)              \
   X(optimizer)

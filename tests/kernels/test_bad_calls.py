@@ -51,6 +51,26 @@ CALLS = {
     "average_pool_grad": Valid(AVERAGE, [], [360, 1440], POOL_SIZES, [0, 1]),
     "softmax": Valid([2, 5, 3], [], [120, 120], [0, 1, 2], [0, 1]),
     "softmax_grad": Valid([2, 5, 3], [], [120, 120, 120], [0, 1, 2], [0, 1, 2]),
+    "layer_norm": Valid([3, 9, 0], [1e-5], [108, 36, 36, 108, 108, 12], [0, 1], [0, 3]),
+    "layer_norm_grad": Valid(
+        [0, 2, 3, 5, 0, 0], [], [120, 120, 24, 20, 120, 20, 20], [1, 2, 3], [0, 1, 2], scratch=True
+    ),
+    "attention": Valid(
+        [2, 3, 5, 4, 2, 6, 0, 1, 0],
+        [0.5, 0],
+        [576, 480, 480, 40, 60, 576],
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 4, 5],
+        scratch=True,
+    ),
+    "attention_grad": Valid(
+        [2, 3, 5, 4, 2, 6, 0, 1, 0, 0, 1, 0],
+        [0.5, 0],
+        [576, 240, 480, 40, 60, 576, 576, 480, 480],
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 4, 5],
+        scratch=True,
+    ),
     "dropout": Valid([9, 2, 1], [0.5], [72, 72], [0, 1], [0, 1]),
     "cross_entropy": Valid([2, 3, 5], [0.1], [120, 24, 120], [0, 1, 2], [0, 1]),
     "mse": Valid([2, 9], [], [72, 72, 72], [0, 1], [0, 1]),
@@ -233,7 +253,18 @@ def test_every_instruction_set_passes_the_kernel_tests(isa: str) -> None:
     probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"this machine has no {isa}: {probe.stderr.strip().splitlines()[-1]}")
-    names = ["norm", "activation", "pool", "softmax", "dropout", "loss", "optimizer", "arithmetic"]
+    names = [
+        "norm",
+        "layer_norm",
+        "attention",
+        "activation",
+        "pool",
+        "softmax",
+        "dropout",
+        "loss",
+        "optimizer",
+        "arithmetic",
+    ]
     files = [str(here / f"test_{name}.py") for name in names]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
