@@ -6,9 +6,26 @@ parameters, under their torch names, so that exporting a tuned model only fills 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from edge_razor.exporters.graph_edit import bypass, is_parameter, remove_dead
+from edge_razor.exporters.graph_edit import BATCH, bypass, constant, dims, is_parameter, remove_dead
+
+
+def _expand_to_batch(graph: ir.Graph, node: ir.Node) -> None:
+    """An Expand of [1, …] to [N, …] takes N from the model's input: `resolve_shapes` has left 1 there."""
+    source, shape = node.inputs[0], dims(node.outputs[0])
+    assert source is not None
+    if shape[:1] != (BATCH,) or dims(source)[:1] == (BATCH,) and len(dims(source)) == len(shape):
+        return
+    batch = ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 1})
+    rest = constant(graph, np.array(shape[1:], np.int64), f"{node.outputs[0].name}/shape")
+    whole = ir.node("Concat", [batch.outputs[0], rest], {"axis": 0})
+    for new, name, length in ((batch, "batch", 1), (whole, "sizes", len(shape))):
+        new.outputs[0].name = f"{node.outputs[0].name}/{name}"
+        new.outputs[0].type, new.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([length])
+        graph.insert_before(node, new)
+    node.replace_input_with(1, whole.outputs[0])
 
 
 def inference_graph(resolved: ir.Model) -> ir.Model:
@@ -18,6 +35,8 @@ def inference_graph(resolved: ir.Model) -> ir.Model:
     for node in list(graph):
         if node.op_type == "Dropout" and not node.domain and node.inputs[0] is not None:
             bypass(node, node.inputs[0])
+        if node.op_type == "Expand" and not node.domain:
+            _expand_to_batch(graph, node)
     remove_dead(graph)
     first = next(iter(graph), None)
     for name, value in list(graph.initializers.items()):

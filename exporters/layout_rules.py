@@ -57,6 +57,17 @@ def _linear(layout: Layout, node: ir.Node) -> None:
     layout.emit([layout.in_order(data, order), *_vectors(layout, node)], order)
 
 
+def _natural(layout: Layout, node: ir.Node) -> None:
+    """Attention, ExpandBatch: every operand as the user's graph has it."""
+    rank = len(dims(node.outputs[0]))
+    operands: list[ir.Value | None] = [
+        None if v is None else layout.in_order(v, tuple(range(len(dims(v))))) for v in node.inputs
+    ]
+    if node.op_type == "ExpandBatch":
+        operands[1] = layout.placed(_operand(node, 1)).value  # only its batch counts
+    layout.emit(operands, tuple(range(rank)))
+
+
 def _binary(layout: Layout, node: ir.Node) -> None:
     """Both operands in the order of the bigger one that has a batch."""
     a, b = _operand(node, 0), _operand(node, 1)
@@ -193,6 +204,9 @@ RULES: dict[tuple[str, str], Rule] = {
     (DOMAIN, "Affine"): _affine,
     (DOMAIN, "BatchNormFold"): _fold,
     (DOMAIN, "Linear"): _linear,
+    (DOMAIN, "LayerNorm"): _linear,
+    (DOMAIN, "Attention"): _natural,
+    (DOMAIN, "ExpandBatch"): _natural,
     (DOMAIN, "Dropout"): _any_order,
     ("", "Neg"): _any_order,
     ("", "Add"): _binary,

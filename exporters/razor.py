@@ -1,8 +1,8 @@
 """The razor pass: what weight gradients read is kept packed (Back Razor, Jiang et al., NeurIPS 2022), not dense.
 
-``ConvGradWeight``, ``LinearGradWeight`` and ``MulGrad`` read a forward value X. This pass puts one ``Pack(X)`` behind
-X's producer and lets them read its output, so that X itself dies in the forward pass. The planner later chooses each
-pack's form.
+Weight gradients, ``MulGrad``, ``LayerNormGrad`` and ``AttentionGrad`` read a forward value X. This pass puts one
+``Pack(X)`` behind X's producer and lets them read its output, so that X itself dies in the forward pass. The planner
+later chooses each pack's form.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from edge_razor.exporters.graph_edit import DOMAIN
 
 __all__ = ["insert_packs"]
 
-READERS = frozenset({"ConvGradWeight", "LinearGradWeight", "MulGrad"})
-"""Operators whose first operand may be packed."""
+READERS = {
+    "ConvGradWeight": (0,),
+    "LinearGradWeight": (0,),
+    "MulGrad": (0,),
+    "LayerNormGrad": (0,),
+    "AttentionGrad": (0, 1, 2),
+}
+"""Operator → which of its operands may be packed."""
 
 
 def insert_packs(model: ir.Model) -> ir.Model:
@@ -25,24 +31,31 @@ def insert_packs(model: ir.Model) -> ir.Model:
     needs dense, since it must be kept dense then and serves all.
     """
     graph = model.graph
-    values: dict[ir.Value, list[ir.Node]] = {}
+    values: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
     for node in graph:
-        if node.domain == DOMAIN and node.op_type in READERS:
-            x = node.inputs[0]
+        for index in READERS.get(node.op_type, ()) if node.domain == DOMAIN else ():
+            x = node.inputs[index]
             assert x is not None
-            values.setdefault(x, []).append(node)
+            values.setdefault(x, []).append((node, index))
     for x, readers in values.items():
         producer = x.producer()
         if producer is None or _is_network_input(x) or not is_batched(x) or _needed_dense(x):
             continue
-        kept = ir.Value(name=f"kept/{x.name}")
-        describe_kept(kept)
-        pack = ir.node("Pack", [x], domain=DOMAIN, outputs=[kept])
-        pack.name = f"{producer.name}/Pack/{x.name}"
-        pack.metadata_props.update({"phase": "forward", "layer": producer.metadata_props.get("layer", "")})
-        graph.insert_after(producer, pack)
-        for node in readers:
-            node.replace_input_with(0, kept)
+        # Attention is kept in another form than what is multiplied by it alone: each has its own copy.
+        for suffix, group in (
+            ("", [r for r in readers if r[0].op_type != "AttentionGrad"]),
+            ("/attention", [r for r in readers if r[0].op_type == "AttentionGrad"]),
+        ):
+            if not group:
+                continue
+            kept = ir.Value(name=f"kept/{x.name}{suffix}")
+            describe_kept(kept)
+            pack = ir.node("Pack", [x], domain=DOMAIN, outputs=[kept])
+            pack.name = f"{producer.name}/Pack/{x.name}{suffix}"
+            pack.metadata_props.update({"phase": "forward", "layer": producer.metadata_props.get("layer", "")})
+            graph.insert_after(producer, pack)
+            for node, index in group:
+                node.replace_input_with(index, kept)
     return model
 
 
@@ -58,6 +71,6 @@ def _is_network_input(value: ir.Value) -> bool:
 
 def _needed_dense(value: ir.Value) -> bool:
     return any(
-        node.metadata_props["phase"] == "backward" and not (node.op_type in READERS and index == 0)
+        node.metadata_props["phase"] == "backward" and index not in READERS.get(node.op_type, ())
         for node, index in value.uses()
     )

@@ -16,10 +16,13 @@ from edge_razor.exporters.graph_edit import DOMAIN
 __all__ = ["OPERATORS", "Attribute", "Operand", "Operator", "markdown", "register"]
 
 FLOAT, KEPT, EITHER, INDEX = "T", "U", "K", "L"
+EITHER_KEY, EITHER_VALUE = "K2", "K3"  # of operands that are kept independently of the first
 TYPES = {
     FLOAT: (["tensor(float)"], "float32"),
     KEPT: (["tensor(uint8)"], "kept bytes"),
     EITHER: (["tensor(float)", "tensor(uint8)"], "float32, or kept bytes"),
+    EITHER_KEY: (["tensor(float)", "tensor(uint8)"], "float32, or kept bytes"),
+    EITHER_VALUE: (["tensor(float)", "tensor(uint8)"], "float32, or kept bytes"),
     INDEX: (["tensor(int64)", "tensor(float)"], "class index, or float32 target"),
 }
 
@@ -72,6 +75,15 @@ TRANS = (Attribute("transW", 1, "int"),)
 COLUMNS = (Attribute("layout", kind="string"), *TRANS)
 INPUT_SHAPE, WEIGHT_SHAPE = Attribute("input_shape"), Attribute("weight_shape")
 EPSILON = (Attribute("epsilon", 1e-5, "float"),)
+ATTENTION = (
+    Attribute("heads", kind="int"),
+    Attribute("kv_heads", kind="int"),
+    Attribute("scale", kind="float"),
+    Attribute("causal", 0, "int"),
+    Attribute("ratio", 0.0, "float"),
+    Attribute("stream", 0, "int"),
+)
+RMS = (Attribute("rms", 0, "int"),)
 DROPOUT = (Attribute("ratio", 0.5, "float"), Attribute("stream", 0, "int"))
 X, Y, DY, DX, W = Operand("X"), Operand("Y"), Operand("dY"), Operand("dX"), Operand("W")
 PACKED_X = Operand("X", "or kept(X)", EITHER)
@@ -190,6 +202,55 @@ OPERATORS = (
         "dX = scale·broadcast(dY): gradient of ReduceSum and ReduceMean; input_shape leaves the batch out",
     ),
     Operator("SoftmaxGrad", (DY, Y), (DX,), (Attribute("axis", -1, "int"),), "dX = Y·(dY − Σ Y·dY)"),
+    Operator(
+        "LayerNorm",
+        (Operand("X", "[…,C]"), _opt("gamma", "[C]"), _opt("beta", "[C]")),
+        (Y, _opt("xhat", "[…,C]"), _opt("rstd", "[…]")),
+        (*EPSILON, *RMS),
+        "Y = gamma·xhat + beta, xhat = (X − mean)·rstd over the last dimension; rms = 1: without mean (RMSNorm)",
+    ),
+    Operator(
+        "LayerNormGrad",
+        (Operand("xhat", "or kept(xhat)", EITHER), DY, Operand("rstd"), _opt("gamma", "[C]")),
+        (_opt("dX"), _opt("dgamma", "[C]"), _opt("dbeta", "[C]")),
+        RMS,
+        "with g = gamma·dY: dX = rstd·(g − mean(g) − xhat·mean(g·xhat)); rms = 1: without mean(g)",
+    ),
+    Operator(
+        "Attention",
+        (
+            Operand("Q", "[N,T,heads·d]"),
+            Operand("K", "[N,S,kv_heads·d]"),
+            Operand("V", "[N,S,kv_heads·d]"),
+            _opt("key_mask", "[N,S]"),
+            _opt("bias", "[T,S] or [heads,T,S]"),
+        ),
+        (Operand("Y", "[N,T,heads·d]"),),
+        ATTENTION,
+        "per head Y = dropout(P)·V, P = softmax(scale·Q·Kᵀ + bias) over the keys that key_mask (1: look, 0: not) and "
+        "causal leave; 0 where they leave none",
+    ),
+    Operator(
+        "AttentionGrad",
+        (
+            Operand("Q", "or kept(Q)", EITHER),
+            Operand("K", "or kept(K)", EITHER_KEY),
+            Operand("V", "or kept(V)", EITHER_VALUE),
+            _opt("key_mask"),
+            _opt("bias"),
+            DY,
+        ),
+        (_opt("dQ"), _opt("dK"), _opt("dV")),
+        ATTENTION,
+        "P again from Q and K; gradients of Attention",
+    ),
+    Operator(
+        "ExpandBatch",
+        (Operand("X", "[1,…]"), Operand("like", "[N,…]")),
+        (Operand("Y", "[N,…]"),),
+        (),
+        "X for each sample of the batch, whose size is that of `like`",
+    ),
     Operator("Dropout", (X,), (Y,), DROPOUT, "training: counter-based mask, kept elements times 1/(1−ratio)"),
     Operator("DropoutGrad", (DY,), (DX,), DROPOUT, "the mask of Dropout with the same stream again"),
     Operator(

@@ -19,6 +19,7 @@ ROLES: dict[tuple[str, str], tuple[str, ...]] = {
     (DOMAIN, "Linear"): ("", "weight", "scale", "bias"),
     (DOMAIN, "BatchNormFold"): ("gamma", "beta", "statistic", "statistic", "bias"),
     (DOMAIN, "Affine"): ("", "gamma", "beta"),
+    (DOMAIN, "LayerNorm"): ("", "gamma", "beta"),
     ("", "Add"): ("bias", "bias"),
     ("", "Sub"): ("bias", "bias"),
     ("", "Mul"): ("scale", "scale"),

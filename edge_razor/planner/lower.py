@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edge_razor.errors import BundleError, PlanError
 
-from . import lower_conv, lower_math, lower_shape
+from . import lower_conv, lower_math, lower_shape, lower_transformer
 from .context import Lowering, Tensor
 from .graph import DOMAIN, Graph
 from .optimizer import Memory, Optimizer, update_step
@@ -15,6 +15,7 @@ __all__ = ["check_operators", "lower_inference", "lower_training"]
 
 RULES = {
     **{(DOMAIN, op): rule for op, rule in lower_conv.RULES.items()},
+    **{(DOMAIN, op): rule for op, rule in lower_transformer.RULES.items()},
     **{
         (DOMAIN if op.endswith(("Grad", "Loss")) or op in ("MaxPool", "AveragePool", "Dropout") else "", op): rule
         for op, rule in lower_math.RULES.items()

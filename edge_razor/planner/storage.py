@@ -78,8 +78,9 @@ def choose_storage(graph: Graph, samples: int, sparsity: float, razor: str) -> d
     """Storage of every kept value of `graph` for a micro-batch of `samples`.
 
     Sparsity 0 keeps everything exactly: packed inputs stay alive as they are, smooth activations keep their dense
-    input. Above 0, packed inputs take the `razor` form ("centered" or "plain"), or bf16 below 8 rows a sample, and
-    smooth activations 4 bits an element. Piecewise-linear activations always keep 1 bit. The network's own input, and
+    input. Above 0, packed inputs take the `razor` form ("centered" or "plain"), or bf16 below 8 rows a sample and for
+    the Q, K and V of attention, whose probabilities are made from them again; smooth activations take 4 bits an
+    element. Piecewise-linear activations always keep 1 bit. The network's own input, and
     values that the backward pass reads directly anyway, are never copied.
 
     Raises:
@@ -121,13 +122,14 @@ def _packed(graph: Graph, node: Node, samples: int, sparsity: float, form: Form,
     if not shape.batch or not shape.dims:
         node.fail(f"cannot pack a value of shape {shape}")
     # Convolutions and per-sample products see a·N samples; a matrix product sees N samples of a times the rows.
-    per_image = any(c.op in ("ConvGradWeight", "MulGrad") for c in graph.consumers.get(node.output(0), ()))
+    readers = {consumer.op for consumer in graph.consumers.get(node.output(0), ())}
+    per_image = bool(readers & {"ConvGradWeight", "MulGrad"})
     n = shape.batch * samples if per_image else samples
     cols = shape.dims[-1]
     rows = shape.sample_elements * samples // (n * cols)
     if sparsity == 0 or alive:
         return Storage(Form.DENSE, n, rows, cols, 0, 0)
-    if rows < MIN_ROWS:
+    if rows < MIN_ROWS or readers == {"AttentionGrad"}:
         return Storage(Form.BF16, n, rows, cols, 0, _packed_bytes(Form.BF16, n, rows, cols, 0))
     keep = keep_count(rows * cols, sparsity)
     return Storage(form, n, rows, cols, keep, _packed_bytes(form, n, rows, cols, keep))

@@ -11,23 +11,33 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from edge_razor.exporters.canonicalize.activations import canonicalize_activations
+from edge_razor.exporters.canonicalize.attention import canonicalize_attention, merge_transpositions, remove_nan_guards
 from edge_razor.exporters.canonicalize.axes import canonicalize_axes
 from edge_razor.exporters.canonicalize.convolution import canonicalize_convolutions
 from edge_razor.exporters.canonicalize.dropout import canonicalize_dropout
 from edge_razor.exporters.canonicalize.elementwise import canonicalize_elementwise
+from edge_razor.exporters.canonicalize.gather import canonicalize_gather, slices_to_split
 from edge_razor.exporters.canonicalize.linear import canonicalize_linear
 from edge_razor.exporters.canonicalize.padding import canonicalize_padding
 from edge_razor.exporters.canonicalize.pooling import canonicalize_pooling
 from edge_razor.exporters.canonicalize.reshapes import canonicalize_reshapes
 from edge_razor.exporters.canonicalize.supported import check_supported
+from edge_razor.exporters.canonicalize.transformer import canonicalize_batch_expansion, canonicalize_layer_norm
 
 __all__ = ["PASSES", "canonicalize"]
 
 # In order: views first so that patterns meet their neighbours; pooling and convolution before padding, which folds into
 # both.
 PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
+    canonicalize_batch_expansion,
+    canonicalize_gather,
+    remove_nan_guards,
+    merge_transpositions,
     canonicalize_reshapes,
     canonicalize_axes,
+    slices_to_split,
+    canonicalize_attention,
+    canonicalize_layer_norm,
     canonicalize_elementwise,
     canonicalize_activations,
     canonicalize_convolutions,

@@ -90,9 +90,10 @@ def _slice(graph: ir.Graph, node: ir.Node) -> None:
     for axis, start, end in zip(axes, starts, ends, strict=True):
         axis, size = int(axis) % len(shape), shape[int(axis)]
         first, last = slice(int(start), int(end)).indices(size)[:2]
-        if (first, last) == (0, size) or (axis == 0 and first == 0 and end >= BATCH):
+        batched = axis == 0 and size % BATCH == 0
+        if (first, last) == (0, size) or (batched and first == 0 and end >= BATCH):
             continue
-        if axis == 0:
+        if batched:
             node.meta["why"] = "selects samples of the batch"
             return
         ranges.append((axis, first, last))

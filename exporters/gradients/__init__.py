@@ -6,7 +6,7 @@ asks for.
 
 from __future__ import annotations
 
-from edge_razor.exporters.gradients import arithmetic, layout, linear, pool
+from edge_razor.exporters.gradients import arithmetic, layout, linear, pool, transformer
 from edge_razor.exporters.gradients.tape import GradientRule, Tape, describe_kept, is_batched, unsupported
 from edge_razor.exporters.graph_edit import DOMAIN
 
@@ -17,6 +17,9 @@ RULES: dict[tuple[str, str], GradientRule] = {
     (DOMAIN, "Linear"): linear.linear,
     (DOMAIN, "Affine"): linear.affine,
     (DOMAIN, "BatchNormFold"): linear.batch_norm_fold,
+    (DOMAIN, "LayerNorm"): transformer.layer_norm,
+    (DOMAIN, "Attention"): transformer.attention,
+    (DOMAIN, "ExpandBatch"): transformer.expand_batch,
     (DOMAIN, "MaxPool"): pool.max_pool,
     (DOMAIN, "AveragePool"): pool.average_pool,
     ("", "ReduceMean"): pool.reduce,

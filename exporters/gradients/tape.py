@@ -92,13 +92,15 @@ class Tape:
         names: Sequence[str],
         domain: str = DOMAIN,
     ) -> Sequence[ir.Value]:
-        """`emit` for several outputs."""
+        """`emit` for several outputs; one whose name is empty is left out."""
         assert self._source is not None, "Tape.at comes before Tape.emit"
         operands = list(inputs)
         while operands and operands[-1] is None:
             operands.pop()
         outputs = [
             ir.Value(name=self.unique(name), type=ir.TensorType(ir.DataType.FLOAT), shape=to_shape(shape))
+            if name
+            else ir.Value(name="")
             for name, shape in zip(names, shapes, strict=True)
         ]
         node = ir.node(op_type, operands, dict(attributes or {}), domain=domain, outputs=outputs)
@@ -137,6 +139,15 @@ class Tape:
             kept.name = self.unique(f"kept/{node.outputs[0].name}/{what}")
             describe_kept(kept)
         return kept
+
+    def more_outputs(self, node: ir.Node, described: Mapping[str, Sequence[int]]) -> list[ir.Value]:
+        """Asks the forward node for float32 outputs behind its first: name → shape."""
+        node.resize_outputs(1 + len(described))
+        values = list(node.outputs[1:])
+        for value, (name, shape) in zip(values, described.items(), strict=True):
+            value.name = self.unique(name)
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), to_shape(shape)
+        return values
 
     def add_gradient(self, value: ir.Value, gradient: ir.Value) -> None:
         """Adds ``gradient`` to what is known of ``value``'s gradient, at once: only one sum is alive at a time."""

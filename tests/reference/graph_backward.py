@@ -261,6 +261,68 @@ def dropout(run: Run, node: ir.Node, x: Tensor) -> Sequence[Value]:
     return [x * run.mask(ratio, integer(node, "stream", 0), x.shape) / (1 - ratio)]
 
 
+def _normalize(x: Tensor, node: ir.Node) -> tuple[Tensor, Tensor]:
+    """xhat and 1/std [..., 1]."""
+    centered = x if integer(node, "rms", 0) else x - x.mean(-1, keepdim=True)
+    rstd = (centered.square().mean(-1, keepdim=True) + number(node, "epsilon", 1e-5)).rsqrt()
+    return centered * rstd, rstd
+
+
+def layer_norm(run: Run, node: ir.Node, x: Tensor, gamma: Value = None, beta: Value = None) -> Sequence[Value]:
+    xhat, rstd = _normalize(x, node)
+    y = xhat if gamma is None else xhat * gamma
+    return y if beta is None else y + beta, xhat, rstd.squeeze(-1)
+
+
+def layer_norm_grad(
+    run: Run, node: ir.Node, xhat: Tensor, dy: Tensor, rstd: Tensor, gamma: Value = None
+) -> Sequence[Value]:
+    g = dy if gamma is None else dy * gamma
+    inner = g - xhat * (g * xhat).mean(-1, keepdim=True)
+    inner = inner if integer(node, "rms", 0) else inner - g.mean(-1, keepdim=True)
+    rows = tuple(range(dy.dim() - 1))
+    return rstd.unsqueeze(-1) * inner, (dy * xhat).sum(rows), dy.sum(rows)
+
+
+def _attend(
+    run: Run, node: ir.Node, q: Tensor, k: Tensor, v: Tensor, key_mask: Value = None, bias: Value = None
+) -> Tensor:
+    heads, kv_heads, n, t, s = integer(node, "heads", 1), integer(node, "kv_heads", 1), *q.shape[:2], k.shape[1]
+    q, k, v = (x.reshape(n, x.shape[1], h, -1).transpose(1, 2) for x, h in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    scores = number(node, "scale", 1.0) * q @ k.transpose(2, 3)
+    scores = scores if bias is None else scores + bias
+    hidden = torch.zeros(n, 1, t, s, dtype=torch.bool)
+    if integer(node, "causal", 0):
+        hidden = hidden | torch.ones(t, s, dtype=torch.bool).triu(1)
+    if key_mask is not None:
+        hidden = hidden | (key_mask < 0.5)[:, None, None, :]
+    p = torch.where(hidden.all(-1, keepdim=True), 0.0, scores.masked_fill(hidden, -math.inf).softmax(-1))
+    ratio = number(node, "ratio", 0.0)
+    if ratio:
+        p = p * run.mask(ratio, integer(node, "stream", 0), p.shape) / (1 - ratio)
+    return (p @ v).transpose(1, 2).reshape(n, t, -1)
+
+
+def attention(run: Run, node: ir.Node, *operands: Value) -> Sequence[Value]:
+    return [_attend(run, node, *operands)]
+
+
+def attention_grad(run: Run, node: ir.Node, *operands: Value) -> Sequence[Value]:
+    *inputs, dy = operands
+    with torch.enable_grad():
+        probes = [x.detach().clone().requires_grad_() for x in inputs[:3]]
+        return torch.autograd.grad(_attend(run, node, *probes, *inputs[3:]), probes, dy)
+
+
+def pack(run: Run, node: ir.Node, x: Tensor) -> Sequence[Value]:
+    """What attention reads is kept in bf16; the rest in the razor form."""
+    readers = {use.node.op_type for use in node.outputs[0].uses()}
+    if readers == {"AttentionGrad"} and run.sparsity > 0:
+        return [torch.from_numpy(to_bf16(x.detach().to(torch.float32).numpy()).copy()).to(x.dtype)]
+    return [run.pack(x)]
+
+
 def reduce_grad(run: Run, node: ir.Node, dy: Tensor) -> Sequence[Value]:
     axes = ints(node, "axes")
     if not integer(node, "keepdims", 1):
@@ -324,11 +386,16 @@ OPERATORS: dict[str, Operator] = {
     "ScaleColumns": scale_columns,
     "ChannelSum": channel_sum,
     "MulGrad": mul_grad,
-    "Pack": lambda run, node, x: [run.pack(x)],
+    "Pack": pack,
     "MaxPool": max_pool,
     "MaxPoolGrad": max_pool_grad,
     "AveragePool": average_pool,
     "AveragePoolGrad": average_pool_grad,
+    "LayerNorm": layer_norm,
+    "LayerNormGrad": layer_norm_grad,
+    "Attention": attention,
+    "AttentionGrad": attention_grad,
+    "ExpandBatch": lambda run, node, x, like: [x.expand(like.shape[0], *x.shape[1:])],
     "Dropout": dropout,
     "DropoutGrad": dropout,
     "ReduceGrad": reduce_grad,
@@ -434,9 +501,15 @@ def run_training_graph(
 def _run_node(run: Run, node: ir.Node) -> None:
     operands = [None if v is None else run.values[v.name or ""] for v in node.inputs]
     for output, value in zip(node.outputs, OPERATORS[node.op_type](run, node, *operands), strict=False):
-        if isinstance(value, Tensor) and value.is_floating_point() and output.dtype == ir.DataType.FLOAT:
+        if (
+            output.name
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+            and output.dtype == ir.DataType.FLOAT
+        ):
             _check_shape(run, node, output, value)
-        run.values[output.name or ""] = value
+        if output.name:
+            run.values[output.name] = value
 
 
 def _check_shape(run: Run, node: ir.Node, output: ir.Value, value: Tensor) -> None:

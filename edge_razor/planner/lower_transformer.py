@@ -1,0 +1,149 @@
+"""Lowering of LayerNorm, attention, and of a value that is repeated for each sample, to kernel steps."""
+
+from __future__ import annotations
+
+from math import isfinite, prod
+
+from .context import Lowering, Tensor, collapse
+from .graph import Node
+from .lower_math import broadcast_strides
+from .program import Buffer
+from .storage import Form
+
+__all__ = ["RULES"]
+
+
+def _used(lowering: Lowering, node: Node, index: int) -> Tensor | None:
+    """Output `index`, if there is one and anything reads it."""
+    name, graph = node.output(index), lowering.graph
+    if not name or name not in graph.consumers and name not in graph.gradients.values():
+        return None
+    return lowering.output(node, index)
+
+
+def _buffer(tensor: Tensor | None) -> Buffer | None:
+    return None if tensor is None else tensor.buffer
+
+
+def _rms(node: Node) -> int:
+    rms = node.integer("rms", 0)
+    if rms not in (0, 1):
+        node.fail(f"rms must be 0 or 1, not {rms}")
+    return rms
+
+
+def _layer_norm(lowering: Lowering, node: Node) -> None:
+    x, y = lowering.plain(node, 0), lowering.output(node)
+    if x.shape != y.shape or not x.shape:
+        node.fail(f"cannot normalize {list(x.shape)} to {list(y.shape)}")
+    cols = x.shape[-1]
+    xhat, rstd = _used(lowering, node, 1), _used(lowering, node, 2)
+    if xhat is not None and xhat.shape != x.shape or rstd is not None and rstd.elements * cols != x.elements:
+        node.fail("xhat has X's shape, and rstd one number a row")
+    operands = [x.buffer, lowering.vector(node, 1, cols), lowering.vector(node, 2, cols), y.buffer]
+    ints = [x.elements // cols, cols, _rms(node)]
+    lowering.emit(node, "layer_norm", ints, [node.number("epsilon", 1e-5)], [*operands, _buffer(xhat), _buffer(rstd)])
+
+
+def _kept_or_dense(lowering: Lowering, node: Node, index: int) -> tuple[Buffer, list[int]]:
+    """Operand `index`, packed or as it is, and (form, samples, rows, cols, keep)."""
+    if node.input(index) in lowering.kept:
+        buffer, s = lowering.kept_input(node, index)
+        return buffer, [int(s.form or 0), s.samples, s.rows, s.cols, s.keep]
+    x = lowering.plain(node, index)
+    cols = x.shape[-1] if x.shape else 1
+    samples = lowering.samples if x.elements // cols % lowering.samples == 0 else 1
+    return x.buffer, [int(Form.DENSE), samples, x.elements // (cols * samples), cols, 0]
+
+
+def _layer_norm_grad(lowering: Lowering, node: Node) -> None:
+    xhat, (form, samples, rows, cols, keep) = _kept_or_dense(lowering, node, 0)
+    dy, rstd = lowering.plain(node, 1), lowering.plain(node, 2)
+    if dy.elements != samples * rows * cols or rstd.elements != samples * rows or dy.shape[-1] != cols:
+        node.fail(f"dY {list(dy.shape)} and rstd {list(rstd.shape)} do not fit [{samples}, {rows}, {cols}]")
+    outputs = [_used(lowering, node, index) for index in range(3)]
+    for tensor, elements in zip(outputs, (dy.elements, cols, cols), strict=True):
+        if tensor is not None and tensor.elements != elements:
+            node.fail(f"a gradient has shape {list(tensor.shape)}, expected {elements} elements")
+    operands = [xhat, dy.buffer, rstd.buffer, lowering.vector(node, 3, cols), *map(_buffer, outputs)]
+    lowering.emit(node, "layer_norm_grad", [form, samples, rows, cols, keep, _rms(node)], [], operands)
+
+
+def _attention_ints(
+    lowering: Lowering, node: Node, q: tuple[int, int, int], k: tuple[int, int, int], v: tuple[int, int, int]
+) -> tuple[list[int], list[float], Buffer | None, Buffer | None]:
+    """Attributes, key_mask and bias, from Q, K and V as (samples, rows, columns)."""
+    heads, kv_heads = node.integer("heads"), node.integer("kv_heads")
+    if min(heads, kv_heads) < 1 or q[2] % heads or heads % kv_heads:
+        node.fail(f"{heads} heads and {kv_heads} kv_heads do not fit {q[2]} columns")
+    d = q[2] // heads
+    if k != v or k[0] != q[0] or k[2] != kv_heads * d:
+        node.fail(f"Q {list(q)}, K {list(k)} and V {list(v)} do not fit each other")
+    n, t, s = q[0], q[1], k[1]
+    scale, ratio = node.number("scale"), node.number("ratio", 0.0)
+    if not isfinite(scale) or not 0 <= ratio < 1:
+        node.fail(f"scale {scale} must be finite and ratio {ratio} at least 0 and below 1")
+    mask, bias, bias_heads = None, None, 0
+    if node.input(3):
+        tensor = lowering.plain(node, 3)
+        if tensor.elements != n * s:
+            node.fail(f"key_mask has shape {list(tensor.shape)}, expected [{n}, {s}]")
+        mask = tensor.buffer
+    if node.input(4):
+        tensor = lowering.plain(node, 4)
+        bias_heads = tensor.elements // (t * s)
+        if tensor.shape[-2:] != (t, s) or bias_heads not in (1, heads):
+            node.fail(f"bias has shape {list(tensor.shape)}, expected [{t}, {s}] or [{heads}, {t}, {s}]")
+        bias = tensor.buffer
+    causal, stream = node.integer("causal", 0), node.integer("stream", 0)
+    if causal not in (0, 1):
+        node.fail(f"causal must be 0 or 1, not {causal}")
+    ratio = ratio if lowering.graph.gradients else 0.0  # dropout is identity in inference
+    return [n, t, s, heads, kv_heads, d, causal, bias_heads, stream], [scale, ratio], mask, bias
+
+
+def _sizes(node: Node, tensor: Tensor) -> tuple[int, int, int]:
+    if len(tensor.shape) != 3:
+        node.fail(f"needs [samples, positions, columns], got {list(tensor.shape)}")
+    n, rows, cols = tensor.shape
+    return n, rows, cols
+
+
+def _attention(lowering: Lowering, node: Node) -> None:
+    q, k, v = (lowering.plain(node, i) for i in range(3))
+    ints, floats, mask, bias = _attention_ints(lowering, node, *(_sizes(node, x) for x in (q, k, v)))
+    y = lowering.output(node)
+    if y.elements != q.elements:
+        node.fail(f"Y {list(y.shape)} must have Q's shape {list(q.shape)}")
+    lowering.emit(node, "attention", ints, floats, [q.buffer, k.buffer, v.buffer, mask, bias, y.buffer])
+
+
+def _attention_grad(lowering: Lowering, node: Node) -> None:
+    operands = [_kept_or_dense(lowering, node, index) for index in range(3)]
+    forms = [layout[0] for _, layout in operands]
+    if any(form not in (Form.DENSE, Form.BF16) for form in forms):
+        node.fail("Q, K and V are kept as float32 or bf16")
+    sizes = [(layout[1], layout[2], layout[3]) for _, layout in operands]
+    ints, floats, mask, bias = _attention_ints(lowering, node, sizes[0], sizes[1], sizes[2])
+    dy = lowering.plain(node, 5)
+    outputs = [_used(lowering, node, index) for index in range(3)]
+    for tensor, size in zip([dy, *outputs], [sizes[0], *sizes], strict=True):
+        if tensor is not None and tensor.elements != prod(size):
+            node.fail(f"a gradient has shape {list(tensor.shape)}, expected {list(size)}")
+    buffers = [*(buffer for buffer, _ in operands), mask, bias, dy.buffer, *map(_buffer, outputs)]
+    lowering.emit(node, "attention_grad", [*ints, *forms], floats, buffers)
+
+
+def _expand_batch(lowering: Lowering, node: Node) -> None:
+    x, y = lowering.plain(node, 0), lowering.output(node)
+    dims, (strides,) = collapse(y.shape, broadcast_strides(node, x.shape, y.shape))
+    lowering.emit(node, "broadcast", [len(dims), *dims, *strides], [1.0], [x.buffer, y.buffer])
+
+
+RULES = {
+    "LayerNorm": _layer_norm,
+    "LayerNormGrad": _layer_norm_grad,
+    "Attention": _attention,
+    "AttentionGrad": _attention_grad,
+    "ExpandBatch": _expand_batch,
+}

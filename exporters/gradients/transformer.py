@@ -1,0 +1,58 @@
+"""Gradients of LayerNorm, attention, and of a parameter that is repeated for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from edge_razor.exporters.gradients.tape import Tape
+from edge_razor.exporters.graph_edit import AttributeValue, dims, integer, number
+
+Gradients = Sequence[ir.Value | None]
+
+
+def layer_norm(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """Y = gamma·xhat + beta. The backward pass needs xhat and 1/std, which become outputs of the forward node.
+
+    With g = gamma·dY: dX = rstd·(g − mean(g) − xhat·mean(g·xhat)), dgamma = Σ dY·xhat, dbeta = Σ dY.
+    """
+    x, gamma, beta = [*node.inputs, None, None][:3]
+    dy, y = dys[0], node.outputs[0]
+    assert x is not None and dy is not None
+    shape = dims(x)
+    if not tape.needs(x) and not tape.needs(gamma):
+        return None, None, tape.emit("ChannelSum", [dy], shape[-1:], name=f"d/{beta.name}") if beta else None
+    xhat, rstd = tape.more_outputs(node, {f"{y.name}/normalized": shape, f"{y.name}/rstd": shape[:-1]})
+    wanted = [(x, shape), (gamma, shape[-1:]), (beta, shape[-1:])]
+    names = [f"d/{v.name}" if v is not None and tape.needs(v) else "" for v, _ in wanted]
+    attributes: dict[str, AttributeValue] = {"rms": integer(node, "rms", 0)}
+    return tape.emit_many(
+        "LayerNormGrad", [xhat, dy, rstd, gamma], [sizes for _, sizes in wanted], attributes, names=names
+    )
+
+
+def attention(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """Y = softmax(scale·Q·Kᵀ + bias)·V; the probabilities are made again from Q and K."""
+    q, k, v, key_mask, bias = [*node.inputs, None, None][:5]
+    wanted = [x if tape.needs(x) else None for x in (q, k, v)]
+    attributes: dict[str, AttributeValue] = {
+        **{name: integer(node, name, 0) for name in ("heads", "kv_heads", "causal", "stream")},
+        **{name: number(node, name, 0.0) for name in ("scale", "ratio")},
+    }
+    gradients = tape.emit_many(
+        "AttentionGrad",
+        [q, k, v, key_mask, bias, dys[0]],
+        [dims(x) for x in (q, k, v) if x is not None],
+        attributes,
+        names=["" if x is None else f"d/{x.name}" for x in wanted],
+    )
+    return [*gradients, None, None]
+
+
+def expand_batch(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """Y[N, …] = X[1, …] for each sample."""
+    x, dy = node.inputs[0], dys[0]
+    assert x is not None and dy is not None
+    axes = tape.ints([0])
+    return [tape.standard("ReduceSum", [dy, axes], dims(x), {"keepdims": 1}, name=f"d/{x.name}"), None]
