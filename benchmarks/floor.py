@@ -2,7 +2,7 @@
 
     floor = multiply-adds / (sgemm multiply-adds a second) + bytes / (bytes a second of a stream)
 
-Multiply-adds, of convolutions and matrix products by their definition (taps in the padding included):
+Multiply-adds, of convolutions, matrix products and attention by their definition (taps in the padding included):
 
 - forward, and gradient of the input wherever the graph needs it: all;
 - gradient of the weight: all where the input is kept dense or as bf16; the kept share (1 − s) where it is razor.
@@ -27,7 +27,7 @@ from math import prod
 from pathlib import Path
 
 from edge_razor.bundle import Bundle
-from edge_razor.planner.graph import Graph, read_graph
+from edge_razor.planner.graph import Graph, Node, read_graph
 from edge_razor.planner.storage import Form, Storage, choose_storage
 
 PRODUCTS = ("Conv", "Linear")
@@ -51,6 +51,15 @@ class Work:
         return self.multiply_adds / multiply_adds_per_second + self.bytes / bytes_per_second
 
 
+def _rows(graph: Graph, storage: dict[str, Storage], node: Node, index: int, samples: int) -> tuple[int, int]:
+    """(rows a sample, columns) of an operand, packed or not."""
+    kept = storage.get(node.input(index))
+    if kept is not None:
+        return kept.rows, kept.cols
+    shape = graph.shape(node.input(index), node).at(samples)
+    return shape[1], shape[2]
+
+
 def step_work(graph: Graph, samples: int, storage: dict[str, Storage]) -> Work:
     """Work of a step of `samples` samples whose values are kept as `storage` says."""
     multiply_adds = {"": 0, "GradInput": 0, "GradWeight": 0}
@@ -72,6 +81,12 @@ def step_work(graph: Graph, samples: int, storage: dict[str, Storage]) -> Work:
             multiply_adds[kind] += amount
             if kind == "GradWeight" and node.input(0) in graph.inputs:
                 moved += 4 * prod(graph.shape(node.input(0), node).at(samples))
+        if node.op in ("Attention", "AttentionGrad"):
+            # Two products forward, five backward (the scores once more): each head's T·S scores times its d columns.
+            q, k = (_rows(graph, storage, node, index, samples) for index in (0, 1))
+            multiply_adds["" if node.op == "Attention" else "GradInput"] += (
+                (2 if node.op == "Attention" else 5) * samples * q[0] * k[0] * q[1]
+            )
         if node.phase == "forward" and node.op not in ("Reshape", "Pack") and node.output(0) in graph.shapes:
             shape = graph.shape(node.output(0), node)
             moved += 4 * 4 * prod(shape.at(samples)) if shape.batch else 0

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("mobilenet_v2", "efficientnet_lite0", "resnet18", "resnet50")
+CONVOLUTIONAL = ("mobilenet_v2", "efficientnet_lite0", "resnet18", "resnet50")
+NAMES = (*CONVOLUTIONAL, "vit_tiny", "vit_base")
 
 
 def build(name: str, size: int = 224, classes: int = 1000) -> nn.Module:

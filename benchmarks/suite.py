@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, machine_line
 from benchmarks.floor import bundle_work
-from benchmarks.models import NAMES, bundle
+from benchmarks.models import CONVOLUTIONAL, NAMES, bundle
 from benchmarks.suite_report import write_report
 from benchmarks.turns import Case, say, take_turns
 
@@ -53,7 +53,7 @@ def measure(model: str, cases: list[Case], options: argparse.Namespace) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--models", nargs="+", default=list(CONVOLUTIONAL), choices=NAMES)
     labels = [case.label for case in CASES]
     parser.add_argument("--systems", nargs="+", default=labels, choices=labels, metavar="LABEL", help=", ".join(labels))
     parser.add_argument("--rounds", type=int, default=12)

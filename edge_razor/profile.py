@@ -1,7 +1,7 @@
 """What each step of a plan takes and does: seconds as measured, multiply-adds and bytes as the plan says.
 
-Multiply-adds are those that a convolution or matrix product needs by its definition, taps in the padding included,
-whichever algorithm does them; a weight gradient from a razor form counts the share of values that is kept. Other
+Multiply-adds are those that a convolution, matrix product or attention needs by its definition, taps in the padding and
+keys behind a mask included, whichever algorithm does them; a weight gradient from a razor form counts the share of values that is kept. Other
 kernels count none. Bytes are those of the operands: each is read or written once, both if it is updated, scratch left
 out. So GFLOP/s and GB/s say how fast a kernel does what it is for, not what its caches see.
 """
@@ -53,6 +53,9 @@ class Line:
 
 def step_multiply_adds(step: Step) -> int:
     """Multiply-adds of one call."""
+    if step.kernel in ("attention", "attention_grad"):
+        n, t, s, heads, _, d = step.ints[:6]
+        return (2 if step.kernel == "attention" else 5) * n * heads * t * s * d  # products, QKᵀ again among the five
     if not step.kernel.startswith("conv"):
         return 0
     n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = step.ints[:_CONV_SHAPE]

@@ -1,4 +1,4 @@
-"""The convolutional families that must export and train, as compact torch definitions.
+"""The families that must export and train, as compact torch definitions.
 
 Architectures follow the papers; names of modules are free. ``width`` scales channels, so that tests are fast. All of
 them can be traced by torch.fx, which the reference model needs. Weights are torch's default initialization: seed torch
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -387,6 +388,78 @@ def mlp(num_classes: int = 1000, width: float = 1.0, features: int = 3 * 64 * 64
     )
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for Q, K and V. ``eager``: written out, with a matrix of
+    probabilities, as older code does."""
+
+    def __init__(self, channels: int, heads: int, eager: bool) -> None:
+        super().__init__()
+        self.heads, self.eager = heads, eager
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.eager:
+            p = ((q @ k.transpose(-2, -1)) / (c // self.heads) ** 0.5).softmax(-1)
+            y = p @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        return self.project(y.transpose(1, 2).reshape(n, t, c))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: attention, then a two-layer perceptron, each added to its input."""
+
+    def __init__(self, channels: int, heads: int, eager: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, 1e-6)
+        self.attention = Attention(channels, heads, eager)
+        self.norm2 = nn.LayerNorm(channels, 1e-6)
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a class token and learned positions."""
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        channels: int = 192,
+        heads: int = 3,
+        depth: int = 12,
+        image: int = 224,
+        patch: int = 16,
+        eager: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, channels, patch, patch)
+        self.token = nn.Parameter(0.02 * torch.randn(1, 1, channels))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2 + 1, channels))
+        self.blocks = nn.Sequential(*(TransformerBlock(channels, heads, eager) for _ in range(depth)))
+        self.norm = nn.LayerNorm(channels, 1e-6)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def vit_tiny(num_classes: int = 1000) -> VisionTransformer:
+    return VisionTransformer(num_classes)
+
+
+def vit_base(num_classes: int = 1000) -> VisionTransformer:
+    """ViT-B/16."""
+    return VisionTransformer(num_classes, channels=768, heads=12)
+
+
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(resnet18, width=0.25),
     "resnet50": partial(resnet50, width=0.25),
@@ -399,5 +472,6 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "regnet": partial(regnet, width=0.5),
     "convnext": partial(convnext, width=0.5),
     "mlp": partial(mlp, width=0.25),
+    "vit": partial(VisionTransformer, channels=48, depth=2, image=64, patch=8),
 }
 """Family → constructor(num_classes) of a size for tests, input 3×64×64."""

@@ -44,7 +44,7 @@ class Comparison:
 
 
 def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every BatchNorm statistics and a scale and shift that are not trivial, in place."""
+    """Gives every BatchNorm statistics, and it and every LayerNorm a scale and shift that are not trivial, in place."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -53,6 +53,12 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.running_var.uniform_(0.6, 1.6, generator=generator)
                 module.weight.uniform_(0.7, 1.3, generator=generator)
                 module.bias.normal_(0, 0.2, generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            with torch.no_grad():
+                if module.weight is not None:
+                    module.weight.uniform_(0.7, 1.3, generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.2, generator=generator)
     return model
 
 

@@ -24,6 +24,8 @@ EXPECTED = {
     "regnet": CONVOLUTIONAL | {"Mul"},
     "convnext": CONVOLUTIONAL | {"Affine", "Mul", "Reshape"},
     "mlp": {"Linear", "Transpose", "Reshape"},
+    # The attention's own transpositions cancel; tokens are the rows of the patches' map.
+    "vit": {"Conv", "Reshape", "ExpandBatch", "Concat", "Add", "LayerNorm", "Linear", "Split", "Attention", "Slice"},
 }
 
 

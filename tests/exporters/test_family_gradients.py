@@ -20,8 +20,8 @@ from tests.reference.graph_backward import run_training_graph
 from tests.reference.razor import razor
 from tests.reference.torch_model import KeptModel
 
-# Together they have every operator: squeeze-and-excite, dense connections, channel shuffle, layer scale and GELU.
-NAMES = ["mobilenet_v3_small", "densenet", "shufflenet_v2", "convnext"]
+# Together they have every operator: squeeze-and-excite, dense connections, channel shuffle, layer scale, attention.
+NAMES = ["mobilenet_v3_small", "densenet", "shufflenet_v2", "convnext", "vit"]
 SAMPLES, CLASSES = 2, 5
 # Attributes such as hard-sigmoid's 1/6 and a mean's 1/49 are float32 in the file.
 TOLERANCE = 1e-6

@@ -1,8 +1,8 @@
 """A torch model whose backward pass keeps what docs/training-graph.md says is kept: the oracle at sparsity s.
 
 The model is traced by torch.fx and interpreted: a convolution or linear layer (with the frozen BatchNorm behind it), a
-standalone BatchNorm, a broadcast product and a smooth activation become autograd functions that save the kept form
-of their input; everything else is plain autograd. Independent of the exporter and of the runtime.
+standalone BatchNorm, LayerNorm, attention, a broadcast product and a smooth activation become autograd functions that
+save what is kept of their input; everything else is plain autograd. Independent of the exporter and of the runtime.
 """
 
 from __future__ import annotations
@@ -189,6 +189,38 @@ class _Quantized(torch.autograd.Function):
         return dy * ctx.saved_tensors[0], None, None
 
 
+class _LayerNorm(torch.autograd.Function):
+    """LayerNorm over the last dimension, whose backward reads the kept normalized value and the exact 1/std."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(kept, gamma, (x.var(-1, correction=0, keepdim=True) + eps).rsqrt())
+        return F.layer_norm(x, gamma.shape, gamma, beta, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        kept, gamma, rstd = ctx.saved_tensors
+        g = dy * gamma
+        dx = rstd * (g - g.mean(-1, keepdim=True) - kept * (g * kept).mean(-1, keepdim=True))
+        rows = tuple(range(dy.ndim - 1))
+        return dx, None, (dy * kept).sum(rows), dy.sum(rows), None
+
+
+class _Attention(torch.autograd.Function):
+    """Attention whose backward makes the probabilities again from Q, K and V as they are kept, in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, noise: float) -> Tensor:
+        ctx.save_for_backward(*(disturbed(x, noise).to(torch.bfloat16).to(x.dtype) for x in (q, k, v)))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        with torch.enable_grad():
+            probes = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            return (*torch.autograd.grad(F.scaled_dot_product_attention(*probes), probes, dy), None)
+
+
 class KeptModel(fx.Interpreter):
     """Runs ``model`` (eval mode) with the kept forms of ``keep``; call it like the model, then ``backward()``."""
 
@@ -246,6 +278,9 @@ class KeptModel(fx.Interpreter):
             if isinstance(x, _Pending):
                 return self._convolve(x.module, x.x, module)
             return _BatchNorm.apply(x, self._kept(x), module.weight, module.bias, module)
+        if isinstance(module, nn.LayerNorm):
+            xhat = F.layer_norm(x.detach(), module.normalized_shape, None, None, module.eps)
+            return _LayerNorm.apply(x, self._kept(xhat), module.weight, module.bias, module.eps)
         if isinstance(module, nn.Linear):
             return _Linear.apply(x, self._kept(x), module.weight, module.bias)
         if type(module) in SMOOTH_MODULES:
@@ -255,6 +290,8 @@ class KeptModel(fx.Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target in SMOOTH_FUNCTIONS:
             return self._smooth(SMOOTH_FUNCTIONS[target], args[0])
+        if target is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
+            return _Attention.apply(*args, self._noise)
         if target in (operator.mul, torch.mul) and all(isinstance(a, Tensor) for a in args):
             a, b = args
             if a.shape != b.shape:
