@@ -1,9 +1,9 @@
 """What each step of a plan takes and does: seconds as measured, multiply-adds and bytes as the plan says.
 
-Multiply-adds are those that a convolution, matrix product or attention needs by its definition, taps in the padding and
-keys behind a mask included, whichever algorithm does them; a weight gradient from a razor form counts the share of values that is kept. Other
-kernels count none. Bytes are those of the operands: each is read or written once, both if it is updated, scratch left
-out. So GFLOP/s and GB/s say how fast a kernel does what it is for, not what its caches see.
+Multiply-adds are those that a convolution, matrix product or attention needs by its definition, taps in the padding
+and keys behind a mask included, whichever algorithm does them; a weight gradient from a razor form counts the share of
+values that is kept. Other kernels count none. Bytes are those of the operands: each is read or written once, both if it
+is updated, scratch left out. So GFLOP/s and GB/s say how fast a kernel does what it is for, not what its caches see.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite, prod
+from math import inf, isfinite, prod
 
 from .context import Lowering, Tensor, collapse
 from .graph import Node
@@ -41,8 +41,11 @@ def _layer_norm(lowering: Lowering, node: Node) -> None:
     if xhat is not None and xhat.shape != x.shape or rstd is not None and rstd.elements * cols != x.elements:
         node.fail("xhat has X's shape, and rstd one number a row")
     operands = [x.buffer, lowering.vector(node, 1, cols), lowering.vector(node, 2, cols), y.buffer]
+    epsilon = node.number("epsilon", 1e-5)
+    if not 0 <= epsilon < inf:
+        node.fail(f"epsilon {epsilon} must be 0 or more and finite")
     ints = [x.elements // cols, cols, _rms(node)]
-    lowering.emit(node, "layer_norm", ints, [node.number("epsilon", 1e-5)], [*operands, _buffer(xhat), _buffer(rstd)])
+    lowering.emit(node, "layer_norm", ints, [epsilon], [*operands, _buffer(xhat), _buffer(rstd)])
 
 
 def _kept_or_dense(lowering: Lowering, node: Node, index: int) -> tuple[Buffer, list[int]]:

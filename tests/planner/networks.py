@@ -202,6 +202,41 @@ class Network:
     def softmax(self, x: ir.Value, axis: int = -1) -> ir.Value:
         return self.node("Softmax", [x], dims(x), lambda v: v.softmax(axis), {"axis": axis})
 
+    def layer_norm(self, x: ir.Value, rms: bool = False) -> ir.Value:
+        """LayerNorm or RMSNorm with scale and, if LayerNorm, shift."""
+        width = dims(x)[-1]
+        name = f"norm{self.count + 1}"
+        gamma = self.parameter(f"{name}.weight", (width,), 0.2, 1.0)
+        beta = None if rms else self.parameter(f"{name}.bias", (width,), 0.1)
+
+        def run(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None = None) -> torch.Tensor:
+            if beta is None:
+                return F.rms_norm(x, gamma.shape, gamma, 1e-5)
+            return F.layer_norm(x, gamma.shape, gamma, beta, 1e-5)
+
+        attributes = {"epsilon": 1e-5, "rms": int(rms)}
+        return self.node("LayerNorm", [x, gamma, beta], dims(x), run, attributes, DOMAIN)
+
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, kv_heads: int, d: int, causal: bool = False) -> ir.Value:
+        """On [N, positions, heads·d] each; as many query heads as Q has."""
+        heads = dims(q)[-1] // d
+
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.reshape(*x.shape[:2], -1, d).transpose(1, 2) for x in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+            return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], heads * d)
+
+        attributes = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "causal": int(causal)}
+        return self.node("Attention", [q, k, v, None, None], dims(q), run, attributes, DOMAIN)
+
+    def expand_batch(self, x: ir.Value) -> ir.Value:
+        """A parameter [1, …] for each sample."""
+        shape = (BATCH, *dims(x)[1:])
+        reads = [x, self.input]
+        return self.node(
+            "ExpandBatch", reads, shape, lambda x, like: x.expand(like.shape[0], *x.shape[1:]), None, DOMAIN
+        )
+
     def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
         """`shape` without the batch dimension."""
         target = self.ints([-1, *shape])

@@ -70,6 +70,20 @@ def tokens(net: Network) -> Built:
     return net.build(net.linear(x, 5))
 
 
+def transformer(net: Network) -> Built:
+    """Class token, pre-norm attention with grouped heads (causal in the second block), RMSNorm, SiLU."""
+    x = net.linear(net.reshape(net.input, (63, 3)), 16)
+    x = net.concat([net.expand_batch(net.parameter("token", (1, 1, 16))), x], 1)
+    for causal in (False, True):
+        y = net.layer_norm(x)
+        q, kv = net.linear(y, 16), net.linear(y, 8)
+        v = net.linear(y, 8)
+        x = net.binary("Add", x, net.linear(net.attention(q, kv, v, 2, 4, causal), 16))
+        x = net.binary("Add", x, net.linear(net.linear(net.layer_norm(x, rms=True), 32, act="silu"), 16))
+    x = net.layer_norm(x)
+    return net.build(net.linear(net.reshape(net.slice(x, 1, 0, 1), (16,)), 5))
+
+
 NETWORKS: dict[str, Callable[[Network], Built]] = {
     "residual": residual(True),
     "residual_bias": residual(False),
@@ -77,6 +91,7 @@ NETWORKS: dict[str, Callable[[Network], Built]] = {
     "arithmetic": arithmetic,
     "perceptron": perceptron,
     "tokens": tokens,
+    "transformer": transformer,
 }
 
 

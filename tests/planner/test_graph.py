@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from edge_razor.errors import BundleError, EdgeRazorError, PlanError
 from edge_razor.planner.context import collapse
 from edge_razor.planner.planning import plan_graph
+from edge_razor.planner.search import Search
 
-from .conftest import settings
+from .conftest import graph_of, settings
 from .networks import Built, Network
+from .test_execution import transformer
 
 
 def first(model: onnx.ModelProto, op: str) -> onnx.NodeProto:
@@ -77,6 +79,55 @@ def test_a_broken_graph_is_a_bundle_error(mobile: tuple[Network, Built], name: s
     BREAKS[name](model)
     with pytest.raises(BundleError, match="training graph|bundle.json"):
         plan_graph(model.SerializeToString(), built.manifest, settings(), None)
+
+
+TRANSFORMER_BREAKS: dict[str, Callable[[onnx.ModelProto], object]] = {
+    "heads that do not divide": lambda m: attribute(first(m, "Attention"), "heads", 3),
+    "no heads": lambda m: attribute(first(m, "Attention"), "heads", 0),
+    "kv_heads that do not divide": lambda m: attribute(first(m, "Attention"), "kv_heads", 3),
+    "scale as text": lambda m: attribute(first(m, "Attention"), "scale", "large"),
+    "infinite scale": lambda m: attribute(first(m, "AttentionGrad"), "scale", float("inf")),
+    "ratio of one": lambda m: attribute(first(m, "Attention"), "ratio", 1.0),
+    "causal of two": lambda m: attribute(first(m, "Attention"), "causal", 2),
+    "K of another width": lambda m: first(m, "Attention").input.__setitem__(1, first(m, "Attention").input[0]),
+    "key mask of another shape": lambda m: first(m, "Attention").input.append(first(m, "Linear").output[0]),
+    "bias of another shape": lambda m: first(m, "Attention").input.extend(["", first(m, "Linear").output[0]]),
+    "K and V kept for something else": lambda m: first(m, "AttentionGrad").input.__setitem__(
+        1, next(n for n in m.graph.node if n.op_type == "Pack" and "attention" not in n.output[0]).output[0]
+    ),
+    "dY of another shape": lambda m: first(m, "AttentionGrad").input.__setitem__(5, first(m, "Slice").output[0]),
+    "rms of two": lambda m: attribute(first(m, "LayerNorm"), "rms", 2),
+    "negative epsilon": lambda m: attribute(first(m, "LayerNorm"), "epsilon", -1.0),
+    "gamma of another length": lambda m: first(m, "LayerNorm").input.__setitem__(
+        1, next(t.name for t in m.graph.initializer if list(t.dims) == [32])
+    ),
+    "rstd of another shape": lambda m: first(m, "LayerNormGrad").input.__setitem__(2, first(m, "Linear").output[0]),
+    "a token of another width": lambda m: dim(m, first(m, "ExpandBatch").output[0], 2, 17),
+}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("name", TRANSFORMER_BREAKS)
+def test_a_broken_transformer_is_a_bundle_error(name: str, sparsity: float) -> None:
+    built = transformer(Network((9, 7, 3)))
+    model = onnx.load_model_from_string(built.training)
+    plan_graph(model.SerializeToString(), built.manifest, settings(sparsity=sparsity), None)
+    TRANSFORMER_BREAKS[name](model)
+    with pytest.raises(BundleError, match="training graph"):
+        plan_graph(model.SerializeToString(), built.manifest, settings(sparsity=sparsity), None)
+
+
+def test_a_part_of_a_transformer_computes_no_more_than_it_needs() -> None:
+    """With only the last norm's scale, nothing of attention is kept or differentiated."""
+    net = Network((9, 7, 3))
+    built = transformer(net)
+    graph = graph_of(built).restricted([n for n in built.parameters if n.startswith("norm")][-2:-1])
+    assert {n.op for n in graph.nodes if n.phase == "backward"} & {"LayerNormGrad", "AttentionGrad"} == {
+        "LayerNormGrad"
+    }
+    candidate = Search(graph, settings(sparsity=0.0)).candidate(0.0, 8)
+    (step,) = [s for s in candidate.train.steps if s.kernel == "layer_norm_grad"]
+    assert [o is not None for o in step.operands[4:7]] == [False, True, False]
 
 
 @pytest.mark.parametrize("data", [b"", b"not onnx", b"\x00" * 100])

@@ -16,6 +16,7 @@ MAY_ALIAS = {
     "binary": {(2, 0), (2, 1)},
     "neg": {(1, 0)},
     "softmax": {(1, 0)},
+    "layer_norm_grad": {(4, 1)},
     "softmax_grad": {(2, 0)},
     "dropout": {(1, 0)},
     "cross_entropy": {(2, 0)},
