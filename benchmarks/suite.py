@@ -1,8 +1,10 @@
 """All systems on the same work: a training step of each network, seconds and memory, in one table with plots.
 
-python dev.py bench suite [--models mobilenet_v2 …] [--systems "PyTorch eager" …] [--rounds 12] [--redraw]
+python dev.py bench suite [--models mobilenet_v2 …] [--systems "PyTorch eager" …] [--rounds 12] [--report suite]
+    [--redraw]
 
-Writes results/suite.md, results/suite.json (from which --redraw makes the others again) and results/suite-<model>.png.
+Writes results/<report>.md, results/<report>.json (from which --redraw makes the others again) and
+results/suite-<model>.png.
 """
 
 from __future__ import annotations
@@ -60,9 +62,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--report", default="suite", help="name of the files in results (default: suite)")
     parser.add_argument("--redraw", action="store_true", help="measure nothing: tables and plots from suite.json")
     options = parser.parse_args()
-    file = RESULTS / "suite.json"
+    file = RESULTS / f"{options.report}.json"
     if not options.redraw:
         settings = {name: getattr(options, name) for name in ("rounds", "threads", "batch_size", "size")}
         models: dict[str, Any] = {}
@@ -72,7 +75,7 @@ def main() -> None:
             versions = machine_line("torch", "onnxruntime") + ", onnxruntime-training-cpu 1.19.2"
             content = {"machine": versions, "settings": settings | {"warm_up": WARM_UP}, "models": models}
             file.write_text(json.dumps(content, indent=1) + "\n")
-    write_report(json.loads(file.read_text()))
+    write_report(json.loads(file.read_text()), options.report)
 
 
 if __name__ == "__main__":

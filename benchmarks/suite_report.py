@@ -130,8 +130,8 @@ def profile_table(lines: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def write_report(content: dict[str, Any]) -> None:
-    """Writes results/suite.md and a plot of memory against time for each model."""
+def write_report(content: dict[str, Any], report: str = "suite") -> None:
+    """Writes results/<report>.md and a plot of memory against time for each model."""
     from benchmarks.plots import memory_against_time
 
     settings = content["settings"]
@@ -154,10 +154,10 @@ def write_report(content: dict[str, Any]) -> None:
                 body += f"## Kernels: {name}, {entry['label']}\n\n{profile_table(entry['profile'])}\n"
     body += "## How\n" + NOTES.format(**settings)
     write_result(
-        "suite",
+        report,
         f"Training step, {settings['size']}×{settings['size']}, batch {settings['batch_size']}, SGD without momentum, "
         f"all parameters, {settings['threads']} threads",
-        "python dev.py bench suite",
+        "python dev.py bench suite" + ("" if report == "suite" else f" --report {report} --models … --systems …"),
         body,
         machine=content["machine"],
     )

@@ -31,13 +31,14 @@ class Checkpointed(nn.Module):
 
 
 def checkpoint_blocks(model: nn.Module) -> list[Tensor]:
-    """Checkpoints every block of the model, in place: the children of a Sequential, or its list of ``_blocks``.
+    """Checkpoints every block of the model, in place: the children of a Sequential, or its ``_blocks`` or ``blocks``.
 
     The blocks are those that the literature names: inverted residuals, residual blocks. Returns the list to which each
     forward pass adds the blocks' inputs; the caller empties it.
     """
     inputs: list[Tensor] = []
-    blocks: nn.Module = model if isinstance(model, nn.Sequential) else model._blocks  # type: ignore[assignment]
+    name = "_blocks" if hasattr(model, "_blocks") else "blocks"
+    blocks: nn.Module = model if isinstance(model, nn.Sequential) else getattr(model, name)
     for name, block in list(blocks.named_children()):
         setattr(blocks, name, Checkpointed(block, inputs))
     return inputs
