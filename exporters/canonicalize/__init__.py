@@ -22,7 +22,11 @@ from edge_razor.exporters.canonicalize.padding import canonicalize_padding
 from edge_razor.exporters.canonicalize.pooling import canonicalize_pooling
 from edge_razor.exporters.canonicalize.reshapes import canonicalize_reshapes
 from edge_razor.exporters.canonicalize.supported import check_supported
-from edge_razor.exporters.canonicalize.transformer import canonicalize_batch_expansion, canonicalize_layer_norm
+from edge_razor.exporters.canonicalize.transformer import (
+    canonicalize_batch_expansion,
+    canonicalize_layer_norm,
+    canonicalize_written_norms,
+)
 
 __all__ = ["PASSES", "canonicalize"]
 
@@ -38,6 +42,7 @@ PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
     slices_to_split,
     canonicalize_attention,
     canonicalize_layer_norm,
+    canonicalize_written_norms,
     canonicalize_elementwise,
     canonicalize_activations,
     canonicalize_convolutions,

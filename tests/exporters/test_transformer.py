@@ -168,6 +168,65 @@ def test_layer_norm(norm: nn.Module) -> None:
     check_gradients(model, (5, WIDTH))
 
 
+def test_layer_norm_of_channels_on_a_map_needs_no_transpose() -> None:
+    """As ConvNeXt has it: permuted to channels-last for the norm and the linear layer, and back."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return x + self.linear(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+    model = nn.Sequential(Block(), nn.Flatten(), nn.Linear(8 * 3 * 4, 4))
+    assert "LayerNorm" in ops(check_model(model, (3, 5, 6)))
+    assert "Transpose" not in ops(check_model(model[0], (3, 5, 6)))
+    check_gradients(model, (3, 5, 6))
+
+
+class Written(nn.Module):
+    """A norm written out: ``forward`` of x and the module's weight and bias."""
+
+    def __init__(self, norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight, self.bias = nn.Parameter(torch.rand(WIDTH) + 0.5), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.weight, self.bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)) + 0 * bias
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    d = x - x.mean(-1, keepdim=True)
+    return d / (d * d).mean(-1, keepdim=True).add(1e-6).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(WIDTH), Written(rms_norm), Written(layer_norm)])
+def test_norms_written_out(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.Flatten(), nn.Linear(5 * WIDTH, 4))
+    found = ops(check_model(model, (5, WIDTH)))
+    assert found.count("LayerNorm") == 1 and not {"ReduceMean", "Div"} & set(found), found
+    check_gradients(model, (5, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "almost",
+    [
+        lambda x, w, b: x / (x.pow(2).mean(1, keepdim=True) + 1e-6).sqrt() * w + b,  # over positions
+        lambda x, w, b: (x + b) / ((x * x).mean(-1, keepdim=True) + 1e-6).sqrt() * w,  # of something else
+    ],
+)
+def test_what_is_almost_a_norm_is_not_taken_for_one(almost: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedOpError, match="Sqrt"):  # which alone is not known
+        check_model(Written(almost), (5, WIDTH))
+
+
 def test_layer_norm_over_two_dimensions_says_so() -> None:
     with pytest.raises(UnsupportedOpError, match="normalizes more than the last dimension"):
         check_model(nn.LayerNorm([5, WIDTH]), (5, WIDTH))
