@@ -41,6 +41,13 @@ def test_multiply_adds_of_convolutions(kernel: str, rest: list[int], expected: i
     assert step_multiply_adds(step(kernel, [*CONV, *rest])) == expected
 
 
+def test_multiply_adds_of_attention() -> None:
+    sizes = [2, 5, 7, 6, 3, 4]  # n, t, s, heads, kv_heads, d
+    product = 2 * 6 * 5 * 7 * 4
+    assert step_multiply_adds(step("attention", [*sizes, 1, 0, 0])) == 2 * product
+    assert step_multiply_adds(step("attention_grad", [*sizes, 1, 0, 0, 0, 0, 0])) == 5 * product
+
+
 def test_other_kernels_count_no_multiply_adds() -> None:
     assert step_multiply_adds(step("pack", [3, 2, 35, 6, 21], 1680, 100)) == 0
     assert step_multiply_adds(step("binary", [0, 1, 5, 1, 1], 20, 20, 20)) == 0

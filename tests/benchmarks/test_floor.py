@@ -62,5 +62,19 @@ def test_a_linear_model() -> None:
     assert work == Work(4 * 6 * 3, 0, 4 * 6 * 3, 16 * 4 * 3 + 2 * 4 * 4 * 6 + 20 * 21)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_attention_is_two_products_forward_and_five_backward(sparsity: float) -> None:
+    net = Network((9, 4))
+    x = net.linear(net.input, 12)
+    y = net.attention(x, net.linear(x, 6), net.linear(x, 6), 1, 6)
+    graph = graph_of(net.build(net.linear(net.mean(y, (1,)), 5)))
+    work = step_work(graph, 2, choose_storage(graph, 2, sparsity, "centered"))
+    scores = 2 * 2 * 9 * 9 * 6  # samples, heads, queries, keys, columns of a head
+    linear = 2 * 9 * (4 * 12 + 12 * 6 + 12 * 6)
+    head = 2 * 12 * 5
+    assert work.forward == 2 * scores + linear + head
+    assert work.grad_input == 5 * scores + linear - 2 * 9 * 4 * 12 + head
+
+
 def test_seconds_add_arithmetic_and_traffic() -> None:
     assert Work(600, 300, 100, 5000).seconds(500.0, 1000.0) == pytest.approx(2.0 + 5.0)
