@@ -167,7 +167,7 @@ def cases(threads: int) -> dict[str, tuple[Call, Call]]:
         ),
         "dropout": (ours("dropout", [size // n, n, 1], [0.1], [x, out]), lambda: F.dropout(tx, 0.1)),
         "cross_entropy + gradient [64, 1000]": (
-            ours("cross_entropy", [64, 1, 1000], [0], [logits, target, dlogits], valid_batch=64, valid_micro=64),
+            ours("cross_entropy", [64, 1, 1000, -100], [0], [logits, target, dlogits], valid_batch=64, valid_micro=64),
             torch_cross_entropy,
         ),
         "sgd momentum, 3M": (ours("sgd", [params, 0], [0.9, 1e-4], [w, g, m, None], learning_rate=1e-9), sgd.step),

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from edge_razor.errors import UsageError
-from edge_razor.manifest import InputSpec, Manifest
+from edge_razor.manifest import IGNORE_INDEX, InputSpec, Manifest
 
 __all__ = ["Array", "check_inputs", "check_targets", "normalizes"]
 
@@ -44,6 +44,14 @@ def _bind(array: Array, spec: InputSpec, manifest: Manifest, channels_last: bool
         raise UsageError(f"input {spec.name!r} has shape {list(array.shape)}, the model needs [{expected}]")
     if not len(array):
         raise UsageError(f"input {spec.name!r} has no samples")
+    if spec.indices:
+        if array.dtype.kind not in "iu":
+            raise UsageError(f"input {spec.name!r} has type {array.dtype}; give whole numbers (token indices)")
+        return np.ascontiguousarray(array, dtype=np.int32)  # the session checks their range
+    if spec.dtype != "float32":
+        if array.dtype.kind not in "biuf":
+            raise UsageError(f"input {spec.name!r} has type {array.dtype}; give {spec.dtype}")
+        return np.ascontiguousarray(array, dtype=np.float32)
     if array.dtype == np.uint8:
         if normalizes(spec, manifest):
             return np.ascontiguousarray(array)  # the runtime does it while it copies
@@ -84,7 +92,7 @@ def check_targets(targets: Any, manifest: Manifest, samples: int) -> Array:
         return array
     if array.dtype.kind not in "iu":
         raise UsageError(f"targets have type {array.dtype}; {manifest.loss} needs whole numbers (class indices)")
-    wrong = (array < 0) | (array >= classes)
+    wrong = ((array < 0) | (array >= classes)) & (array != IGNORE_INDEX)
     if wrong.any():
         sample = int(np.argmax(wrong.reshape(samples, -1).any(axis=1)))
         label = array[wrong].flat[0]

@@ -10,11 +10,24 @@ from typing import Any, NoReturn
 
 from edge_razor.errors import BundleError
 
-__all__ = ["FILES", "FORMAT_VERSION", "MANIFEST", "FileEntry", "InputSpec", "Manifest", "OutputSpec", "Preprocessing"]
+__all__ = [
+    "FILES",
+    "FORMAT_VERSION",
+    "IGNORE_INDEX",
+    "MANIFEST",
+    "FileEntry",
+    "InputSpec",
+    "Manifest",
+    "OutputSpec",
+    "Preprocessing",
+]
 
 MANIFEST = "bundle.json"
 FILES = ("training.onnx", "inference.onnx", "weights.safetensors")
 FORMAT_VERSION = 1
+DTYPES = ("float32", "int64", "int32", "bool")
+IGNORE_INDEX = -100
+"""A cross-entropy target that does not count, as in torch."""
 LOSSES = ("cross_entropy", "mse", "bce_with_logits")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -23,12 +36,15 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 class InputSpec:
     """A model input.
 
-    `shape`: the user's layout without the batch dimension; `perm`: runtime dim d = user's dim perm[d].
+    `shape`: the user's layout without the batch dimension; `perm`: runtime dim d = user's dim perm[d]; `dtype`: the
+    user's: float32, int64 (token indices, or a mask) or bool (a mask); `indices`: it indexes a table.
     """
 
     name: str
     shape: tuple[int, ...]
     perm: tuple[int, ...]
+    dtype: str = "float32"
+    indices: bool = False
 
     @property
     def runtime_shape(self) -> tuple[int, ...]:
@@ -89,6 +105,11 @@ class Manifest:
     def class_count(self) -> int | None:
         """Number of classes for cross_entropy, else None."""
         return self.output.shape[self.class_axis - 1] if self.loss == "cross_entropy" else None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the model gives a class for every position of a text."""
+        return self.loss == "cross_entropy" and len(self.output.shape) == 2 and any(i.indices for i in self.inputs)
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -176,7 +197,11 @@ def parse_manifest(text: bytes, bundle: str) -> Manifest:
     for i, entry in enumerate(read.get(raw, "inputs", "", list, "a list of inputs")):
         where = f"inputs[{i}]."
         shape = read.sample_shape(entry, where)
-        inputs.append(InputSpec(read.text(entry, "name", where), shape, read.permutation(entry, where, len(shape) + 1)))
+        dtype = entry.get("dtype", "float32")
+        if dtype not in DTYPES:
+            read.fail(f"{where}dtype", "one of " + ", ".join(DTYPES))
+        perm = read.permutation(entry, where, len(shape) + 1)
+        inputs.append(InputSpec(read.text(entry, "name", where), shape, perm, dtype, entry.get("indices") is True))
     if not inputs:
         read.fail("inputs", "a list of at least one input")
     output = read.get(raw, "output", "", dict, "a table")

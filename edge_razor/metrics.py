@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_razor.manifest import IGNORE_INDEX
 from edge_razor.tensors import replacing
 
 __all__ = ["MetricsLog", "correct_count", "loss_sum"]
@@ -41,32 +42,40 @@ class MetricsLog:
 
 def loss_sum(
     loss: str, outputs: np.ndarray, targets: np.ndarray, label_smoothing: float = 0.0, class_axis: int = 1
-) -> float:
-    """Sum over the samples of the bundle's loss, in float64, as torch defines it with reduction="mean" for one sample.
+) -> tuple[float, float]:
+    """The bundle's loss over the samples as (sum, weight), in float64: their quotient, also of sums over several
+    batches, is what torch gives with reduction="mean".
 
     Args:
-        loss: cross_entropy, mse or bce_with_logits.
+        loss: cross_entropy (weight: the targets that count), mse or bce_with_logits (weight: the samples).
         outputs: float32, samples first.
-        targets: class indices in the shape of `outputs` without the class axis, or floats in the shape of `outputs`.
+        targets: class indices in the shape of `outputs` without the class axis (`IGNORE_INDEX`: does not count), or
+            floats in the shape of `outputs`.
         label_smoothing, class_axis: cross_entropy only.
     """
     x = outputs.astype(np.float64)
     if loss == "mse":
-        return float(((x - targets) ** 2).reshape(len(x), -1).mean(axis=1).sum())
+        return float(((x - targets) ** 2).reshape(len(x), -1).mean(axis=1).sum()), len(x)
     if loss == "bce_with_logits":
         losses = np.maximum(x, 0) - x * targets + np.log1p(np.exp(-np.abs(x)))
-        return float(losses.reshape(len(x), -1).mean(axis=1).sum())
+        return float(losses.reshape(len(x), -1).mean(axis=1).sum()), len(x)
+    counted = targets != IGNORE_INDEX
     shifted = x - x.max(axis=class_axis, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=class_axis, keepdims=True))
-    picked = np.take_along_axis(log_probabilities, np.expand_dims(targets, class_axis).astype(np.intp), class_axis)
+    classes = np.expand_dims(np.where(counted, targets, 0), class_axis).astype(np.intp)
+    picked = np.take_along_axis(log_probabilities, classes, class_axis)
     smooth = log_probabilities.mean(axis=class_axis, keepdims=True)
-    losses = -(1 - label_smoothing) * picked - label_smoothing * smooth
-    return float(losses.reshape(len(x), -1).mean(axis=1).sum())
+    losses = (-(1 - label_smoothing) * picked - label_smoothing * smooth).squeeze(class_axis)
+    return float(losses[counted].sum()), int(counted.sum())
 
 
-def correct_count(loss: str, outputs: np.ndarray, targets: np.ndarray, class_axis: int = 1) -> float | None:
-    """Samples that are right (a sample with several positions counts by its share of right ones); None for mse."""
+def correct_count(loss: str, outputs: np.ndarray, targets: np.ndarray, class_axis: int = 1) -> tuple[float, float]:
+    """(right, of how many): targets that count for cross_entropy, samples for bce_with_logits, where a sample with
+    several outputs counts by its share of right ones; (0, 0) for mse."""
     if loss == "mse":
-        return None
-    right = outputs.argmax(axis=class_axis) == targets if loss == "cross_entropy" else (outputs > 0) == (targets > 0.5)
-    return float(right.reshape(len(outputs), -1).mean(axis=1).sum())
+        return 0.0, 0
+    if loss == "cross_entropy":
+        counted = targets != IGNORE_INDEX
+        return float((outputs.argmax(axis=class_axis) == targets)[counted].sum()), int(counted.sum())
+    right = (outputs > 0) == (targets > 0.5)
+    return float(right.reshape(len(outputs), -1).mean(axis=1).sum()), len(outputs)

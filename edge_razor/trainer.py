@@ -17,6 +17,7 @@ from edge_razor.batches import Array, check_inputs, check_targets
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, write_checkpoint
 from edge_razor.errors import CheckpointError, NonFiniteError, PlanError, UsageError
+from edge_razor.manifest import IGNORE_INDEX
 from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
@@ -205,24 +206,29 @@ class Trainer:
         """Mean loss and accuracy over batches of (inputs, targets), of any sizes.
 
         Returns:
-            `samples`, `loss` (the bundle's), `accuracy` (0 … 1; None for mse).
+            `samples`, `loss` (the bundle's), `accuracy` (0 … 1; None for mse), and for a model of tokens `perplexity`.
 
         Raises:
             UsageError: as `step`, or there is no batch at all.
         """
         manifest = self.bundle.manifest
-        samples, loss, correct = 0, 0.0, 0.0
+        samples, total, right = 0, np.zeros(2), np.zeros(2)
         for inputs, targets in dataset:
             outputs = self.predict(inputs)
             target = check_targets(targets, manifest, len(outputs))
             axis = manifest.class_axis
-            loss += loss_sum(manifest.loss, outputs, target, manifest.label_smoothing, axis)
-            correct += correct_count(manifest.loss, outputs, target, axis) or 0.0
+            total += loss_sum(manifest.loss, outputs, target, manifest.label_smoothing, axis)
+            right += correct_count(manifest.loss, outputs, target, axis)
             samples += len(outputs)
         if not samples:
             raise UsageError("there is nothing to evaluate: the data set has no batches")
-        accuracy = None if manifest.loss == "mse" else correct / samples
-        return {"samples": samples, "loss": loss / samples, "accuracy": accuracy}
+        if not total[1]:
+            raise UsageError(f"there is nothing to evaluate: every target is {IGNORE_INDEX}, which does not count")
+        accuracy = float(right[0] / right[1]) if right[1] else None
+        result: dict[str, Any] = {"samples": samples, "loss": float(total[0] / total[1]), "accuracy": accuracy}
+        if manifest.per_token:
+            result["perplexity"] = float(np.exp(total[0] / total[1]))
+        return result
 
     # ---- Weights ----
 

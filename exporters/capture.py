@@ -12,7 +12,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +55,22 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
     an error.
 
     Args:
-        example_inputs: a tensor or a tuple of tensors, float32, first dimension = batch (of any size).
+        example_inputs: a tensor, a tuple of tensors, or a mapping from the names of forward()'s arguments to tensors:
+            float32, int64 or bool, first dimension = batch (of any size). Whole numbers are indices of an embedding, or
+            masks.
         dropout: keep nn.Dropout for training.
 
     Raises:
-        UsageError: an input is no float32 tensor with a batch dimension, a parameter is not float32, or torch cannot
+        UsageError: an input is no such tensor, a parameter is not float32, or torch cannot
             trace the model.
     """
     import torch
 
-    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    names: list[str] = []
+    if isinstance(example_inputs, Mapping):
+        names, inputs = [str(name) for name in example_inputs], tuple(example_inputs.values())
+    else:
+        inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     _check_inputs(inputs)
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -75,15 +81,16 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
             raise UsageError(f"parameter {name} is {tensor.dtype}; export needs float32: call model.float()")
     # A batch of one would be specialized by torch.export; two rows of the same data trace the same graph.
     inputs = tuple(torch.cat([x[:1], x[:1]]) for x in inputs)
-    with _eval_mode(model), _visible_dropout(model, enabled=dropout), _quiet():
+    traced = _first_output(model, names) if names or hasattr(model, "config") else model
+    with _eval_mode(model), _without_cache(model), _visible_dropout(model, enabled=dropout), _quiet():
         try:
             program = torch.onnx.export(
-                model,
+                traced,
                 inputs,
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
-                dynamic_shapes=_dynamic_shapes(model, len(inputs)),
+                dynamic_shapes=_dynamic_shapes(traced, len(inputs)),
                 custom_translation_table=_dropout_translation(),
                 verbose=False,
             )
@@ -91,11 +98,19 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
             raise UsageError(f"torch cannot export the model: {_root_cause(error)}") from error
     assert program is not None
     graph = program.model.graph
+    if traced is not model:
+        _unwrap(graph, names or list(inspect.signature(model.forward).parameters))
     state = model.state_dict()
     aliases = _aliases(state)
     _restore_names(graph, state, aliases)
     used = [name for name in state if name in graph.initializers]
     mark_parameters(graph, used)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            name = f"{path}.weight" if path else "weight"
+            table = graph.initializers.get(aliases.get(name, name))
+            if table is not None:
+                table.meta["padding_idx"] = module.padding_idx  # ONNX's Gather has no such thing
     for node in graph:
         node.metadata_props["layer"] = _layer(node)
     stored = set(used) | set(aliases)
@@ -103,15 +118,66 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
     return Captured(program.model, list(state), aliases, extra)
 
 
+def _first_output(model: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
+    """``model`` with positional arguments called ``names``, and one tensor as its result: of a table of results (as
+    Hugging Face models give) the logits, else the first tensor."""
+    import torch
+
+    class FirstOutput(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.training = model.training
+
+        def forward(self, *values: torch.Tensor) -> torch.Tensor:
+            result = self.model(**dict(zip(names, values, strict=True))) if names else self.model(*values)
+            if isinstance(result, Mapping):
+                result = result["logits"] if "logits" in result else next(iter(result.values()))
+            return result[0] if isinstance(result, tuple | list) else result
+
+    return FirstOutput()
+
+
+def _unwrap(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Takes the prefix of `_first_output` off parameters and layers, and gives the inputs their names back."""
+    for value in list(graph.initializers.values()):
+        if value.name is not None and value.name.startswith("model."):
+            del graph.initializers[value.name]
+            value.name = value.name.removeprefix("model.")
+            graph.initializers[value.name] = value
+    taken = {output.name for node in graph for output in node.outputs}
+    for value, name in zip(graph.inputs, names, strict=False):
+        value.name = name if name not in taken else f"{name}/input"
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes.replace("'model.", "'").replace("'model'", "''")
+
+
+@contextlib.contextmanager
+def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """A language model's keys and values of earlier tokens serve generation, not training."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before  # type: ignore[union-attr]
+
+
 def _check_inputs(inputs: tuple[Any, ...]) -> None:
     import torch
+
+    allowed = (torch.float32, torch.int64, torch.bool)
 
     if not inputs:
         raise UsageError("example_inputs is empty; give one tensor for each argument of forward()")
     for position, x in enumerate(inputs):
-        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+        if not isinstance(x, torch.Tensor) or x.dtype not in allowed:
             given = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-            raise UsageError(f"example input {position} is {given}; export needs float32 tensors")
+            raise UsageError(f"example input {position} is {given}; export needs float32, int64 or bool tensors")
         if x.dim() < 2 or x.shape[0] < 1:
             raise UsageError(
                 f"example input {position} has shape {tuple(x.shape)}; dimension 0 must be a batch of at least 1"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
 import edge_razor
 from edge_razor.bundle import write_bundle
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["export"]
+
+TOKEN_LOSS = "token_cross_entropy"
 
 
 def export(
@@ -44,10 +47,13 @@ def export(
     Args:
         model: an ``nn.Module`` (read only; train or eval mode does not matter, BatchNorm statistics stay frozen), or a
             ``.onnx`` file.
-        example_inputs: a float32 tensor or a tuple of them, first dimension = batch (its size is free). For a ``.onnx``
-            file None, or anything with shapes that fixes dimensions which the file leaves free.
+        example_inputs: a float32 tensor, a tuple of tensors, or a mapping from argument names of forward() to tensors,
+            first dimension = batch (its size is free); int64 and bool tensors are token indices or
+            masks. For a ``.onnx`` file None, or anything with shapes that fixes dimensions which the file leaves free.
         path: the bundle directory to make.
-        loss: ``cross_entropy`` (int class targets), ``mse`` or ``bce_with_logits`` (float targets in the output's
+        loss: ``cross_entropy`` (int class targets, classes in the output's dimension 1 as torch has them),
+            ``token_cross_entropy`` (the same with classes last, as language models have them: [N, tokens, vocabulary];
+            targets of −100 do not count), ``mse`` or ``bce_with_logits`` (float targets in the output's
             shape).
         label_smoothing: in [0, 1), cross_entropy only.
         trainable: ``all``, ``head``, ``last:N``, ``bias``, ``norm`` or glob patterns, joined by commas.
@@ -72,6 +78,7 @@ def export(
         captured = capture(model, example_inputs, dropout=dropout)
     # The passes drop initializers that they no longer need; the state dict must come back whole.
     tensors = _parameter_data(captured)
+    dtypes = {str(v.name): v.dtype.name.lower() for v in captured.model.graph.inputs if v.dtype is not None}
     forward = build_forward(captured, classes_last=loss == "cross_entropy")
     if classes is not None:
         _check_classes(classes, forward, loss)
@@ -90,7 +97,13 @@ def export(
     manifest = {
         "producer": f"edge-razor {edge_razor.__version__}",
         "inputs": [
-            {"name": value.name, "dtype": "float32", "shape": _json_shape(shape), "perm": list(order)}
+            {
+                "name": value.name,
+                "dtype": _json_dtype(dtypes, value.name),
+                "indices": value.dtype == ir.DataType.INT64,
+                "shape": _json_shape(shape),
+                "perm": list(order),
+            }
             for value, shape, order in zip(
                 training.graph.inputs, forward.input_shapes, forward.input_orders, strict=False
             )
@@ -111,13 +124,14 @@ def export(
 
 
 def _check_loss(loss: str, label_smoothing: float) -> dict[str, object]:
-    if loss not in LOSSES:
-        raise UsageError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
+    known = (*LOSSES, TOKEN_LOSS)
+    if loss not in known:
+        raise UsageError(f"unknown loss {loss!r}; choose one of {', '.join(known)}")
     if not 0.0 <= label_smoothing < 1.0:
         raise UsageError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
-    if label_smoothing and loss != "cross_entropy":
+    if label_smoothing and loss not in ("cross_entropy", TOKEN_LOSS):
         raise UsageError(f"label_smoothing works with cross_entropy only, not with {loss}")
-    return {"name": loss, "label_smoothing": float(label_smoothing)}
+    return {"name": "cross_entropy" if loss == TOKEN_LOSS else loss, "label_smoothing": float(label_smoothing)}
 
 
 def _check_classes(classes: Sequence[str], forward: Forward, loss: str) -> None:
@@ -140,6 +154,11 @@ def _parameter_data(captured: Captured) -> dict[str, np.ndarray]:
         if is_parameter(value) and value.const_value is not None
     }
     return {**used, **captured.extra}
+
+
+def _json_dtype(dtypes: Mapping[str, str], name: str | None) -> str:
+    dtype = dtypes.get(str(name), "float")
+    return "float32" if dtype == "float" else dtype
 
 
 def _json_shape(sizes: tuple[int, ...]) -> list[int | None]:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from edge_razor.errors import UsageError
 from edge_razor.exporters.canonicalize import canonicalize
+from edge_razor.exporters.canonicalize.masks import resolve_masks
 from edge_razor.exporters.canonicalize.shapes import resolve_shapes
 from edge_razor.exporters.capture import Captured
 from edge_razor.exporters.channels_last import Order, channels_last
@@ -44,7 +45,7 @@ def build_forward(captured: Captured, *, classes_last: bool = False) -> Forward:
     """
     if len(captured.model.graph.outputs) != 1:
         raise UsageError(f"training needs a model with one output; this one has {len(captured.model.graph.outputs)}")
-    resolved = resolve_shapes(captured.model)
+    resolved = resolve_shapes(resolve_masks(captured.model))
     inference = inference_graph(resolved)
     model = fuse_activation(fuse_batchnorm(canonicalize(resolved)))
     input_shapes = [dims(value) for value in model.graph.inputs]

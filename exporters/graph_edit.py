@@ -156,6 +156,12 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that computes ``value``, if it is one of these standard operators."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and not node.domain and node.op_type in op_types else None
+
+
 def remove_dead(graph: ir.Graph) -> None:
     """Removes nodes and initializers that nobody uses."""
     for node in reversed(list(graph)):

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from edge_razor.errors import BundleError, UsageError
+from edge_razor.exporters.canonicalize.masks import INTEGER
 from edge_razor.exporters.capture import OPSET, Captured, mark_parameters
 from edge_razor.exporters.graph_edit import array, bypass, constant
 
@@ -80,9 +81,10 @@ def _fix_inputs(graph: ir.Graph, example_inputs: Any) -> None:
         if len(examples) != len(graph.inputs):
             raise UsageError(f"the model has {len(graph.inputs)} inputs, but {len(examples)} examples are given")
     for position, value in enumerate(graph.inputs):
-        if value.dtype != ir.DataType.FLOAT:
+        if value.dtype not in (ir.DataType.FLOAT, *INTEGER):
             raise UsageError(
-                f"input {value.name} is {value.dtype.name if value.dtype else 'untyped'}; training needs float32 inputs"
+                f"input {value.name} is {value.dtype.name if value.dtype else 'untyped'}; training needs "
+                "float32 inputs, or whole numbers that index a table or are masks"
             )
         sizes = list(value.shape or [])
         if examples:

@@ -15,7 +15,7 @@ from edge_razor.exporters.graph_edit import DOMAIN
 
 __all__ = ["OPERATORS", "Attribute", "Operand", "Operator", "markdown", "register"]
 
-FLOAT, KEPT, EITHER, INDEX = "T", "U", "K", "L"
+FLOAT, KEPT, EITHER, INDEX, ONLY_INDEX = "T", "U", "K", "L", "I"
 EITHER_KEY, EITHER_VALUE = "K2", "K3"  # of operands that are kept independently of the first
 TYPES = {
     FLOAT: (["tensor(float)"], "float32"),
@@ -24,6 +24,7 @@ TYPES = {
     EITHER_KEY: (["tensor(float)", "tensor(uint8)"], "float32, or kept bytes"),
     EITHER_VALUE: (["tensor(float)", "tensor(uint8)"], "float32, or kept bytes"),
     INDEX: (["tensor(int64)", "tensor(float)"], "class index, or float32 target"),
+    ONLY_INDEX: (["tensor(int64)"], "index"),
 }
 
 
@@ -245,6 +246,28 @@ OPERATORS = (
         "P again from Q and K; gradients of Attention",
     ),
     Operator(
+        "Embedding",
+        (Operand("ids", "[N,…]", ONLY_INDEX), Operand("W", "[V,C]")),
+        (Operand("Y", "[N,…,C]"),),
+        (Attribute("padding_idx", -1, "int"),),
+        "rows of W; padding_idx gets no gradient",
+    ),
+    Operator(
+        "EmbeddingGrad",
+        (Operand("ids", "[N,…]", ONLY_INDEX), DY),
+        (Operand("G", "[V,C]"),),
+        (WEIGHT_SHAPE, Attribute("padding_idx", -1, "int")),
+        "sum of the rows of dY by index",
+    ),
+    Operator(
+        "Rotary",
+        (Operand("X", "[N,T,heads·d]"), Operand("cos", "[T,d]"), Operand("sin", "[T,d]")),
+        (Y,),
+        (Attribute("heads", kind="int"), Attribute("inverse", 0, "int")),
+        "per head Y = X·cos + rotate_half(X)·sin, rotate_half([a,b]) = [−b,a]; inverse = 1: the transpose, its "
+        "gradient",
+    ),
+    Operator(
         "ExpandBatch",
         (Operand("X", "[1,…]"), Operand("like", "[N,…]")),
         (Operand("Y", "[N,…]"),),
@@ -257,8 +280,9 @@ OPERATORS = (
         "CrossEntropyLoss",
         (Operand("logits", "[N,…,C]"), Operand("target", "[N,…]", INDEX)),
         LOSS,
-        (Attribute("label_smoothing", 0.0, "float"),),
-        "torch's cross_entropy, mean over all positions, and its gradient",
+        (Attribute("label_smoothing", 0.0, "float"), Attribute("ignore_index", -100, "int")),
+        "torch's cross_entropy, mean over the positions of the batch whose target is not ignore_index, and its "
+        "gradient",
     ),
     Operator("MSELoss", (Operand("prediction"), Operand("target", "", INDEX)), LOSS, (), "torch's mse_loss, mean"),
     Operator(

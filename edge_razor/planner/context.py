@@ -61,6 +61,7 @@ def parameter_perms(graph: Graph) -> dict[str, tuple[int, ...] | None]:
     """
     perms: dict[str, tuple[int, ...] | None] = {}
     first: dict[str, Node] = {}
+    embedded: list[str] = []
     for node in graph.nodes:
         for index, name in enumerate(node.inputs):
             initializer = graph.initializers.get(name)
@@ -68,6 +69,9 @@ def parameter_perms(graph: Graph) -> dict[str, tuple[int, ...] | None]:
                 continue
             if node.op == "Pad" and index == 2:
                 continue  # a fill value, taken as a number
+            if node.op == "Embedding" and index == 1:
+                embedded.append(name)  # read in either order
+                continue
             perm = weight_perm(node) if _WEIGHT_INPUT.get(node.op) == index else None
             if perm is not None and len(perm) != len(initializer.shape):
                 node.fail(f"weight {name!r} has shape {list(initializer.shape)}, expected {len(perm)} dimensions")
@@ -77,7 +81,7 @@ def parameter_perms(graph: Graph) -> dict[str, tuple[int, ...] | None]:
                     "in different layouts; give one of them its own copy"
                 )
             first.setdefault(name, node)
-    return perms
+    return {**dict.fromkeys(embedded), **perms}
 
 
 class Lowering:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_razor.errors import BundleError
@@ -18,7 +18,8 @@ class Binding:
     """One input or output. `shape` is a sample's shape in the user's layout with the batch first (0 stands for it).
 
     Inputs: runtime dimension d is the user's dimension perm[d]. Outputs: the other way round, the user's d is the
-    runtime's perm[d]. `classes` inputs hold int32 class indices. `mul` and `add` normalize uint8 input per channel.
+    runtime's perm[d]. `classes` inputs hold int32 indices, of classes or of
+    rows of a table. `mul` and `add` normalize uint8 input per channel.
     """
 
     name: str
@@ -55,7 +56,8 @@ def read_interface(graph: Graph, manifest: Mapping[str, Any]) -> Interface:
         ) from error
     if [b.name for b in stated] != graph.inputs[:-1]:
         raise BundleError(f"bundle.json: inputs {[b.name for b in stated]} are not the graph's {graph.inputs[:-1]}")
-    inputs = [_with_normalization(b, normalization) for b in stated]
+    indices = {node.input(0) for node in graph.nodes if node.op == "Embedding"}
+    inputs = [replace(b, classes=True) if b.name in indices else _with_normalization(b, normalization) for b in stated]
     for binding in inputs:
         _agree(binding.name, tuple(binding.shape[p] for p in binding.perm), graph)
     runtime = [0] * len(output.shape)

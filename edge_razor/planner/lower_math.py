@@ -187,7 +187,7 @@ def _loss(lowering: Lowering, node: Node) -> None:
         if target.shape != prediction.shape[:-1]:
             node.fail(f"logits {list(prediction.shape)} need a class index of shape {list(prediction.shape[:-1])}")
         classes = prediction.shape[-1]
-        ints = [lowering.samples, per_sample // classes, classes]
+        ints = [lowering.samples, per_sample // classes, classes, node.integer("ignore_index", -100)]
         lowering.emit(node, "cross_entropy", ints, [node.number("label_smoothing", 0.0)], operands)
     else:
         _same_size(node, prediction, target)

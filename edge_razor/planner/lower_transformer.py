@@ -1,10 +1,10 @@
-"""Lowering of LayerNorm, attention, and of a value that is repeated for each sample, to kernel steps."""
+"""Lowering of LayerNorm, attention, embeddings, and of a value that is repeated for each sample, to kernel steps."""
 
 from __future__ import annotations
 
 from math import inf, isfinite, prod
 
-from .context import Lowering, Tensor, collapse
+from .context import LINEAR_PERM, Lowering, Tensor, collapse
 from .graph import Node
 from .lower_math import broadcast_strides
 from .program import Buffer
@@ -143,7 +143,68 @@ def _expand_batch(lowering: Lowering, node: Node) -> None:
     lowering.emit(node, "broadcast", [len(dims), *dims, *strides], [1.0], [x.buffer, y.buffer])
 
 
+def _ids(lowering: Lowering, node: Node) -> Buffer:
+    """The indices of an embedding, which are an input of the model: the session checks their range."""
+    if node.input(0) not in lowering.graph.inputs or node.input(0) == "target":
+        node.fail(f"its indices {node.input(0)!r} are no input of the model")
+    return lowering.tensor(node, 0).buffer
+
+
+def _table(node: Node, shape: tuple[int, ...], perm: tuple[int, ...] | None) -> list[int]:
+    """vocabulary, cols, transposed of a table [V, C]."""
+    if len(shape) != 2 or perm not in (None, LINEAR_PERM):
+        node.fail(f"a table of shape {list(shape)}, stored as {perm}; [vocabulary, columns] is needed")
+    return [*shape, int(perm is not None)]
+
+
+def _embedding(lowering: Lowering, node: Node) -> None:
+    ids, w, y = lowering.tensor(node, 0), lowering.tensor(node, 1), lowering.output(node)
+    table = _table(node, w.shape, w.perm)
+    if y.elements != ids.elements * table[1]:
+        node.fail(f"rows of {list(w.shape)} by indices {list(ids.shape)} do not give {list(y.shape)}")
+    lowering.emit(node, "embedding", [ids.elements, *table], [], [_ids(lowering, node), w.buffer, y.buffer])
+
+
+def _embedding_grad(lowering: Lowering, node: Node) -> None:
+    ids, dy = lowering.tensor(node, 0), lowering.plain(node, 1)
+    shape = tuple(node.integers("weight_shape"))
+    g = lowering.output(node, perm=_stored_as(lowering, node))
+    table = _table(node, g.shape, g.perm)
+    if shape != g.shape or dy.elements != ids.elements * table[1]:
+        node.fail(f"dY {list(dy.shape)} of indices {list(ids.shape)} does not fit {list(g.shape)}")
+    ints = [ids.elements, *table, node.integer("padding_idx", -1)]
+    lowering.emit(node, "embedding_grad", ints, [], [_ids(lowering, node), dy.buffer, g.buffer])
+
+
+def _stored_as(lowering: Lowering, node: Node) -> tuple[int, ...] | None:
+    """The order in which the parameter is stored whose gradient, or part of it, this node makes."""
+    graph, value = lowering.graph, node.output(0)
+    parameters = {gradient: parameter for parameter, gradient in graph.gradients.items()}
+    while value not in parameters:
+        users = graph.consumers.get(value, [])
+        if len(users) != 1 or users[0].op != "Add":
+            return None
+        value = users[0].output(0)
+    return lowering.tensors[parameters[value]].perm
+
+
+def _rotary(lowering: Lowering, node: Node) -> None:
+    x, y = lowering.plain(node, 0), lowering.output(node)
+    heads, inverse = node.integer("heads"), node.integer("inverse", 0)
+    if len(x.shape) != 3 or x.shape != y.shape or heads < 1 or x.shape[2] % (2 * heads) or inverse not in (0, 1):
+        node.fail(f"{heads} heads of even width do not fit {list(x.shape)}")
+    n, t, width = x.shape
+    tables = [lowering.plain(node, index) for index in (1, 2)]
+    if any(table.shape != (t, width // heads) for table in tables):
+        node.fail(f"cos and sin must have shape [{t}, {width // heads}]")
+    operands = [x.buffer, *(table.buffer for table in tables), y.buffer]
+    lowering.emit(node, "rotary", [n, t, heads, width // heads, inverse], [], operands)
+
+
 RULES = {
+    "Embedding": _embedding,
+    "EmbeddingGrad": _embedding_grad,
+    "Rotary": _rotary,
     "LayerNorm": _layer_norm,
     "LayerNormGrad": _layer_norm_grad,
     "Attention": _attention,

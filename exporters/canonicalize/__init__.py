@@ -17,10 +17,12 @@ from edge_razor.exporters.canonicalize.convolution import canonicalize_convoluti
 from edge_razor.exporters.canonicalize.dropout import canonicalize_dropout
 from edge_razor.exporters.canonicalize.elementwise import canonicalize_elementwise
 from edge_razor.exporters.canonicalize.gather import canonicalize_gather, slices_to_split
-from edge_razor.exporters.canonicalize.linear import canonicalize_linear
+from edge_razor.exporters.canonicalize.linear import canonicalize_linear, linear_on_rows
+from edge_razor.exporters.canonicalize.masks import masks_to_float
 from edge_razor.exporters.canonicalize.padding import canonicalize_padding
 from edge_razor.exporters.canonicalize.pooling import canonicalize_pooling
 from edge_razor.exporters.canonicalize.reshapes import canonicalize_reshapes
+from edge_razor.exporters.canonicalize.rotary import canonicalize_rotary
 from edge_razor.exporters.canonicalize.supported import check_supported
 from edge_razor.exporters.canonicalize.transformer import (
     canonicalize_batch_expansion,
@@ -33,12 +35,14 @@ __all__ = ["PASSES", "canonicalize"]
 # In order: views first so that patterns meet their neighbours; pooling and convolution before padding, which folds into
 # both.
 PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
+    masks_to_float,
     canonicalize_batch_expansion,
     canonicalize_gather,
     remove_nan_guards,
     merge_transpositions,
     canonicalize_reshapes,
     canonicalize_axes,
+    canonicalize_rotary,
     slices_to_split,
     canonicalize_attention,
     canonicalize_layer_norm,
@@ -49,6 +53,7 @@ PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
     canonicalize_pooling,
     canonicalize_padding,
     canonicalize_linear,
+    linear_on_rows,
     canonicalize_dropout,
 )
 

@@ -6,10 +6,12 @@ layer writes them: the transpositions that are put in here cancel those of the m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
-from edge_razor.exporters.canonicalize.reshapes import reshape_node
+from edge_razor.exporters.canonicalize.heads import HEADS, join_heads, split_heads
 from edge_razor.exporters.graph_edit import (
     DOMAIN,
     array,
@@ -17,17 +19,19 @@ from edge_razor.exporters.graph_edit import (
     constant,
     dims,
     ints,
+    made_by,
     make_node,
     only_consumer,
     remove_dead,
     replace,
 )
 
-_SWAP_LAST, _HEADS = [0, 1, 3, 2], [0, 2, 1, 3]
+_SWAP_LAST = [0, 1, 3, 2]
+_FILL = -1e4  # what is added to, or put in the place of, a score that shall not count is at most this
 
 
 def canonicalize_attention(model: ir.Model) -> ir.Model:
-    """See module docstring; an additive mask that is a constant becomes the operator's bias."""
+    """See module docstring. A constant mask becomes the operator's bias or ``causal``, a mask of keys its key_mask."""
     graph = model.graph
     for node in list(graph):
         if not node.domain and node.op_type == "Softmax":
@@ -45,16 +49,11 @@ def merge_transpositions(model: ir.Model) -> ir.Model:
     return model
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and not node.domain and node.op_type == op_type else None
-
-
 def _merge_transposition(node: ir.Node) -> None:
     if node.domain or node.op_type != "Reshape" or len(dims(node.outputs[0])) != 4:
         return
-    transpose = _producer(node.inputs[0], "Transpose")
-    merge = _producer(transpose.inputs[0], "Reshape") if transpose is not None else None
+    transpose = made_by(node.inputs[0], "Transpose")
+    merge = made_by(transpose.inputs[0], "Reshape") if transpose is not None else None
     if transpose is None or merge is None or ints(transpose, "perm") != [0, 2, 1]:
         return
     source = merge.inputs[0]
@@ -83,25 +82,106 @@ def _scaled(value: ir.Value) -> tuple[ir.Value, float]:
     return value, 1.0
 
 
-def _with_bias(scores: ir.Value) -> tuple[ir.Value, np.ndarray | None]:
-    """(scores, constant [T,S] or [H,T,S] that is added to them)."""
-    node = _producer(scores, "Add")
-    if node is None:
-        return scores, None
+@dataclass
+class Masks:
+    """What decides which keys count: an additive constant [1, 1 or heads, T or 1, S], and a key mask [N, S]."""
+
+    bias: np.ndarray | None = None
+    key: ir.Value | None = None
+    inverted: bool = False
+
+    def add(self, bias: np.ndarray) -> None:
+        self.bias = bias if self.bias is None else self.bias + bias
+
+    def look(self, value: ir.Value | None, *, hides: bool) -> bool:
+        """Takes a boolean [1 or N, 1 or heads, 1 or T, S] as `resolve_masks` spells it: a constant, a comparison of the
+        key mask with ½, both joined by And, or Not of these. Returns False if it is none of them."""
+        data = array(value)
+        if data is not None:
+            if data.dtype != np.bool_ or data.ndim < 2 or data.ndim == 4 and data.shape[0] != 1:
+                return False
+            self.add(np.where(~data if hides else data, 0, -np.inf).astype(np.float32))
+            return True
+        node = made_by(value, "Not", "And", "Greater", "Less")
+        if node is None:
+            return False
+        if node.op_type == "Not":
+            return self.look(node.inputs[0], hides=not hides)
+        if node.op_type == "And":
+            return not hides and all(self.look(operand, hides=False) for operand in node.inputs)
+        view = made_by(node.inputs[0], "Reshape")
+        key = view.inputs[0] if view is not None else None
+        half = array(node.inputs[1])
+        if key is None or len(dims(key)) != 2 or half is None or half.reshape(-1).tolist() != [0.5]:
+            return False
+        if self.key is not None and self.key is not key:
+            return False
+        self.key, self.inverted = key, (node.op_type == "Less") != hides
+        return True
+
+
+def _masked(scores: ir.Value, masks: Masks) -> ir.Value | None:
+    """The scores below additions of masks and replacements by a large negative number; None if a mask is unknown."""
     shape = dims(scores)
-    for index in (0, 1):
-        data, other = array(node.inputs[index]), node.inputs[1 - index]
-        if data is None or other is None or dims(other) != shape:
-            continue
-        squeezed = data.reshape(data.shape[1:]) if data.ndim == 4 and data.shape[0] == 1 else data
-        squeezed = squeezed[0] if squeezed.ndim == 3 and squeezed.shape[0] == 1 else squeezed
-        if squeezed.ndim in (2, 3):
-            full = shape[2:] if squeezed.ndim == 2 else shape[1:]
-            try:
-                return other, np.ascontiguousarray(np.broadcast_to(squeezed, full), dtype=np.float32)
-            except ValueError:
+    node = made_by(scores, "Add", "Where")
+    if node is None:
+        return scores
+    if node.op_type == "Where":
+        for index in (1, 2):
+            fill, inner = array(node.inputs[3 - index]), node.inputs[index]
+            if fill is None or inner is None or fill.size != 1 or float(fill.reshape(-1)[0]) > _FILL:
                 continue
-    return scores, None
+            return _masked(inner, masks) if masks.look(node.inputs[0], hides=index == 2) else None
+        return scores
+    for index in (0, 1):
+        inner, added = node.inputs[1 - index], node.inputs[index]
+        if inner is None or added is None or dims(inner) != shape:
+            continue
+        bias = array(added)
+        if bias is not None and bias.dtype.kind == "f" and (bias.ndim < 4 or bias.shape[0] == 1):
+            masks.add(bias.reshape((1,) * (4 - bias.ndim) + bias.shape))
+            return _masked(inner, masks)
+        where = made_by(added, "Where")
+        static, fill = (array(where.inputs[1]), array(where.inputs[2])) if where is not None else (None, None)
+        if where is None or static is None or fill is None or fill.size != 1 or float(fill.reshape(-1)[0]) > _FILL:
+            continue
+        if not masks.look(where.inputs[0], hides=False):
+            return None
+        masks.add(static)
+        return _masked(inner, masks)
+    return scores
+
+
+def _bias_operand(graph: ir.Graph, bias: np.ndarray | None, shape: tuple[int, ...]) -> tuple[ir.Value | None, int]:
+    """The operator's bias [T, S] or [heads, T, S], if one is left, and its attribute ``causal``."""
+    if bias is None:
+        return None, 0
+    _, heads, t, s = shape
+    full = np.broadcast_to(bias, (1, bias.shape[1], t, s))[0].astype(np.float32)
+    full = np.where(full < _FILL, np.float32(-np.inf), full)
+    causal = int(t == s and np.isneginf(full[:, ~np.tri(t, dtype=bool)]).all())
+    if causal:
+        full = np.where(np.tri(t, dtype=bool), full, np.float32(0))
+    if not full.any():
+        return None, causal
+    full = full[0] if len(full) == 1 else np.broadcast_to(full, (heads, t, s))
+    return constant(graph, np.ascontiguousarray(full)), causal
+
+
+def _ungrouped(value: ir.Value) -> ir.Value:
+    """[N, kv_heads, S, d] behind [N, heads, S, d], in which each head of it is repeated (grouped-query attention)."""
+    shape = dims(value)
+    merge = made_by(value, "Reshape")
+    expand = made_by(merge.inputs[0], "Expand") if merge is not None else None
+    view = made_by(expand.inputs[0], "Reshape", "Unsqueeze") if expand is not None else None
+    source = view.inputs[0] if view is not None else None
+    if expand is None or view is None or source is None or len(shape) != 4 or len(dims(source)) != 4:
+        return value
+    n, heads, s, d = dims(source)
+    repeated = dims(expand.outputs[0])
+    if dims(view.outputs[0]) == (n, heads, 1, s, d) and repeated == (n, heads, shape[1] // heads, s, d):
+        return source
+    return value
 
 
 def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
@@ -112,12 +192,13 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
     product = only_consumer(probabilities)
     if product is None or product.op_type != "MatMul" or product.domain or product.inputs[0] is not probabilities:
         return
+    masks = Masks()
     inner, factor = _scaled(scores)
-    inner, bias = _with_bias(inner)
-    if bias is not None and factor != 1.0:
+    below = _masked(inner, masks)
+    if below is None or masks.bias is not None and factor != 1.0 and np.isfinite(masks.bias[masks.bias != 0]).any():
         return
-    inner, more = _scaled(inner)
-    matmul = _producer(inner, "MatMul")
+    inner, more = _scaled(below)
+    matmul = made_by(inner, "MatMul")
     if matmul is None:
         return
     left, right, v = matmul.inputs[0], matmul.inputs[1], product.inputs[1]
@@ -126,49 +207,37 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
     kt, k_factor = _scaled(right)
     if dims(q)[:2] != dims(v)[:2] or dims(kt)[:2] != dims(v)[:2] or dims(q)[3] != dims(v)[3]:
         return
-    heads, d = dims(q)[1], dims(q)[3]
+    n, heads, t, d = dims(q)
+    swap = made_by(kt, "Transpose")
+    swapped = swap is not None and ints(swap, "perm") == _SWAP_LAST
+    k = swap.inputs[0] if swap is not None and swapped else kt
+    assert k is not None
+    if swapped and dims(_ungrouped(k))[1] == dims(_ungrouped(v))[1]:
+        k, v = _ungrouped(k), _ungrouped(v)
+    key = masks.key
     nodes: list[ir.Node] = []
-    operands = [_rows(graph, q, _HEADS, softmax, nodes), _key_rows(graph, kt, softmax, nodes)]
-    operands.append(_rows(graph, v, _HEADS, softmax, nodes))
-    masks: list[ir.Value | None] = [None, None]
-    if bias is not None:
-        masks[1] = constant(graph, bias)
-    n, _, t, _ = dims(q)
+    if key is not None and masks.inverted:
+        one = constant(graph, np.array(1, np.float32))
+        nodes.append(make_node("Sub", [one, key], shapes=[dims(key)], like=softmax))
+        key = nodes[0].outputs[0]
+        key.name = f"{product.outputs[0].name}/keys"
+    operands: list[ir.Value | None] = []
+    for index, (value, perm) in enumerate(((q, HEADS), (k, HEADS if swapped else [0, 3, 1, 2]), (v, HEADS))):
+        rows, made = join_heads(graph, value, perm, softmax, f"/{product.outputs[0].name}/{index}")
+        nodes += made
+        operands.append(rows)
+    bias, causal = _bias_operand(graph, masks.bias, dims(scores))
     attributes = {
         "heads": heads,
-        "kv_heads": heads,
+        "kv_heads": dims(v)[1],
         "scale": factor * more * q_factor * k_factor,
-        "causal": 0,
+        "causal": causal,
         "ratio": 0.0,
         "stream": 0,
     }
-    fused = make_node(
-        "Attention", [*operands, *masks], attributes, domain=DOMAIN, shapes=[(n, t, heads * d)], like=product
-    )
-    fused.outputs[0].name = f"{product.outputs[0].name}/rows"
-    split = reshape_node(graph, fused.outputs[0], (n, t, heads, d), product)
-    split.outputs[0].name = f"{product.outputs[0].name}/heads"
-    back = make_node("Transpose", [split.outputs[0]], {"perm": _HEADS}, shapes=[(n, heads, t, d)], like=product)
-    replace(product, [*nodes, fused, split, back])
-
-
-def _rows(graph: ir.Graph, value: ir.Value, perm: list[int], like: ir.Node, nodes: list[ir.Node]) -> ir.Value:
-    """``value`` transposed to [N, positions, heads, d] and viewed as [N, positions, heads·d]; appends the nodes."""
-    n, positions, heads, d = (dims(value)[p] for p in perm)
-    transpose = make_node("Transpose", [value], {"perm": perm}, shapes=[(n, positions, heads, d)], like=like)
-    transpose.outputs[0].name = f"{value.name}/positions/{len(nodes)}"
-    view = reshape_node(graph, transpose.outputs[0], (n, positions, heads * d), like)
-    view.outputs[0].name = f"{value.name}/rows/{len(nodes)}"
-    nodes += [transpose, view]
-    return view.outputs[0]
-
-
-def _key_rows(graph: ir.Graph, kt: ir.Value, like: ir.Node, nodes: list[ir.Node]) -> ir.Value:
-    """Rows of K from Kᵀ [N, heads, d, positions]."""
-    swap = _producer(kt, "Transpose")
-    if swap is not None and ints(swap, "perm") == _SWAP_LAST and swap.inputs[0] is not None:
-        return _rows(graph, swap.inputs[0], _HEADS, like, nodes)
-    return _rows(graph, kt, [0, 3, 1, 2], like, nodes)
+    shapes = [(n, t, heads * d)]
+    fused = make_node("Attention", [*operands, key, bias], attributes, domain=DOMAIN, shapes=shapes, like=product)
+    replace(product, [*nodes, fused, *split_heads(graph, fused, product.outputs[0], heads, product)])
 
 
 def remove_nan_guards(model: ir.Model) -> ir.Model:
@@ -176,9 +245,9 @@ def remove_nan_guards(model: ir.Model) -> ir.Model:
     for node in list(model.graph):
         if node.domain or node.op_type != "Where":
             continue
-        test = _producer(node.inputs[0], "IsNaN")
+        test = made_by(node.inputs[0], "IsNaN")
         value = node.inputs[2]
-        if test is not None and value is not None and test.inputs[0] is value and _producer(value, "Softmax"):
+        if test is not None and value is not None and test.inputs[0] is value and made_by(value, "Softmax"):
             bypass(node, value)
     remove_dead(model.graph)
     return model

@@ -1,4 +1,5 @@
-"""Gather with constant indices → Slice (+ Reshape); Slices that cut a value into all its parts → Split."""
+"""Gather of a parameter by an input → Embedding; with constant indices → Slice (+ Concat, Reshape); Slices that cut a
+value into all its parts → Split."""
 
 from __future__ import annotations
 
@@ -7,17 +8,23 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
+from edge_razor.exporters.canonicalize.reshapes import reshape_node
 from edge_razor.exporters.graph_edit import (
     BATCH,
+    DOMAIN,
     array,
     constant,
     dims,
     integer,
     is_constant,
+    is_parameter,
     make_node,
     remove_dead,
     replace,
+    to_shape,
 )
+
+_MAX_RUNS = 64  # of consecutive rows that one Gather may select; each becomes a Slice
 
 
 def canonicalize_gather(model: ir.Model) -> ir.Model:
@@ -29,27 +36,57 @@ def canonicalize_gather(model: ir.Model) -> ir.Model:
             continue
         shape = dims(source)
         axis = integer(node, "axis", 0) % len(shape)
-        indices = array(node.inputs[1])
+        given = node.inputs[1]
+        indices = array(given)
         if indices is None:
-            node.meta["why"] = "its indices are computed; only an Embedding's may be"
+            if given is not None and given.is_graph_input() and is_parameter(source) and len(shape) == 2 and axis == 0:
+                shapes = [dims(node.outputs[0])]
+                attributes = {"padding_idx": int(source.meta.get("padding_idx", -1))}
+                rows = make_node("Embedding", [given, source], attributes, domain=DOMAIN, shapes=shapes, like=node)
+                replace(node, [rows])
+            else:
+                node.meta["why"] = "its indices are computed; only an Embedding's may be, which are an input"
             continue
-        first = int(indices.reshape(-1)[0]) % shape[axis] if indices.size else 0
+        if shape[axis] % BATCH == 0 or not indices.size:
+            node.meta["why"] = "selects samples of the batch, or nothing"
+            continue
         flat = indices.reshape(-1) % shape[axis]
-        if shape[axis] % BATCH == 0 or not indices.size or not np.array_equal(flat, first + np.arange(flat.size)):
-            node.meta["why"] = "selects samples of the batch, or indices that are not consecutive"
+        if (flat == flat[0]).all() and indices.shape[:-1] == (1,) * (indices.ndim - 1) and _broadcasts(node):
+            # One row for all positions, such as BERT's token type 0: arithmetic repeats it.
+            flat = flat[:1]
+        runs = np.split(flat, np.flatnonzero(np.diff(flat) != 1) + 1)
+        if len(runs) > _MAX_RUNS:
+            node.meta["why"] = f"selects {len(runs)} separate ranges; at most {_MAX_RUNS} are known"
             continue
-        cut = (*shape[:axis], flat.size, *shape[axis + 1 :])
-        bounds = [constant(graph, np.array([v], np.int64)) for v in (first, first + flat.size, axis)]
-        part = make_node("Slice", [source, *bounds], shapes=[cut], like=node)
+        name, parts = str(node.outputs[0].name), list[ir.Node]()
+        for number, run in enumerate(runs):
+            cut = (*shape[:axis], run.size, *shape[axis + 1 :])
+            bounds = [constant(graph, np.array([v], np.int64)) for v in (run[0], run[0] + run.size, axis)]
+            parts.append(
+                make_node("Slice", [source, *bounds], shapes=[cut], like=node, names=[f"{name}/slice/{number}"])
+            )
+        if len(parts) > 1:
+            whole = (*shape[:axis], flat.size, *shape[axis + 1 :])
+            pieces = [part.outputs[0] for part in parts]
+            parts.append(make_node("Concat", pieces, {"axis": axis}, shapes=[whole], like=node, names=[f"{name}/rows"]))
         sizes = dims(node.outputs[0])
-        if sizes == cut:
-            replace(node, [part])
-        else:
-            part.outputs[0].name = f"{node.outputs[0].name}/slice"
-            target = constant(graph, np.array([-1 if s and s % BATCH == 0 else s for s in sizes], np.int64))
-            replace(node, [part, make_node("Reshape", [part.outputs[0], target], shapes=[sizes], like=node)])
+        if flat.size != indices.size:
+            sizes = (*shape[:axis], *(1,) * indices.ndim, *shape[axis + 1 :])
+            node.outputs[0].shape = to_shape(sizes)
+        if sizes != dims(parts[-1].outputs[0]):
+            parts.append(reshape_node(graph, parts[-1].outputs[0], sizes, node))
+        replace(node, parts)
     remove_dead(graph)
     return model
+
+
+def _broadcasts(node: ir.Node) -> bool:
+    """Whether all that ``node`` gives is added to something as large."""
+    full = dims(node.outputs[0])
+    return all(
+        use.node.op_type in ("Add", "Sub") and not use.node.domain and dims(use.node.outputs[0])[1:] == full[1:]
+        for use in node.outputs[0].uses()
+    )
 
 
 def slices_to_split(model: ir.Model) -> ir.Model:

@@ -10,11 +10,13 @@ from edge_razor.exporters.graph_edit import (
     dims,
     integer,
     ints,
+    made_by,
     make_node,
     number,
     only_consumer,
     remove_dead,
     replace,
+    to_shape,
 )
 
 
@@ -49,6 +51,29 @@ def canonicalize_linear(model: ir.Model) -> ir.Model:
             replace(node, [linear, make_node("Add", [linear.outputs[0], bias], shapes=[shape], like=node)])
         else:
             replace(node, [linear])
+    remove_dead(model.graph)
+    return model
+
+
+def linear_on_rows(model: ir.Model) -> ir.Model:
+    """View to [rows, C], linear layer, view back (a Gemm needs two dimensions) → the linear layer alone."""
+    for node in list(model.graph):
+        if node.domain != DOMAIN or node.op_type != "Linear":
+            continue
+        data, back = node.inputs[0], only_consumer(node.outputs[0])
+        view = made_by(data, "Reshape")
+        source = view.inputs[0] if view is not None else None
+        if data is None or source is None or back is None or back.op_type != "Reshape" or back.domain:
+            continue
+        shape = dims(back.outputs[0])
+        if (
+            shape[:-1] == dims(source)[:-1]
+            and dims(source)[-1] == dims(data)[-1]
+            and shape[-1] == dims(node.outputs[0])[-1]
+        ):
+            node.replace_input_with(0, source)
+            node.outputs[0].shape = to_shape(shape)
+            bypass(back, node.outputs[0])
     remove_dead(model.graph)
     return model
 

@@ -18,6 +18,7 @@ from edge_razor.exporters.graph_edit import BATCH, constant, dims, is_parameter,
 # Two primes that no layer width equals by accident; nothing is computed with them but shapes.
 _BATCHES = (7919, 7927)
 _ROUNDS = 6
+_BROADCASTING = ("Add", "Sub", "Mul", "Div", "Where")
 
 
 def resolve_shapes(model: ir.Model) -> ir.Model:
@@ -119,8 +120,21 @@ def _merge_node(graph: ir.Graph, node: ir.Node, other: ir.Node, problems: list[t
         elif node.op_type == "Expand" and index == 1:
             # 1 is neutral; `canonicalize_reshapes` drops the node or refuses it.
             node.replace_input_with(index, constant(graph, np.where(mine == theirs, mine, 1).astype(np.int64)))
+        elif node.op_type in _BROADCASTING and (row := _repeated_row(mine, theirs)) is not None:
+            node.replace_input_with(index, constant(graph, row))
         else:
             problems.append((name, node.op_type, f"input {index} depends on the batch"))
+
+
+def _repeated_row(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
+    """[1, …] of a constant that repeats it for each sample."""
+    if mine.ndim == 0 or mine.ndim != theirs.ndim or (mine.shape[0], theirs.shape[0]) != _BATCHES:
+        return None
+    row = mine[:1]
+    same = all(
+        a.shape[1:] == row.shape[1:] and np.array_equal(a, np.broadcast_to(row, a.shape)) for a in (mine, theirs)
+    )
+    return np.ascontiguousarray(row) if same else None
 
 
 def _merge_shape(value: ir.Value, twin: ir.Value) -> list[int] | None:

@@ -11,6 +11,7 @@ from edge_razor.exporters.graph_edit import (
     array,
     dims,
     integer,
+    made_by,
     make_node,
     number,
     only_consumer,
@@ -52,11 +53,6 @@ def canonicalize_written_norms(model: ir.Model) -> ir.Model:
     return model
 
 
-def _made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and not node.domain and node.op_type in op_types else None
-
-
 def _constant_operand(node: ir.Node | None) -> tuple[ir.Value | None, float]:
     """(x, number) of an Add or Pow of a value and a constant number."""
     if node is None:
@@ -70,7 +66,7 @@ def _constant_operand(node: ir.Node | None) -> tuple[ir.Value | None, float]:
 
 def _mean_of(value: ir.Value | None) -> ir.Value | None:
     """x of a mean over x's last dimension that keeps it."""
-    node = _made_by(value, "ReduceMean")
+    node = made_by(value, "ReduceMean")
     axes = array(node.inputs[1]) if node is not None and len(node.inputs) > 1 else None
     x = node.inputs[0] if node is not None else None
     if node is None or x is None or axes is None or not integer(node, "keepdims", 1):
@@ -80,7 +76,7 @@ def _mean_of(value: ir.Value | None) -> ir.Value | None:
 
 def _squared(value: ir.Value | None) -> ir.Value | None:
     """x of x² or x·x."""
-    node = _made_by(value, "Pow", "Mul")
+    node = made_by(value, "Pow", "Mul")
     if node is not None and node.op_type == "Mul":
         return node.inputs[0] if node.inputs[0] is node.inputs[1] else None
     x, exponent = _constant_operand(node)
@@ -107,7 +103,7 @@ def _with_parameter(node: ir.Node, op_type: str, width: int) -> tuple[ir.Node, i
 
 
 def _fuse_written_norm(root: ir.Node) -> None:
-    variance, epsilon = _constant_operand(_made_by(root.inputs[0], "Add"))
+    variance, epsilon = _constant_operand(made_by(root.inputs[0], "Add"))
     x = _squared(_mean_of(variance))
     if x is None or epsilon < 0:
         return
@@ -115,7 +111,7 @@ def _fuse_written_norm(root: ir.Node) -> None:
     if last is None:
         return
     width = dims(x)[-1]
-    deviation = _made_by(x, "Sub")
+    deviation = made_by(x, "Sub")
     centered = deviation is not None and _mean_of(deviation.inputs[1]) is deviation.inputs[0]
     data = deviation.inputs[0] if deviation is not None and centered else x
     last, gamma = _with_parameter(last, "Mul", width)

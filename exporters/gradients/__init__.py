@@ -20,6 +20,8 @@ RULES: dict[tuple[str, str], GradientRule] = {
     (DOMAIN, "LayerNorm"): transformer.layer_norm,
     (DOMAIN, "Attention"): transformer.attention,
     (DOMAIN, "ExpandBatch"): transformer.expand_batch,
+    (DOMAIN, "Embedding"): transformer.embedding,
+    (DOMAIN, "Rotary"): transformer.rotary,
     (DOMAIN, "MaxPool"): pool.max_pool,
     (DOMAIN, "AveragePool"): pool.average_pool,
     ("", "ReduceMean"): pool.reduce,

@@ -1,4 +1,4 @@
-"""Gradients of LayerNorm, attention, and of a parameter that is repeated for each sample."""
+"""Gradients of LayerNorm, attention, embeddings, and of a parameter that is repeated for each sample."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ def attention(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
         names=["" if x is None else f"d/{x.name}" for x in wanted],
     )
     return [*gradients, None, None]
+
+
+def embedding(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """Y = W[ids]: rows of dY add up by index."""
+    ids, w = node.inputs[:2]
+    dy = dys[0]
+    assert w is not None
+    attributes: dict[str, AttributeValue] = {
+        "weight_shape": list(dims(w)),
+        "padding_idx": integer(node, "padding_idx", -1),
+    }
+    return None, tape.emit("EmbeddingGrad", [ids, dy], dims(w), attributes, name=f"d/{w.name}")
+
+
+def rotary(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """A rotation of pairs: its gradient is the transpose."""
+    x, cos, sin = node.inputs
+    assert x is not None
+    attributes: dict[str, AttributeValue] = {"heads": integer(node, "heads", 1), "inverse": 1}
+    return tape.emit("Rotary", [dys[0], cos, sin], dims(x), attributes, name=f"d/{x.name}"), None, None
 
 
 def expand_batch(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:

@@ -135,7 +135,8 @@ typedef struct er_context { /* docs/plan-format.md, "Step context" */
   uint64_t update, seed;
   uint32_t micro_index, micro_count;
   uint64_t valid_batch, valid_micro, first_sample;
-  double loss; /* losses add to it */
+  double loss;           /* losses add to it */
+  uint64_t counted_batch; /* targets of the whole batch that cross_entropy does not ignore; 0: all */
 } er_context;
 /* Checks and runs one kernel on the caller's buffers, each aligned to 8 bytes. Scratch, if the kernel needs some, is
  * the last operand. */

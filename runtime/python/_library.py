@@ -90,6 +90,7 @@ class CContext(ctypes.Structure):
         ("valid_micro", u64),
         ("first_sample", u64),
         ("loss", f64),
+        ("counted_batch", u64),
     ]
 
 

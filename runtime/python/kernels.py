@@ -27,6 +27,7 @@ class Context:
     valid_micro: int = 1
     first_sample: int = 0
     loss: float = 0.0
+    counted_batch: int = 0
 
 
 def _attributes(ints: Sequence[int], floats: Sequence[float]) -> tuple[Any, int, Any, int]:

@@ -14,7 +14,7 @@ namespace er {
 namespace {
 
 constexpr char kMagic[] = "EDGERZR\n";
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 constexpr size_t kHeaderBytes = 24;
 constexpr uint64_t kAlignment = 64;
 constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 46;  // far above any device, far below overflow
@@ -262,15 +262,32 @@ class PlanReader {
       if (step.loss) ER_BAD("the evaluation part of the plan has a loss");
     for (const PlanStep& step : plan_.train) {
       loss |= step.loss;
-      if (!std::strcmp(step.kernel->name, "cross_entropy")) plan_.classes = step.ints.at(2);
+      if (std::strcmp(step.kernel->name, "cross_entropy")) continue;
+      plan_.classes = step.ints.at(2);
+      plan_.ignore_index = step.ints.at(3);
     }
     if (!plan_.train.empty() && !loss) ER_BAD("the training part of the plan has no loss");
     if (!plan_.train.empty() && (plan_.inputs.back().dtype == 1) != (plan_.classes > 0))
       ER_BAD("the plan's loss does not fit its target");
+    indices(plan_.train, &PlanInput::train_offset);
+    indices(plan_.eval, &PlanInput::eval_offset);
     if (plan_.eval.empty()) return;
     for (size_t i = 0; i + 1 < plan_.inputs.size(); i++)
       if (plan_.inputs[i].eval_offset == kAbsent)
         ER_BAD("input '%.200s' has no place in the evaluation part", plan_.inputs[i].name.c_str());
+  }
+
+  // The values of an int32 input are checked against the smallest table that they index.
+  void indices(const std::vector<PlanStep>& steps, uint64_t PlanInput::* offset) {
+    for (const PlanStep& step : steps) {
+      if (std::strcmp(step.kernel->name, "embedding")) continue;
+      const PlanOperand& ids = step.operands[0];
+      for (size_t i = 0; i + 1 < plan_.inputs.size(); i++) {
+        PlanInput& in = plan_.inputs[i];
+        if (in.dtype == 1 && ids.region == kArena && ids.offset == in.*offset)
+          in.limit = in.limit ? std::min(in.limit, step.ints[1]) : step.ints[1];
+      }
+    }
   }
 
   ByteReader bytes_;

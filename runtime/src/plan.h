@@ -29,6 +29,7 @@ struct PlanInput {
   std::vector<uint8_t> perm;
   uint64_t elements, train_offset, eval_offset;
   std::vector<float> mul, add;
+  int64_t limit = 0;  // an int32 input: its values lie in [0, limit); 0: not known
 };
 
 struct PlanOutput {
@@ -59,7 +60,8 @@ struct Plan {
   std::vector<PlanInput> inputs;  // the target is the last
   std::vector<PlanOutput> outputs;
   std::vector<PlanStep> train, eval;
-  int64_t classes;  // of an int32 target
+  int64_t classes;  // of an int32 target, whose elements may also be ignore_index
+  int64_t ignore_index;
 };
 
 // Reads and checks a plan. Throws Error with ER_BAD_PLAN if anything about it is wrong.

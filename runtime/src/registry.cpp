@@ -16,6 +16,7 @@ namespace er::ER_ISA {
   X(softmax)           \
   X(layer_norm)        \
   X(attention)         \
+  X(embedding)         \
   X(dropout)           \
   X(loss)              \
   X(optimizer)

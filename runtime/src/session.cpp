@@ -123,17 +123,29 @@ er_status Session::check_arrays(const er_array* arrays, size_t count, uint64_t s
         array.bytes != bytes)
       return fail(ER_INVALID_ARGUMENT, "input '%.200s' has %llu bytes, %llu samples of %llu are needed", name,
                   ull(array.bytes), ull(samples), ull(inputs_[i].sample_elements * kTypeBytes[array.dtype]));
+    if (in.limit)
+      for (uint64_t e = 0; e < bytes / 4; e++)
+        if (const int32_t id = static_cast<const int32_t*>(array.data)[e]; id < 0 || id >= in.limit)
+          return fail(ER_INVALID_ARGUMENT, "input '%.200s' has the index %d in sample %llu; the table has 0 to %lld",
+                      name, id, ull(e / inputs_[i].sample_elements), static_cast<long long>(in.limit - 1));
   }
   return ER_OK;
 }
 
-er_status Session::check_labels(const er_array& labels, uint64_t samples) const {
+er_status Session::check_labels(const er_array& labels, uint64_t samples, uint64_t* counted) const {
   const int32_t* label = static_cast<const int32_t*>(labels.data);
   const uint64_t positions = inputs_.back().sample_elements;
-  for (uint64_t i = 0; i < samples * positions; i++)
+  *counted = 0;
+  for (uint64_t i = 0; i < samples * positions; i++) {
+    if (label[i] == plan_.ignore_index) continue;
+    ++*counted;
     if (label[i] < 0 || label[i] >= plan_.classes)
       return fail(ER_INVALID_ARGUMENT, "target of sample %llu is class %d; the model has classes 0 to %lld",
                   ull(i / positions), label[i], static_cast<long long>(plan_.classes - 1));
+  }
+  if (!*counted)
+    return fail(ER_INVALID_ARGUMENT, "every target of the batch is %lld, which is ignored",
+                static_cast<long long>(plan_.ignore_index));
   return ER_OK;
 }
 
@@ -190,12 +202,13 @@ er_status Session::train_step(const er_array* arrays, uint32_t samples, float le
   if (update < 1) return fail(ER_INVALID_ARGUMENT, "updates count from 1");
   if (!std::isfinite(learning_rate)) return fail(ER_INVALID_ARGUMENT, "the learning rate is not finite");
   if (const er_status status = check_arrays(arrays, inputs_.size(), samples)) return status;
+  uint64_t counted = 0;
   if (plan_.inputs.back().dtype == kInt32)
-    if (const er_status status = check_labels(arrays[inputs_.size() - 1], samples)) return status;
+    if (const er_status status = check_labels(arrays[inputs_.size() - 1], samples, &counted)) return status;
   const uint32_t micro = plan_.micro_batch;
   // Micro-batches without a valid sample do not run; the optimizer updates at the last one that does.
   const uint32_t count = (samples + micro - 1) / micro;
-  context_ = {learning_rate, update, seed, 0, count, samples, 0, 0, 0.0};
+  context_ = {learning_rate, update, seed, 0, count, samples, 0, 0, 0.0, counted};
   for (uint32_t m = 0; m < count; m++) {
     context_.micro_index = m;
     context_.first_sample = uint64_t{m} * micro;
@@ -216,7 +229,7 @@ er_status Session::predict(const er_array* inputs, uint64_t samples, float* cons
   const uint64_t micro = plan_.micro_batch;
   for (uint64_t first = 0; first < samples; first += micro) {
     const uint64_t valid = std::min(micro, samples - first);
-    context_ = {0.0f, 0, 0, static_cast<uint32_t>(first / micro), 1, samples, valid, first, 0.0};
+    context_ = {0.0f, 0, 0, static_cast<uint32_t>(first / micro), 1, samples, valid, first, 0.0, 0};
     bind(inputs, count, false, first, valid);
     if (const er_status status = run(eval_)) return status;
     for (size_t o = 0; o < outputs_.size(); o++) {

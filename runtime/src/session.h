@@ -52,7 +52,7 @@ class Session {
   };
   std::vector<Step> prepare(const std::vector<PlanStep>& steps);
   er_status check_arrays(const er_array* arrays, size_t count, uint64_t samples) const;
-  er_status check_labels(const er_array& labels, uint64_t samples) const;
+  er_status check_labels(const er_array& labels, uint64_t samples, uint64_t* counted) const;
   void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
   er_status run(std::vector<Step>& steps);
 

@@ -42,7 +42,9 @@ def test_bundle_holds_graphs_weights_and_their_description(tmp_path: Path) -> No
     model = small()
     path = edge_razor.export(model, EXAMPLE, tmp_path / "m.razor", classes=list("abcde"), trainable="last:1")
     content = manifest(path)
-    assert content["inputs"] == [{"name": "input", "dtype": "float32", "shape": [None, 3, 8, 8], "perm": [0, 2, 3, 1]}]
+    assert content["inputs"] == [
+        {"name": "input", "dtype": "float32", "indices": False, "shape": [None, 3, 8, 8], "perm": [0, 2, 3, 1]}
+    ]
     assert (content["output"]["shape"], content["output"]["perm"]) == ([None, 5], [0, 1])
     assert content["loss"] == {"name": "cross_entropy", "label_smoothing": 0.0}
     assert content["trainable"] == {"spec": "last:1", "parameters": ["5.weight", "5.bias"]}

@@ -102,7 +102,7 @@ def test_model_is_as_before(broken: bool) -> None:
     ("example", "what"),
     [
         ((), "empty"),
-        (torch.zeros(2, 3, dtype=torch.int64), "int64"),
+        (torch.zeros(2, 3, dtype=torch.float64), "float64"),
         (np.zeros((2, 3), np.float32), "ndarray"),
         (torch.zeros(3), "batch"),
         (torch.zeros(0, 3), "batch"),

@@ -31,7 +31,7 @@ def check(node: onnx.NodeProto, types: dict[str, int]) -> None:
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 def test_checker_accepts_a_full_node_of_every_operator(operator: Operator) -> None:
     types = {o.name: TensorProto.UINT8 for o in (*operator.inputs, *operator.outputs) if o.type == "U"}
-    types |= {o.name: TensorProto.INT64 for o in operator.inputs if o.type == "L"}
+    types |= {o.name: TensorProto.INT64 for o in operator.inputs if o.type in ("L", "I")}
     values = {"ints": [1, 1], "int": 1, "float": 0.5, "string": "conv"}
     attributes = {a.name: values[a.kind] if a.default is None else a.default for a in operator.attributes}
     inputs, outputs = [o.name for o in operator.inputs], [o.name for o in operator.outputs]

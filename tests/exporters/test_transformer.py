@@ -237,9 +237,14 @@ def test_gather_of_consecutive_indices_is_a_slice() -> None:
     assert "Slice" in found and "Gather" not in found
 
 
-def test_gather_of_other_indices_says_so() -> None:
-    with pytest.raises(UnsupportedOpError, match="not consecutive"):
-        check_model(Function(lambda x: x.index_select(1, torch.tensor([3, 1]))), (5, WIDTH))
+def test_gather_of_other_indices_is_slices_one_after_another() -> None:
+    found = ops(check_model(Function(lambda x: x.index_select(1, torch.tensor([3, 1, 2]))), (5, WIDTH)))
+    assert found.count("Slice") == 2 and "Concat" in found
+
+
+def test_gather_of_too_many_ranges_says_so() -> None:
+    with pytest.raises(UnsupportedOpError, match="70 separate ranges"):
+        check_model(Function(lambda x: x.index_select(1, torch.arange(0, 140, 2))), (140, 4))
 
 
 def test_a_repeated_parameter_needs_its_batch() -> None:

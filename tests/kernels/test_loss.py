@@ -25,13 +25,13 @@ def test_cross_entropy(shape: tuple[int, int, int], smoothing: float) -> None:
     expected = F.cross_entropy(z.flatten(0, 1), torch.from_numpy(target).long().flatten(), label_smoothing=smooth32)
     expected.backward()
     context = {"valid_batch": samples, "valid_micro": samples}
-    (d,), loss = run("cross_entropy", shape, [smoothing], [logits, target, Out(shape)], **context)
+    (d,), loss = run("cross_entropy", [*shape, -100], [smoothing], [logits, target, Out(shape)], **context)
     assert loss == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
     assert np.abs(d - z.grad.numpy()).max() <= 1e-6 / (samples * positions)
-    _, alone = run("cross_entropy", shape, [smoothing], [logits, target, None], **context)
+    _, alone = run("cross_entropy", [*shape, -100], [smoothing], [logits, target, None], **context)
     assert alone == loss
     same = logits.copy()
-    kernel_run("cross_entropy", shape, [smoothing], [same, target, same], threads=2, **context)
+    kernel_run("cross_entropy", [*shape, -100], [smoothing], [same, target, same], threads=2, **context)
     np.testing.assert_array_equal(same, d)
 
 
@@ -39,7 +39,7 @@ def test_cross_entropy_is_stable_for_huge_logits() -> None:
     logits = np.array([[[1e4, 0, -1e4]], [[-1e30, 1e30, 0]]], np.float32)
     (d,), loss = run(
         "cross_entropy",
-        [2, 1, 3],
+        [2, 1, 3, -100],
         [0],
         [logits, np.array([0, 1], np.int32), Out((2, 1, 3))],
         valid_batch=2,
@@ -48,12 +48,17 @@ def test_cross_entropy_is_stable_for_huge_logits() -> None:
     assert loss == 0 and (np.abs(d) < 1e-30).all()
 
 
-@pytest.mark.parametrize("bad", [-1, 3, -100, 2**31 - 1])
+@pytest.mark.parametrize("bad", [-1, 3, -99, 2**31 - 1])
 def test_cross_entropy_of_a_target_that_is_no_class_is_not_finite(bad: int) -> None:
     logits = normal(0, 2, 1, 3)
     with pytest.raises(NonFiniteError):
         kernel_run(
-            "cross_entropy", [2, 1, 3], [0], [logits, np.array([0, bad], np.int32), None], valid_batch=2, valid_micro=2
+            "cross_entropy",
+            [2, 1, 3, -100],
+            [0],
+            [logits, np.array([0, bad], np.int32), None],
+            valid_batch=2,
+            valid_micro=2,
         )
 
 
@@ -63,7 +68,7 @@ def test_non_finite_predictions_are_reported(value: float) -> None:
     x[2, 3] = value
     context = {"valid_batch": 4, "valid_micro": 4}
     for call in (
-        ("cross_entropy", [4, 1, 6], [0.0], [x, np.zeros(4, np.int32), None]),
+        ("cross_entropy", [4, 1, 6, -100], [0.0], [x, np.zeros(4, np.int32), None]),
         ("mse", [4, 6], [], [x, normal(1, 4, 6), None]),
         ("bce_logits", [4, 6], [], [x, np.full((4, 6), 0.5, np.float32), None]),
     ):
@@ -134,3 +139,37 @@ def test_losses_add_to_what_is_there() -> None:
     context = {"valid_batch": 2, "valid_micro": 2}
     alone = kernel_run("mse", [2, 3], [], [x, t, None], **context).loss
     assert kernel_run("mse", [2, 3], [], [x, t, None], loss=1.5, **context).loss == pytest.approx(1.5 + alone)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_targets_do_not_count(smoothing: float) -> None:
+    """The mean is over the targets that count, in the whole batch: over micro-batches, too."""
+    samples, positions, classes, ignored = 6, 5, 11, -100
+    logits = 3 * normal(1, samples, positions, classes)
+    target = np.random.default_rng(2).integers(0, classes, (samples, positions)).astype(np.int32)
+    target[0] = ignored
+    target[1, 3:] = ignored
+    z = torch.from_numpy(logits).double().requires_grad_()
+    expected = F.cross_entropy(
+        z.flatten(0, 1), torch.from_numpy(target).long().flatten(), label_smoothing=float(np.float32(smoothing))
+    )
+    expected.backward()
+    counted = int((target != ignored).sum())
+    total, gradients = 0.0, []
+    for first in range(0, samples, 2):
+        part = slice(first, first + 2)
+        operands = [logits[part], target[part], Out((2, positions, classes))]
+        (d,), share = run(
+            "cross_entropy",
+            [2, positions, classes, ignored],
+            [smoothing],
+            operands,
+            valid_batch=samples,
+            valid_micro=2,
+            counted_batch=counted,
+        )
+        total += share
+        gradients.append(d)
+    assert total == pytest.approx(expected.item(), rel=1e-6)
+    assert np.abs(np.concatenate(gradients) - z.grad.numpy()).max() <= 1e-6 / counted
+    assert not np.concatenate(gradients)[target == ignored].any()

@@ -18,6 +18,7 @@ MAY_ALIAS = {
     "softmax": {(1, 0)},
     "layer_norm_grad": {(4, 1)},
     "softmax_grad": {(2, 0)},
+    "rotary": {(3, 0)},
     "dropout": {(1, 0)},
     "cross_entropy": {(2, 0)},
     "mse": {(2, 0)},

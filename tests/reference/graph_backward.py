@@ -315,6 +315,26 @@ def attention_grad(run: Run, node: ir.Node, *operands: Value) -> Sequence[Value]
         return torch.autograd.grad(_attend(run, node, *probes, *inputs[3:]), probes, dy)
 
 
+def embedding_grad(run: Run, node: ir.Node, ids: Tensor, dy: Tensor) -> Sequence[Value]:
+    g = torch.zeros(ints(node, "weight_shape"), dtype=dy.dtype)
+    padding = integer(node, "padding_idx", -1)
+    rows = dy * (ids != padding).to(dy.dtype).unsqueeze(-1)
+    return [g.index_add(0, ids.reshape(-1), rows.reshape(-1, dy.shape[-1]))]
+
+
+def rotary(run: Run, node: ir.Node, x: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Value]:
+    n, t, width = x.shape
+    pairs = x.reshape(n, t, integer(node, "heads", 1), -1)
+    cos, sin = cos[:, None], sin[:, None]
+    if integer(node, "inverse", 0):
+        a, b = (pairs * sin).chunk(2, -1)
+        y = pairs * cos + torch.cat([b, -a], -1)
+    else:
+        a, b = pairs.chunk(2, -1)
+        y = pairs * cos + torch.cat([-b, a], -1) * sin
+    return [y.reshape(n, t, width)]
+
+
 def pack(run: Run, node: ir.Node, x: Tensor) -> Sequence[Value]:
     """What attention reads is kept in bf16; the rest in the razor form."""
     readers = {use.node.op_type for use in node.outputs[0].uses()}
@@ -337,9 +357,10 @@ def softmax_grad(run: Run, node: ir.Node, dy: Tensor, y: Tensor) -> Sequence[Val
 
 def cross_entropy(run: Run, node: ir.Node, logits: Tensor, target: Tensor) -> Sequence[Value]:
     classes, smoothing = logits.shape[-1], number(node, "label_smoothing", 0.0)
-    wanted = F.one_hot(target, classes).to(logits.dtype) * (1 - smoothing) + smoothing / classes
-    logs = F.log_softmax(logits, -1)
-    return -(wanted * logs).sum() / target.numel(), (logs.exp() - wanted) / target.numel()
+    counted = target != integer(node, "ignore_index", -100)
+    wanted = F.one_hot(target.where(counted, 0), classes).to(logits.dtype) * (1 - smoothing) + smoothing / classes
+    logs, share = F.log_softmax(logits, -1), counted.to(logits.dtype).unsqueeze(-1) / counted.sum()
+    return -(wanted * logs * share).sum(), (logs.exp() - wanted) * share
 
 
 def mse(run: Run, node: ir.Node, prediction: Tensor, target: Tensor) -> Sequence[Value]:
@@ -395,6 +416,9 @@ OPERATORS: dict[str, Operator] = {
     "LayerNormGrad": layer_norm_grad,
     "Attention": attention,
     "AttentionGrad": attention_grad,
+    "Embedding": lambda run, node, ids, w: [w[ids]],
+    "EmbeddingGrad": embedding_grad,
+    "Rotary": rotary,
     "ExpandBatch": lambda run, node, x, like: [x.expand(like.shape[0], *x.shape[1:])],
     "Dropout": dropout,
     "DropoutGrad": dropout,

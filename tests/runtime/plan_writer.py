@@ -51,7 +51,7 @@ def _step(s: dict[str, Any]) -> bytes:
     return _string(s["kernel"]) + _string(s["label"]) + _vec("q", s["ints"]) + _vec("f", s["floats"]) + _list(operands)
 
 
-def seal(payload: bytes, version: int = 2) -> bytes:
+def seal(payload: bytes, version: int = 3) -> bytes:
     """A plan file around a payload, with the right checksum."""
     return b"EDGERZR\n" + struct.pack("<IIQ", version, zlib.crc32(payload), len(payload)) + payload
 
@@ -121,7 +121,7 @@ def linear_plan(
         return step("sgd", [n, 0], [momentum, 0.0], parameter, grad, *slots)
 
     forward = step("conv", [*conv, 0, 0], [0.0, 0.0], x, weight, none, bias, logits, none)
-    loss_ints = [micro, 1, outputs] if loss == "cross_entropy" else [micro, outputs]
+    loss_ints = [micro, 1, outputs, -100] if loss == "cross_entropy" else [micro, outputs]
     train = [
         forward,
         step(loss, loss_ints, [0.0] if loss == "cross_entropy" else [], logits, target, logits),

@@ -33,13 +33,15 @@ double mean_factor(const Call& call, int64_t terms_a_sample) {
          (static_cast<double>(std::max<uint64_t>(call.context->valid_batch, 1)) * static_cast<double>(terms_a_sample));
 }
 
-// ---- cross_entropy: logits[samples, positions, classes], target[samples, positions] → dlogits?; label_smoothing ε
+// ---- cross_entropy: logits[samples, positions, classes], target[samples, positions] → dlogits?; label_smoothing ε,
+// ---- ignore_index: a position with this target adds nothing, and the mean is over the others of the whole batch.
 // ---- loss = logΣe^x − (1 − ε)·x[target] − ε·mean(x); a target that is no class makes the loss NaN.
 
 std::string check_cross_entropy(const Call& call) {
-  CallCheck check(call, 3, 3, 1);
+  CallCheck check(call, 3, 4, 1);
   const int64_t samples = check.size(0, "samples"), positions = check.size(1, "positions"),
                 classes = check.size(2, "classes");
+  check.integer(3, "ignore_index", INT32_MIN, INT32_MAX);
   if (check.ok()) check.require(call.floats[0] >= 0 && call.floats[0] <= 1, "label_smoothing must be 0 to 1");
   check.present(0, "logits", byte_size({samples, positions, classes}));
   check.present(1, "target", byte_size({samples, positions}));
@@ -94,19 +96,20 @@ double cross_entropy_row(const float* x, int64_t classes, int64_t target, float 
 }
 
 bool run_cross_entropy(const Call& call) {
-  const int64_t samples = call.ints[0], positions = call.ints[1], classes = call.ints[2];
+  const int64_t samples = call.ints[0], positions = call.ints[1], classes = call.ints[2], ignored = call.ints[3];
   const float smoothing = call.floats[0];
   const float* x = call.as<float>(0);
   const int32_t* target = call.as<int32_t>(1);
   float* d = call.as<float>(2);
-  const double factor = mean_factor(call, positions);
+  const uint64_t counted = call.context->counted_batch;
+  const double factor = counted ? 1.0 / static_cast<double>(counted) : mean_factor(call, positions);
   const int64_t valid = valid_samples(call, samples) * positions;
   const double loss = sum_parts(call, valid, 8 * classes, [&](int64_t begin, int64_t end) {
     double total = 0;
     for (int64_t r = begin; r < end; r++) {
       if (target[r] < 0 || target[r] >= classes) {
         if (d) std::fill(d + r * classes, d + (r + 1) * classes, 0.0f);
-        total = std::numeric_limits<double>::quiet_NaN();
+        if (target[r] != ignored) total = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
       total += cross_entropy_row(x + r * classes, classes, target[r], smoothing, static_cast<float>(factor),
