@@ -198,7 +198,7 @@ def test_wrong_tokens_and_targets_are_refused_by_name(bundles: Callable[[str, st
             trainer.step([high, mask], target.numpy())
         with pytest.raises(UsageError, match="whole numbers"):
             trainer.step([ids.astype(np.float32), mask], target.numpy())
-        with pytest.raises(UsageError, match=r"\[samples, 24\]"):
+        with pytest.raises(UsageError, match=r"\[samples, 72\]"):
             trainer.predict([ids[:, :5], mask[:, :5]])
         with pytest.raises(UsageError, match="every target"):
             trainer.step([ids, mask], np.full_like(target.numpy(), -100))

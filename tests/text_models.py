@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-VOCABULARY, TOKENS, CLASSES = 97, 24, 5
+VOCABULARY, TOKENS, CLASSES = 97, 72, 5
 
 
 def _made(kind: type, config: Any, attention: str) -> nn.Module:
@@ -25,7 +25,7 @@ def bert(attention: str = "sdpa") -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
-        max_position_embeddings=40,
+        max_position_embeddings=80,
         num_labels=CLASSES,
         initializer_range=0.2,
     )
@@ -39,7 +39,7 @@ def distilbert(attention: str = "sdpa") -> nn.Module:
         n_layers=2,
         n_heads=4,
         hidden_dim=64,
-        max_position_embeddings=40,
+        max_position_embeddings=80,
         num_labels=CLASSES,
         initializer_range=0.2,
     )
@@ -53,7 +53,7 @@ def gpt2(attention: str = "sdpa") -> nn.Module:
         n_embd=32,
         n_layer=2,
         n_head=4,
-        n_positions=40,
+        n_positions=80,
         bos_token_id=0,
         eos_token_id=0,
         initializer_range=0.2,
@@ -70,7 +70,7 @@ def llama(attention: str = "sdpa") -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=64,
-        max_position_embeddings=40,
+        max_position_embeddings=80,
         initializer_range=0.2,
     )
     return _made(transformers.LlamaForCausalLM, config, attention)

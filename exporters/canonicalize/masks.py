@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from edge_razor.errors import UnsupportedOpError
 from edge_razor.exporters.graph_edit import bypass, constant, is_parameter, remove_dead
@@ -147,6 +148,15 @@ def _indexes_parameter(node: ir.Node, operand: int) -> bool:
     return node.op_type == "Gather" and operand == 1 and is_parameter(node.inputs[0])
 
 
+class GatherElements(OpRun):
+    """onnx's own evaluation (1.23) fails for more than 64 elements along the axis."""
+
+    op_domain = ""
+
+    def _run(self, data: Array, indices: Array, axis: int = 0) -> tuple[Array]:
+        return (np.take_along_axis(data, indices, axis),)
+
+
 def _evaluate(model: ir.Model, wanted: list[ir.Value], trials: list[Trial]) -> list[list[Array]]:
     """Values of ``wanted`` for each trial: one list per value."""
     graph = model.graph
@@ -163,7 +173,7 @@ def _evaluate(model: ir.Model, wanted: list[ir.Value], trials: list[Trial]) -> l
     copy.graph.outputs.extend(values[str(value.name)] for value in wanted)
     for node, original in reversed(list(zip(list(copy.graph), list(graph), strict=True))):
         if original not in needed:
-            copy.graph.remove(node, safe=False)
+            copy.graph.remove(node, safe=True)
     remove_dead(copy.graph)
     used = {value for node in copy.graph for value in node.inputs}
     for value in [v for v in copy.graph.inputs if v not in used]:
@@ -172,7 +182,7 @@ def _evaluate(model: ir.Model, wanted: list[ir.Value], trials: list[Trial]) -> l
     for value in values.values():
         value.shape = None
     try:
-        evaluator = ReferenceEvaluator(ir.to_proto(copy))
+        evaluator = ReferenceEvaluator(ir.to_proto(copy), new_ops=[GatherElements])
         runs = [
             evaluator.run(None, {name: data for name, data in trial.arrays.items() if name in feeds})
             for trial in trials
