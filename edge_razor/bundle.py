@@ -1,9 +1,9 @@
 """Model bundles: what the exporter writes and the planner, the trainer and the export back read (docs/bundle.md).
 
 A bundle is a directory, or a zip of stored (not deflated) members, with `bundle.json`, `training.onnx`,
-`inference.onnx` and `weights.safetensors`. It is untrusted input: sizes and checksums are verified when it is opened,
-nothing is unpacked, and nothing in it is executed. Reading imports neither onnx nor protobuf; `write_bundle` gets its
-models from a caller that has.
+`inference.onnx` and `weights.safetensors`; of a language model also `tokenizer.json`. It is untrusted input: sizes and
+checksums are verified when it is opened, nothing is unpacked, and nothing in it is executed. Reading imports neither
+onnx nor protobuf; `write_bundle` gets its models from a caller that has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from edge_razor.errors import BundleError
-from edge_razor.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, parse_manifest
+from edge_razor.manifest import FILES, FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, parse_manifest
 from edge_razor.tensors import TensorFile, TensorSpec, TensorWriter, sync_directory
 from edge_razor.zipped import stored_member_start
 
@@ -66,7 +66,7 @@ class Bundle:
             if manifest_member.size > _MANIFEST_LIMIT:
                 raise BundleError(f"{self.path}: {MANIFEST} is too large to be real")
             self.manifest: Manifest = parse_manifest(self._read(manifest_member), str(self.path))
-            for name in FILES:
+            for name in self.manifest.files:
                 self._verify(name)
             self.id = self.manifest.files[FILES[0]].sha256
             weights = self._member("weights.safetensors")
@@ -87,7 +87,7 @@ class Bundle:
             raise BundleError(f"{self.path}: weights.safetensors has no tensor {missing[0]!r}; export the model again")
 
     def read_file(self, name: str) -> bytes:
-        """The whole content of `training.onnx` or `inference.onnx`.
+        """The whole content of `training.onnx`, `inference.onnx` or `tokenizer.json`.
 
         Raises:
             BundleError: the bundle has no such file, or it was altered after it was opened.
@@ -149,8 +149,8 @@ class Bundle:
 
 
 def _find_members(path: Path) -> dict[str, _Member]:
-    """The bundle's files by name. Only the four known names are looked at, so no member can point anywhere else."""
-    names = (MANIFEST, *FILES)
+    """The bundle's files by name. Only the known names are looked at, so no member can point anywhere else."""
+    names = (MANIFEST, *FILES, TOKENIZER)
     if path.is_dir():
         files = {name: path / name for name in names}
         return {n: _Member(f, 0, f.stat().st_size) for n, f in files.items() if f.is_file()}
@@ -182,6 +182,7 @@ def write_bundle(
     inference: onnx.ModelProto,
     tensors: Mapping[str, np.ndarray],
     manifest: Mapping[str, Any],
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Writes a bundle directory; it appears whole under its name or not at all. An existing bundle there is replaced.
 
@@ -191,6 +192,7 @@ def write_bundle(
         inference: forward graph, likewise.
         tensors: everything for weights.safetensors, by name.
         manifest: bundle.json without `format_version` and `files`, which are added here.
+        tokenizer: content of tokenizer.json, for a language model.
 
     Returns:
         `path`.
@@ -213,12 +215,15 @@ def write_bundle(
         for model, file_name in ((training, "training.onnx"), (inference, "inference.onnx")):
             _fill_external_data(model, writer, file_name)
             (temporary / file_name).write_bytes(model.SerializeToString(deterministic=True))
-        files = {name: _fingerprint(temporary / name) for name in FILES}
+        names = FILES if tokenizer is None else (*FILES, TOKENIZER)
+        if tokenizer is not None:
+            (temporary / TOKENIZER).write_bytes(tokenizer)
+        files = {name: _fingerprint(temporary / name) for name in names}
         content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
         text = json.dumps(content, indent=1).encode()
         parse_manifest(text, str(target))  # what is written must be readable
         (temporary / MANIFEST).write_bytes(text)
-        for name in (*FILES, MANIFEST):
+        for name in (*names, MANIFEST):
             with open(temporary / name, "rb") as file:
                 os.fsync(file.fileno())
         sync_directory(temporary)

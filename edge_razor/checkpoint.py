@@ -71,6 +71,7 @@ def write_checkpoint(
             if not np.isfinite(array.sum(dtype=np.float64)):
                 raise NonFiniteError(f"{name} holds NaN or infinite values; the checkpoint was not replaced")
             writer.write(name, array)
+            del array  # before the next one is read: the plan counts one
         file.flush()
         position = _placeholder(file_path, file, writer.data_offset)
         file.seek(position)

@@ -97,7 +97,7 @@ def fit(
                     "epoch": epoch,
                     "loss": result.last_loss,
                     "lr": rate,
-                    "images_per_second": result.samples / result.seconds,
+                    "samples_per_second": result.samples / result.seconds,
                     "rss_bytes": rss_bytes(),
                 }
                 events.on_step(figures)

@@ -15,6 +15,7 @@ __all__ = [
     "FORMAT_VERSION",
     "IGNORE_INDEX",
     "MANIFEST",
+    "TOKENIZER",
     "FileEntry",
     "InputSpec",
     "Manifest",
@@ -24,6 +25,8 @@ __all__ = [
 
 MANIFEST = "bundle.json"
 FILES = ("training.onnx", "inference.onnx", "weights.safetensors")
+TOKENIZER = "tokenizer.json"
+"""Only in bundles of language models."""
 FORMAT_VERSION = 1
 DTYPES = ("float32", "int64", "int32", "bool")
 IGNORE_INDEX = -100
@@ -73,6 +76,15 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """Tokens: rows of the model's table, the index that pads a text, and the one that ends it (None: none)."""
+
+    vocabulary: int
+    pad: int
+    end: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     bytes: int
     sha256: str
@@ -93,6 +105,7 @@ class Manifest:
     aliases: dict[str, str]
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing | None
+    text: Text | None
     files: dict[str, FileEntry]
     raw: dict[str, Any]
 
@@ -216,7 +229,7 @@ def parse_manifest(text: bytes, bundle: str) -> Manifest:
     read.each(list(aliases.values()), "aliases", lambda v: isinstance(v, str), "a table of names")
     files = read.get(raw, "files", "", dict, "a table")
     entries = {}
-    for name in FILES:
+    for name in (*FILES, *((TOKENIZER,) if TOKENIZER in files else ())):
         entry = read.get(files, name, "files.", dict, "a table")
         sha256 = read.text(entry, "sha256", f"files.{name}.")
         if not re.fullmatch("[0-9a-f]{64}", sha256):
@@ -238,9 +251,20 @@ def parse_manifest(text: bytes, bundle: str) -> Manifest:
         aliases=dict(aliases),
         classes=None if raw.get("classes") is None else read.texts(raw, "classes"),
         preprocessing=None if raw.get("preprocessing") is None else _preprocessing(raw["preprocessing"], read),
+        text=None if raw.get("text") is None else _text(raw["text"], read, TOKENIZER in entries),
         files=entries,
         raw=raw,
     )
+
+
+def _text(table: Any, read: _Reader, has_tokenizer: bool) -> Text:
+    end = None if isinstance(table, dict) and table.get("end") is None else read.integer(table, "end", "text.")
+    text = Text(read.integer(table, "vocabulary", "text."), read.integer(table, "pad", "text."), end)
+    if max(text.pad, text.end or 0) >= text.vocabulary:
+        read.fail("text", "of tokens within the vocabulary")
+    if not has_tokenizer:
+        read.fail(f"files.{TOKENIZER}", "there, since text is")
+    return text
 
 
 def _preprocessing(table: Any, read: _Reader) -> Preprocessing:

@@ -19,6 +19,7 @@ from edge_razor.exporters.forward import Forward, build_forward
 from edge_razor.exporters.graph_edit import BATCH, is_parameter
 from edge_razor.exporters.load_onnx import load_onnx
 from edge_razor.exporters.razor import insert_packs
+from edge_razor.exporters.tokenizer import read_tokenizer
 from edge_razor.exporters.trainable import parameters, resolve
 from edge_razor.exporters.training_graph import to_proto, validate
 
@@ -41,6 +42,7 @@ def export(
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     dropout: bool = True,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Writes the bundle of a model that is ready for planning and training.
 
@@ -62,6 +64,8 @@ def export(
             channel), ``interpolation``; see docs/bundle.md.
         dropout: keep ``nn.Dropout`` (ONNX: Dropout nodes) for training. Functional dropout, DropPath and stochastic
             depth are never kept.
+        tokenizer: tokenizer.json of a language model, or the directory that it is in; goes into the bundle, so that
+            `edge-razor train` takes texts.
 
     Returns:
         ``path``.
@@ -82,6 +86,7 @@ def export(
     forward = build_forward(captured, classes_last=loss == "cross_entropy")
     if classes is not None:
         _check_classes(classes, forward, loss)
+    tokens, text = (None, None) if tokenizer is None else read_tokenizer(tokenizer, forward.model.graph)
     selected = resolve(trainable, parameters(forward.model))
     training = insert_packs(differentiate(forward.model, loss_table, selected))
     training_proto = to_proto(training)
@@ -119,8 +124,9 @@ def export(
         "aliases": captured.aliases,
         "classes": None if classes is None else [str(name) for name in classes],
         "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "text": text,
     }
-    return write_bundle(path, training_proto, to_proto(forward.inference), tensors, manifest)
+    return write_bundle(path, training_proto, to_proto(forward.inference), tensors, manifest, tokens)
 
 
 def _check_loss(loss: str, label_smoothing: float) -> dict[str, object]:

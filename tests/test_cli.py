@@ -322,7 +322,7 @@ def test_a_corrupt_image_stops_or_is_skipped_and_counted(
     bad.write_bytes(bad.read_bytes()[:100])
     assert "3.png: cannot be read" in fail(capsys, 4, *train(exported, images, tmp_path / "a", "--epochs", 1))
     succeed(*train(exported, images, tmp_path / "b", "--epochs", 1, "--skip-bad"))
-    assert "1 unreadable images were left out" in capsys.readouterr().err
+    assert "1 unreadable samples were left out" in capsys.readouterr().err
 
 
 def test_a_factory_that_fails_is_one_clear_error(capsys: pytest.CaptureFixture[str], exported: Path) -> None:
@@ -351,4 +351,4 @@ def test_the_live_display_needs_a_terminal_and_works_on_one(bundle: Path, data: 
         shown += part
     os.close(leader)
     assert process.wait(timeout=60) == 0
-    assert b"images/s" in shown and b"14/14" in shown and b"epoch 2" in shown
+    assert b"samples/s" in shown and b"14/14" in shown and b"epoch 2" in shown

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edge_razor.errors import UsageError
+
+if TYPE_CHECKING:
+    from edge_razor.data.text import TextOptions
 
 __all__ = ["build_parser"]
 
@@ -125,10 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_export(parser: _Parser) -> None:
     add = parser.add_argument
-    add("spec", metavar="SPEC", help="package.module:factory of an nn.Module, or a .onnx file")
+    add("spec", metavar="SPEC", help="package.module:factory of an nn.Module, a .onnx file, or hf:DIRECTORY")
     add("--output", "-o", type=Path, required=True, metavar="BUNDLE", help="bundle to write")
     add("--input", dest="input_shape", metavar="SHAPE", help="without the batch: 3x224x224; needed for a torch model")
-    add("--loss", default="cross_entropy", help="cross_entropy (default), mse or bce_with_logits")
+    add("--text", dest="tokens", type=_COUNT, metavar="TOKENS", help="a model of texts of at most so many tokens")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the one in hf:DIRECTORY)")
+    add("--loss", default="cross_entropy", help="cross_entropy (default), token_cross_entropy, mse, bce_with_logits")
     add("--label-smoothing", type=_at_least(float, 0), default=0.0, help="of cross_entropy (default 0)")
     add("--trainable", default="all", help="all (default), head, last:N, bias, norm, or globs on names, by commas")
     add("--classes", help="class names in order: by commas, or a file with one a line")
@@ -176,7 +181,9 @@ def _add_train(parser: _Parser) -> None:
         parser.add_argument(name, action=_WrittenFlag, help=text)
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="model bundle that 'export' made")
-    add("--data", type=Path, required=True, metavar="PATH", help="folder of class folders, .npz, or x.npy beside y.npy")
+    add(
+        "--data", type=Path, required=True, metavar="PATH", help="image folder, .npz, x.npy; .csv, .jsonl or .txt texts"
+    )
     add("--out", type=Path, metavar="RUN", help="run directory (default runs/<bundle>)")
     add("--epochs", type=_COUNT, default=3, metavar="N", help="passes over the data (default 3)")
     add("--lr", type=_at_least(float, 0), default=1e-3, help="learning rate (default 1e-3)")
@@ -187,14 +194,28 @@ def _add_train(parser: _Parser) -> None:
     add("--eps", type=_at_least(float, 0), default=1e-8, help="AdamW (default 1e-8)")
     add("--val-split", type=_at_least(float, 0), default=0.1, metavar="SHARE", help="held out data (default 0.1)")
     add("--seed", type=_at_least(int, 0), default=0, help="of split, order, augmentation, dropout (default 0)")
+    _add_text(parser)
     flag("--flip", "mirror half of the training images")
     flag("--random-crop", "crop training images at random places")
-    flag("--skip-bad", "leave unreadable images out and count them")
+    flag("--skip-bad", "leave unreadable samples out and count them")
     add("--plan", dest="plan_file", type=Path, metavar="FILE", help="plan of 'plan -o'; fixes batch size to threads")
     flag("--resume", "go on from the checkpoint in the run directory")
     add("--save-every", type=_COUNT, metavar="STEPS", help="checkpoints beside the one after each epoch")
     add("--log-every", type=_COUNT, default=10, metavar="STEPS", help="lines of metrics.jsonl (default 10)")
     flag("--profile", "show time, GFLOP/s and GB/s by kernel, and the slowest steps, at the end")
+
+
+def _add_text(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--text-column", default="text", metavar="NAME", help="of a .csv or .jsonl (default text)")
+    add("--label-column", default="label", metavar="NAME", help="of a .csv or .jsonl (default label)")
+    add("--no-truncate", dest="truncate", action="store_false", help="refuse texts that are too long, do not cut them")
+
+
+def _text(o: argparse.Namespace) -> TextOptions:
+    from edge_razor.data.text import TextOptions
+
+    return TextOptions(o.text_column, o.label_column, o.truncate)
 
 
 def _add_run(parser: _Parser) -> None:
@@ -206,6 +227,7 @@ def _add_evaluate(parser: _Parser) -> None:
     _add_run(parser)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="PATH", help="as for 'train'")
+    _add_text(parser)
     add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory")
     add("--threads", type=_COUNT, metavar="N", help="worker threads (default: all processors)")
     add("--skip-bad", action="store_true", help="leave unreadable images out and count them")
@@ -238,6 +260,8 @@ def _export(o: argparse.Namespace) -> None:
         o.preprocessing,
         o.imagenet,
         o.dropout,
+        o.tokens,
+        o.tokenizer,
     )
 
 
@@ -266,13 +290,13 @@ def _train(o: argparse.Namespace) -> int:
     data = ("bundle", "data", "mem_budget", "threads", "epochs", "val_split", "flip", "random_crop", "skip_bad")
     run_names = ("plan_file", "resume", "save_every", "log_every", "profile")
     options = {name: getattr(o, name) for name in (*data, *run_names)}
-    return run(RunOptions(out=out, settings=settings, given=frozenset(o.given), **options))
+    return run(RunOptions(out=out, settings=settings, given=frozenset(o.given), text=_text(o), **options))
 
 
 def _evaluate(o: argparse.Namespace) -> None:
     from .evaluate import run
 
-    run(o.run_directory, o.data, o.bundle, o.mem_budget, o.threads, o.skip_bad, o.as_json)
+    run(o.run_directory, o.data, o.bundle, o.mem_budget, o.threads, o.skip_bad, o.as_json, _text(o))
 
 
 def _to_onnx(o: argparse.Namespace) -> None:

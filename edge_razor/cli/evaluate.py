@@ -11,9 +11,12 @@ import numpy as np
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint
 from edge_razor.data import BatchRing, Loader, open_source
+from edge_razor.data.text import TextOptions
 from edge_razor.memory import peak_rss_bytes
 from edge_razor.trainer import Trainer, bundle_of
 from edge_razor.units import format_bytes, parse_bytes
+
+from .tables import show_text
 
 __all__ = ["run"]
 
@@ -26,6 +29,7 @@ def run(
     threads: int | None,
     skip_bad: bool,
     as_json: bool,
+    text: TextOptions,
 ) -> None:
     budget = None if mem_budget is None else parse_bytes(mem_budget)
     with Checkpoint(run_directory) as checkpoint:
@@ -33,7 +37,15 @@ def run(
         classes = checkpoint.state.get("extra", {}).get("classes")
         batch_size = int(checkpoint.state["settings"]["batch_size"])
     with Bundle(path) as opened:
-        source = open_source(data, opened.manifest, skip_bad=skip_bad, classes=classes, memory_limit=budget)
+        source = open_source(
+            data,
+            opened.manifest,
+            skip_bad=skip_bad,
+            classes=classes,
+            memory_limit=budget,
+            bundle=opened,
+            text=text,
+        )
     data_bytes = BatchRing.bytes_for(source, batch_size)
     options = {"mem_budget": budget, "threads": threads, "data_bytes": data_bytes}
     with Trainer.resume(run_directory, bundle, **options) as trainer:
@@ -42,7 +54,9 @@ def run(
         print(json.dumps({**result, "left_out": len(source.bad), "peak_rss_bytes": peak_rss_bytes()}))
         return
     accuracy = "" if result["accuracy"] is None else f", accuracy {result['accuracy']:.2%}"
-    print(f"{result['samples']} samples: loss {result['loss']:.4f}{accuracy}")
+    perplexity = f", perplexity {result['perplexity']:.2f}" if "perplexity" in result else ""
+    show_text(source)
+    print(f"{result['samples']} samples: loss {result['loss']:.4f}{accuracy}{perplexity}")
     if source.bad:
-        print(f"{len(source.bad)} unreadable images were left out", file=sys.stderr)
+        print(f"{len(source.bad)} unreadable samples were left out", file=sys.stderr)
     print(f"peak resident memory: {format_bytes(peak_rss_bytes())}")

@@ -30,6 +30,8 @@ def run(
     preprocessing_file: Path | None,
     imagenet: bool,
     dropout: bool,
+    tokens: int | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     shape = None if input_shape is None else parse_shape(input_shape)
     preprocessing = _preprocessing(preprocessing_file, imagenet, shape)
@@ -37,9 +39,15 @@ def run(
     from edge_razor import export
     from edge_razor.exporters.spec import load_spec
 
-    model = load_spec(spec)
+    model = load_spec(spec, causal=loss == "token_cross_entropy", classes=None if names is None else len(names))
     example: Any = None
-    if not isinstance(model, Path):
+    if tokens is not None:
+        if shape is not None:
+            raise UsageError("give either --text or --input")
+        if tokenizer is None and spec.startswith("hf:"):
+            tokenizer = Path(spec.removeprefix("hf:"))
+        example = _text_example(model, tokens)
+    elif not isinstance(model, Path):
         if shape is None:
             raise UsageError(
                 "a torch model needs --input, its input shape without the batch, such as --input 3x224x224"
@@ -59,10 +67,31 @@ def run(
         classes=names,
         preprocessing=preprocessing,
         dropout=dropout,
+        tokenizer=tokenizer,
     )
     print(f"wrote {output}")
     with Bundle(output) as bundle:
         show(bundle)
+
+
+def _text_example(model: Any, tokens: int) -> Any:
+    """Token indices and attention mask under the names of forward()'s arguments; for an ONNX file what it takes."""
+    from inspect import signature
+
+    if isinstance(model, Path):
+        import onnx
+
+        count = len(onnx.load(model, load_external_data=False).graph.input)
+        return tuple(np.ones((2, tokens), np.int64) for _ in range(count))
+    import torch
+
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit:
+        raise UsageError(f"--text {tokens}: the model has positions for {limit} tokens only")
+    ones = torch.ones(2, tokens, dtype=torch.int64)
+    names = list(signature(model.forward).parameters)
+    known = [name for name in ("input_ids", "attention_mask") if name in names]
+    return {name: ones for name in known} if "input_ids" in known else tuple(ones for _ in names[:2])
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

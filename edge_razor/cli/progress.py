@@ -58,7 +58,7 @@ class Progress:
         """One step is done."""
         self.done += 1
         memory = format_bytes(figures["rss_bytes"]) + (f" of {format_bytes(self.cap)}" if self.cap else "")
-        text = f"loss {figures['loss']:.4f}  {figures['images_per_second']:.1f} images/s  {memory}"
+        text = f"loss {figures['loss']:.4f}  {figures['samples_per_second']:.1f} samples/s  {memory}"
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, figures=text)
             return

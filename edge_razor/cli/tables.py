@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-__all__ = ["print_pairs", "print_table"]
+if TYPE_CHECKING:
+    from edge_razor.data import Source
+
+__all__ = ["print_pairs", "print_table", "show_text"]
 
 
 def print_pairs(rows: Sequence[tuple[str, str]]) -> None:
@@ -23,3 +27,17 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
         print("  ".join(cells).rstrip())
         if number == 0:
             print("  ".join("-" * w for w in widths))
+
+
+def show_text(source: Source) -> None:
+    """Figures of a data set of texts; nothing for others."""
+    from edge_razor.data.text import TextSource
+
+    if not isinstance(source, TextSource):
+        return
+    answer, length = source.answer, source.input_shape[1]
+    print(f"{answer.texts} texts, {answer.tokens} tokens, {answer.samples} samples of at most {length} tokens")
+    if answer.truncated:
+        print(f"{answer.truncated} texts are longer and were cut; --no-truncate refuses them")
+    if answer.bad:
+        print(f"{len(answer.bad)} texts were left out: {next(iter(answer.bad.items()))}, …")

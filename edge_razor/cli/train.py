@@ -16,6 +16,7 @@ from edge_razor.batches import normalizes
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, checkpoint_file
 from edge_razor.data import Augmentation, BatchRing, Loader, Source, open_source, split
+from edge_razor.data.text import TextOptions
 from edge_razor.errors import CheckpointError, UsageError
 from edge_razor.fit import Events, FitResult, fit
 from edge_razor.planner import Plan
@@ -25,7 +26,7 @@ from edge_razor.units import format_bytes, parse_bytes
 
 from .plan import show_accounting
 from .progress import Progress
-from .tables import print_table
+from .tables import print_table, show_text
 
 __all__ = ["RunOptions", "run"]
 
@@ -53,6 +54,7 @@ class RunOptions:
     save_every: int | None
     log_every: int
     profile: bool
+    text: TextOptions
     settings: dict[str, Any]
     given: frozenset[str]
 
@@ -81,14 +83,17 @@ def run(options: RunOptions) -> int:
         largest_tensor = max((bundle.tensors[n].end - bundle.tensors[n].begin for n in manifest.trainable), default=0)
         if checkpoint is not None:
             check_bundle(checkpoint, bundle)
-    source = open_source(
-        options.data,
-        manifest,
-        augmentation=Augmentation(recipe["flip"], recipe["random_crop"]),
-        skip_bad=options.skip_bad,
-        classes=None if checkpoint is None else checkpoint.state["extra"].get("classes"),
-        memory_limit=budget,
-    )
+        source = open_source(
+            options.data,
+            manifest,
+            augmentation=Augmentation(recipe["flip"], recipe["random_crop"]),
+            skip_bad=options.skip_bad,
+            classes=None if checkpoint is None else checkpoint.state["extra"].get("classes"),
+            memory_limit=budget,
+            bundle=bundle,
+            text=options.text,
+        )
+    show_text(source)
     training, held_out = split(len(source), recipe["val_split"], settings["seed"])
     data_bytes = BatchRing.bytes_for(source, batch_size)
     if source.input_dtype == "uint8" and not normalizes(manifest.inputs[0], manifest):
@@ -205,15 +210,17 @@ def _stop_flag() -> Iterator[_Stop]:
 
 def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitResult, budget: int | None) -> None:
     if source.bad:
-        print(f"{len(source.bad)} unreadable images were left out:", file=sys.stderr)
+        print(f"{len(source.bad)} unreadable samples were left out:", file=sys.stderr)
         for name, reason in list(source.bad.items())[:5]:
             print(f"  {name}: {reason}", file=sys.stderr)
     if result.seconds:
         rate = result.samples / result.seconds
-        print(f"{result.steps} steps in {result.seconds:.1f} s, {rate:.1f} images/s, last loss {result.last_loss:.4f}")
+        print(f"{result.steps} steps in {result.seconds:.1f} s, {rate:.1f} samples/s, last loss {result.last_loss:.4f}")
     if result.evaluation is not None:
         accuracy = result.evaluation["accuracy"]
         shown = "" if accuracy is None else f", accuracy {accuracy:.2%}"
+        if "perplexity" in result.evaluation:
+            shown += f", perplexity {result.evaluation['perplexity']:.2f}"
         print(f"validation: loss {result.evaluation['loss']:.4f}{shown}")
     predicted = trainer.plan.predicted_peak_bytes
     cap = "" if budget is None else f", cap {format_bytes(budget)}"

@@ -100,7 +100,7 @@ class Loader:
             for buffers, count, done in batches:
                 try:
                     if count:  # nothing is left of a batch whose samples were all bad
-                        yield Batch(buffers[0][:count], buffers[1][:count], done)
+                        yield Batch(self.source.arguments(buffers[0][:count]), buffers[1][:count], done)
                 finally:
                     self.ring.free.put(buffers)
 

@@ -6,11 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_razor.errors import DataError
 from edge_razor.manifest import Manifest
+
+if TYPE_CHECKING:
+    from edge_razor.bundle import Bundle
+    from edge_razor.data.text import TextOptions
 
 __all__ = ["Augmentation", "Source", "open_source"]
 
@@ -62,6 +67,10 @@ class Source(ABC):
             DataError: the sample cannot be read; names it.
         """
 
+    def arguments(self, inputs: np.ndarray) -> Any:
+        """What a trainer takes for a batch [n, *input_shape]: the array itself, or one for each input of the model."""
+        return inputs
+
     def close(self) -> None:  # noqa: B027  (only sources that hold files need it)
         """Closes files."""
 
@@ -74,25 +83,37 @@ def open_source(
     skip_bad: bool = False,
     classes: Sequence[str] | None = None,
     memory_limit: int | None = None,
+    bundle: Bundle | None = None,
+    text: TextOptions | None = None,
 ) -> Source:
     """The data set at `path` for a bundle's model.
 
     Args:
-        path: a folder of class folders of images; a folder with x.npy and y.npy; an .npz; an .npy beside its y.npy.
+        path: a folder of class folders of images; a folder with x.npy and y.npy; an .npz; an .npy beside its y.npy;
+            texts as .csv, .tsv, .jsonl or .txt, or a folder of .txt.
         manifest: the bundle's: input shape, classes, preprocessing.
         augmentation: for training images.
-        skip_bad: leave unreadable images out and count them, instead of failing.
+        skip_bad: leave unreadable samples out and count them, instead of failing.
         classes: class names by index that a run was trained with, if the bundle names none.
         memory_limit: bytes; arrays that must be loaded whole and are larger are refused.
+        bundle: where a tokenizer is; texts need it.
+        text: how texts are read.
 
     Raises:
         DataError: nothing there, or not in one of these forms, or not fitting the model.
     """
     from edge_razor.data.arrays import ArraySource, find_arrays
+    from edge_razor.data.tokenize import is_text
 
     root = Path(path)
     if not root.exists():
         raise DataError(f"{root}: no such file or folder")
+    if bundle is not None and any(spec.indices for spec in manifest.inputs):
+        from edge_razor.data.text import TextSource
+
+        if not is_text(root):
+            raise DataError(f"{root}: this model takes texts: give a .csv, .tsv, .jsonl or .txt file")
+        return TextSource(root, bundle, options=text, classes=classes, skip_bad=skip_bad)
     if len(manifest.inputs) != 1:
         raise DataError("data files feed models with one input; this one has several: use the Python API")
     arrays = find_arrays(root)
