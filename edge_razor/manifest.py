@@ -85,6 +85,24 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """A frozen weight W and its addition: W + (alpha/r)·B·A (transposed, if the weight is [in, out])."""
+
+    a: str
+    b: str
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """Low-rank additions by the name of the weight."""
+
+    rank: int
+    alpha: float
+    layers: dict[str, LoraLayer]
+
+
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     bytes: int
     sha256: str
@@ -106,6 +124,7 @@ class Manifest:
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     text: Text | None
+    lora: LoraSpec | None
     files: dict[str, FileEntry]
     raw: dict[str, Any]
 
@@ -252,6 +271,7 @@ def parse_manifest(text: bytes, bundle: str) -> Manifest:
         classes=None if raw.get("classes") is None else read.texts(raw, "classes"),
         preprocessing=None if raw.get("preprocessing") is None else _preprocessing(raw["preprocessing"], read),
         text=None if raw.get("text") is None else _text(raw["text"], read, TOKENIZER in entries),
+        lora=None if raw.get("lora") is None else _lora(raw["lora"], read, trainable),
         files=entries,
         raw=raw,
     )
@@ -265,6 +285,20 @@ def _text(table: Any, read: _Reader, has_tokenizer: bool) -> Text:
     if not has_tokenizer:
         read.fail(f"files.{TOKENIZER}", "there, since text is")
     return text
+
+
+def _lora(table: Any, read: _Reader, trainable: Any) -> LoraSpec:
+    rank, alpha = read.integer(table, "rank", "lora."), read.number(table, "alpha", "lora.")
+    if rank < 1 or not 0 < alpha < 1e9:
+        read.fail("lora", "of a positive rank and alpha")
+    layers = {}
+    for name, entry in read.get(table, "layers", "lora.", dict, "a table of weights").items():
+        where = f"lora.layers[{name!r}]."
+        a, b = read.text(entry, "a", where), read.text(entry, "b", where)
+        if not {a, b} <= set(trainable["parameters"]):
+            read.fail(where + "a and b", "trainable parameters")
+        layers[name] = LoraLayer(a, b, entry.get("transposed") is True)
+    return LoraSpec(rank, alpha, layers)
 
 
 def _preprocessing(table: Any, read: _Reader) -> Preprocessing:

@@ -69,7 +69,8 @@ def to_onnx_in_child(path: Path, bundle: Bundle, read: Callable[[str], np.ndarra
     """
     with tempfile.TemporaryDirectory(prefix="edge-razor-") as directory:
         weights = Path(directory) / "weights.safetensors"
-        tuned = [n for n in bundle.manifest.trainable if n in bundle.tensors]
+        lora = bundle.manifest.lora
+        tuned = [*bundle.manifest.trainable, *(lora.layers if lora is not None else ())]
         with open(weights, "wb") as file:
             writer = TensorWriter(file, {name: bundle.tensors[name] for name in tuned})
             for name in tuned:

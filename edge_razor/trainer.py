@@ -24,6 +24,7 @@ from edge_razor.planner import Plan, plan_in_child
 from edge_razor.runtime import Session, abi_version
 from edge_razor.schedule import Schedule
 from edge_razor.tensors import TensorSpec
+from edge_razor.to_peft import merged
 
 __all__ = ["Trainer", "bundle_of", "check_bundle"]
 
@@ -233,18 +234,19 @@ class Trainer:
     # ---- Weights ----
 
     def read_tensor(self, name: str) -> np.ndarray:
-        """One tensor of the state dict as it is now, numpy, torch layout.
+        """One tensor of the state dict as it is now, numpy, torch layout; with LoRA the sum of weight and addition.
 
         Raises:
             UsageError: no such name.
         """
         manifest = self.bundle.manifest
         stored = manifest.aliases.get(name, name)
-        if stored in self._parameters:
-            return self._session.read_parameter(stored)
-        if stored not in self.bundle.tensors:
+        if stored not in self._parameters and stored not in self.bundle.tensors:
             raise UsageError(f"the model has no tensor {name!r}")
-        return self.bundle.read_tensor(stored)
+        return merged(self.bundle, stored, self._read_stored)
+
+    def _read_stored(self, name: str) -> np.ndarray:
+        return self._session.read_parameter(name) if name in self._parameters else self.bundle.read_tensor(name)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """All tensors under the names and in the layout and order of the user's torch state dict (copies)."""
@@ -268,6 +270,9 @@ class Trainer:
             chosen[name] = array
         for name, array in chosen.items():
             self._session.write_parameter(name, array)
+        lora = self.bundle.manifest.lora
+        for layer in lora.layers.values() if lora is not None else ():  # what was loaded is the sum already
+            self._session.write_parameter(layer.b, np.zeros(self._parameters[layer.b].shape, np.float32))
 
     # ---- Checkpoints ----
 
@@ -382,6 +387,16 @@ class Trainer:
         from edge_razor.to_torch import write_state_dict
 
         write_state_dict(Path(path), self.bundle, self.read_tensor)
+
+    def to_peft(self, path: str | os.PathLike[str]) -> None:
+        """Writes the LoRA adapter alone as a directory that Hugging Face's PEFT loads.
+
+        Raises:
+            UsageError: the bundle was not exported with ``trainable="lora:…"``.
+        """
+        from edge_razor.to_peft import write_adapter
+
+        write_adapter(Path(path), self.bundle, self._session.read_parameter)
 
     def to_onnx(self, path: str | os.PathLike[str]) -> None:
         """Writes the inference graph with the present weights as one ONNX file, in a child process (it needs onnx)."""

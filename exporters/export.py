@@ -18,9 +18,10 @@ from edge_razor.exporters.differentiate import LOSSES, differentiate
 from edge_razor.exporters.forward import Forward, build_forward
 from edge_razor.exporters.graph_edit import BATCH, is_parameter
 from edge_razor.exporters.load_onnx import load_onnx
+from edge_razor.exporters.lora import Lora, insert_lora, parse_lora
 from edge_razor.exporters.razor import insert_packs
 from edge_razor.exporters.tokenizer import read_tokenizer
-from edge_razor.exporters.trainable import parameters, resolve
+from edge_razor.exporters.trainable import Parameter, parameters, resolve
 from edge_razor.exporters.training_graph import to_proto, validate
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def export(
             targets of −100 do not count), ``mse`` or ``bce_with_logits`` (float targets in the output's
             shape).
         label_smoothing: in [0, 1), cross_entropy only.
-        trainable: ``all``, ``head``, ``last:N``, ``bias``, ``norm`` or glob patterns, joined by commas.
+        trainable: ``all``, ``head``, ``last:N``, ``bias``, ``norm`` or glob patterns, joined by commas; or
+            ``lora:r=8,alpha=16,targets=*.query|*.value,head`` (see `lora.parse_lora`): low-rank additions to frozen
+            linear layers, and what is named without ``=``.
         classes: names of the output's classes.
         preprocessing: what `edge-razor train` does with images: ``resize``, ``crop`` (pixels), ``mean``, ``std`` (per
             channel), ``interpolation``; see docs/bundle.md.
@@ -83,11 +86,17 @@ def export(
     # The passes drop initializers that they no longer need; the state dict must come back whole.
     tensors = _parameter_data(captured)
     dtypes = {str(v.name): v.dtype.name.lower() for v in captured.model.graph.inputs if v.dtype is not None}
-    forward = build_forward(captured, classes_last=loss == "cross_entropy")
+    lora = parse_lora(trainable)
+    adapted: dict[str, dict[str, Any]] = {}
+    forward = build_forward(
+        captured,
+        classes_last=loss == "cross_entropy",
+        adapt=None if lora is None else lambda graph: adapted.update(insert_lora(graph, lora)),
+    )
     if classes is not None:
         _check_classes(classes, forward, loss)
     tokens, text = (None, None) if tokenizer is None else read_tokenizer(tokenizer, forward.model.graph)
-    selected = resolve(trainable, parameters(forward.model))
+    selected = _trained(trainable, lora, adapted, parameters(forward.model))
     training = insert_packs(differentiate(forward.model, loss_table, selected))
     training_proto = to_proto(training)
     validate(training_proto)
@@ -125,8 +134,21 @@ def export(
         "classes": None if classes is None else [str(name) for name in classes],
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "text": text,
+        "lora": None if lora is None else {"rank": lora.rank, "alpha": lora.alpha, "layers": adapted},
     }
     return write_bundle(path, training_proto, to_proto(forward.inference), tensors, manifest, tokens)
+
+
+def _trained(
+    spec: str, lora: Lora | None, adapted: Mapping[str, Mapping[str, Any]], available: Sequence[Parameter]
+) -> list[str]:
+    """Names of the parameters that train: with LoRA its own, and what is named beside it."""
+    if lora is None:
+        return resolve(spec, available)
+    added = {str(layer[part]) for layer in adapted.values() for part in ("a", "b")}
+    others = [p for p in available if p.name not in added]
+    chosen = added | set(resolve(lora.others, others) if lora.others else [])
+    return [p.name for p in available if p.name in chosen]
 
 
 def _check_loss(loss: str, label_smoothing: float) -> dict[str, object]:

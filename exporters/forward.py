@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -35,9 +36,11 @@ class Forward(NamedTuple):
     output_order: Order
 
 
-def build_forward(captured: Captured, *, classes_last: bool = False) -> Forward:
+def build_forward(
+    captured: Captured, *, classes_last: bool = False, adapt: Callable[[ir.Model], None] | None = None
+) -> Forward:
     """Runs every pass of the front half. ``classes_last``: the user's output dimension 1 becomes the last at run time
-    (cross-entropy over positions).
+    (cross-entropy over positions). ``adapt`` changes the graph before activations are fused.
 
     Raises:
         UsageError: the model has not exactly one float32 output with a batch.
@@ -47,7 +50,10 @@ def build_forward(captured: Captured, *, classes_last: bool = False) -> Forward:
         raise UsageError(f"training needs a model with one output; this one has {len(captured.model.graph.outputs)}")
     resolved = resolve_shapes(resolve_masks(captured.model))
     inference = inference_graph(resolved)
-    model = fuse_activation(fuse_batchnorm(canonicalize(resolved)))
+    model = fuse_batchnorm(canonicalize(resolved))
+    if adapt is not None:
+        adapt(model)
+    model = fuse_activation(model)
     input_shapes = [dims(value) for value in model.graph.inputs]
     output_shape = dims(model.graph.outputs[0])
     if len(output_shape) < 2:

@@ -111,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, run, text, file in (
         ("to-onnx", _to_onnx, "Write the tuned model as an ONNX file that stock onnxruntime runs.", "tuned.onnx"),
         ("to-torch", _to_torch, "Write the tuned weights as your own torch state dict.", "tuned.safetensors"),
+        ("to-peft", _to_peft, "Write a LoRA adapter alone, as a directory that PEFT loads.", "adapter"),
     ):
         convert = command(name, run, text, f"edge-razor {name} runs/first -o {file}")
         _add_run(convert)
@@ -135,7 +136,11 @@ def _add_export(parser: _Parser) -> None:
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the one in hf:DIRECTORY)")
     add("--loss", default="cross_entropy", help="cross_entropy (default), token_cross_entropy, mse, bce_with_logits")
     add("--label-smoothing", type=_at_least(float, 0), default=0.0, help="of cross_entropy (default 0)")
-    add("--trainable", default="all", help="all (default), head, last:N, bias, norm, or globs on names, by commas")
+    add(
+        "--trainable",
+        default="all",
+        help="all (default), head, last:N, bias, norm, globs on names, by commas; lora:r=8,head",
+    )
     add("--classes", help="class names in order: by commas, or a file with one a line")
     add("--preprocessing", type=Path, metavar="JSON", help="resize, crop, mean, std, interpolation (docs/bundle.md)")
     add("--imagenet", action="store_true", help="prepare images as ImageNet models expect")
@@ -309,6 +314,12 @@ def _to_torch(o: argparse.Namespace) -> None:
     from .convert import to_torch
 
     to_torch(o.run_directory, o.output, o.bundle)
+
+
+def _to_peft(o: argparse.Namespace) -> None:
+    from .convert import to_peft
+
+    to_peft(o.run_directory, o.output, o.bundle)
 
 
 def _demo(o: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`to-onnx` and `to-torch`: a run's weights back in the user's formats. Neither plans nor opens a session."""
+"""`to-onnx`, `to-torch`, `to-peft`: a run's weights in the user's formats. Neither plans nor opens a session."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint
 from edge_razor.to_onnx import write_onnx
+from edge_razor.to_peft import merged, write_adapter
 from edge_razor.to_torch import write_state_dict
 from edge_razor.trainer import bundle_of, check_bundle
 from edge_razor.units import format_bytes
 
-__all__ = ["to_onnx", "to_torch"]
+__all__ = ["to_onnx", "to_peft", "to_torch"]
 
 
 @contextmanager
@@ -24,9 +25,11 @@ def _tuned(run: Path, bundle: Path | None) -> Iterator[tuple[Bundle, Callable[[s
     with Checkpoint(run) as checkpoint, Bundle(bundle_of(checkpoint, bundle)) as opened:
         check_bundle(checkpoint, opened)
 
+        def stored(name: str) -> np.ndarray:
+            return checkpoint.read(name) if name in checkpoint.tensors else opened.read_tensor(name)
+
         def read(name: str) -> np.ndarray:
-            stored = opened.manifest.aliases.get(name, name)
-            return checkpoint.read(stored) if stored in checkpoint.tensors else opened.read_tensor(stored)
+            return merged(opened, opened.manifest.aliases.get(name, name), stored)
 
         yield opened, read
 
@@ -41,3 +44,9 @@ def to_torch(run: Path, output: Path, bundle: Path | None) -> None:
     with _tuned(run, bundle) as (opened, read):
         write_state_dict(output, opened, read)
     print(f"wrote {output} ({format_bytes(output.stat().st_size)})")
+
+
+def to_peft(run: Path, output: Path, bundle: Path | None) -> None:
+    with _tuned(run, bundle) as (opened, read):
+        write_adapter(output, opened, read)
+    print(f"wrote {output}")
