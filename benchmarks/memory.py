@@ -11,10 +11,11 @@ import subprocess
 import sys
 
 from benchmarks.common import Worker, markdown_table, write_result
-from benchmarks.models import NAMES, bundle
+from benchmarks.models import LANGUAGE, NAMES, bundle
 from device_tests.cgroup import run_confined, unavailable
 
-CASES = ("mobilenet_v2:128", "efficientnet_lite0:128", "vit_base:640")
+CASES = ("mobilenet_v2:128", "efficientnet_lite0:128", "vit_base:640", "minilm:480", "minilm_lora:200")
+TOKENS, TEXTS = 128, 16  # of the models of texts, which train with AdamW
 
 
 def case(text: str) -> tuple[str, int]:
@@ -33,7 +34,10 @@ def main() -> None:
     reason, rows = unavailable(), []
     for model, cap_mb in options.cases:
         cap = cap_mb * 10**6
-        command = [sys.executable, "-m", "device_tests.train_once", str(bundle(model)), "--mem-budget", str(cap)]
+        text = model in LANGUAGE
+        path = bundle(model, TOKENS) if text else bundle(model)
+        settings = ["--batch-size", str(TEXTS), "--optimizer", "adamw"] if text else []
+        command = [sys.executable, "-m", "device_tests.train_once", str(path), "--mem-budget", str(cap), *settings]
         command += ["--sparsity", "0.95", "--steps", str(options.steps), "--predict"]
         if reason is None:
             confined = run_confined(command, cap)
@@ -58,14 +62,24 @@ def main() -> None:
                 proof,
             )
         )
-        worker = Worker("torch", model)
+        worker = Worker("torch", model, *settings, *(["--size", str(TOKENS)] if text else []))
         for _ in range(3):
             worker.ask("step")
-        rows.append((model, "PyTorch eager", f"{worker.ask('stop')['peak_rss_bytes'] / 1e6:.1f}", "–", "–", 8, "–"))
+        rows.append(
+            (
+                model,
+                "PyTorch eager, all parameters",
+                f"{worker.ask('stop')['peak_rss_bytes'] / 1e6:.1f}",
+                "–",
+                "–",
+                TEXTS if text else 8,
+                "–",
+            )
+        )
     header = ("model", "system", "peak RSS, MB", "predicted, MB", "arena, MB", "micro-batch", "proof")
     write_result(
         "memory",
-        "Peak memory of the process: 224×224, batch 8, SGD, all parameters",
+        "Peak memory of the process: images 224×224, batch 8, SGD; texts of 128 tokens, batch 16, AdamW",
         "python dev.py bench memory",
         markdown_table(header, rows),
         "torch",

@@ -41,7 +41,7 @@ def measure(model: str, cases: list[Case], options: argparse.Namespace) -> dict[
     """JSON-able results of one model."""
     path = bundle(model, options.size)
     common = ("--bundle", str(path), "--threads", str(options.threads), "--size", str(options.size))
-    common += ("--batch-size", str(options.batch_size))
+    common += ("--batch-size", str(options.batch_size), "--optimizer", options.optimizer)
     machine, *results = take_turns([MACHINE, *cases], model, common, options.rounds, WARM_UP, profile=True)
     systems = []
     for result in results:
@@ -61,13 +61,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=int, default=224, help="pixels, or tokens of a model of texts")
+    parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"))
     parser.add_argument("--report", default="suite", help="name of the files in results (default: suite)")
     parser.add_argument("--redraw", action="store_true", help="measure nothing: tables and plots from suite.json")
     options = parser.parse_args()
     file = RESULTS / f"{options.report}.json"
     if not options.redraw:
-        settings = {name: getattr(options, name) for name in ("rounds", "threads", "batch_size", "size")}
+        settings = {name: getattr(options, name) for name in ("rounds", "threads", "batch_size", "size", "optimizer")}
         models: dict[str, Any] = {}
         for number, model in enumerate(options.models):
             say(f"{model} ({number + 1} of {len(options.models)})")

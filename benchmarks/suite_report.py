@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.models import LANGUAGE
 from benchmarks.turns import PROFILE_STEPS, Measured
 from edge_razor.profile import Line, table_cells
 
@@ -13,7 +14,7 @@ HEADER = (
     "system",
     "seconds a step (median)",
     "range",
-    "images/s",
+    "samples/s",
     "against the better PyTorch",
     "over onnxruntime's inference",
     "peak RSS, MB",
@@ -130,6 +131,12 @@ def profile_table(lines: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def work_of(content: dict[str, Any]) -> str:
+    """The size of a sample: pixels, or tokens."""
+    size = content["settings"]["size"]
+    return f"{size} tokens" if set(content["models"]) <= set(LANGUAGE) else f"{size}×{size}"
+
+
 def write_report(content: dict[str, Any], report: str = "suite") -> None:
     """Writes results/<report>.md and a plot of memory against time for each model."""
     from benchmarks.plots import memory_against_time
@@ -153,10 +160,11 @@ def write_report(content: dict[str, Any], report: str = "suite") -> None:
             if entry["label"] in PROFILED_LABELS and entry["profile"]:
                 body += f"## Kernels: {name}, {entry['label']}\n\n{profile_table(entry['profile'])}\n"
     body += "## How\n" + NOTES.format(**settings)
+    optimizer = "AdamW" if settings.get("optimizer") == "adamw" else "SGD without momentum"
     write_result(
         report,
-        f"Training step, {settings['size']}×{settings['size']}, batch {settings['batch_size']}, SGD without momentum, "
-        f"all parameters, {settings['threads']} threads",
+        f"Training step, {work_of(content)}, batch {settings['batch_size']}, {optimizer}, all parameters, "
+        f"{settings['threads']} threads",
         "python dev.py bench suite" + ("" if report == "suite" else f" --report {report} --models … --systems …"),
         body,
         machine=content["machine"],

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from benchmarks.models import workload
 
 # Imported only in the process that needs it: each has other dependencies.
 SYSTEMS = {
@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--razor", default="centered")
     parser.add_argument("--mem-budget")
+    parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"))
     return parser.parse_args()
 
 
@@ -73,11 +74,9 @@ def main() -> None:
 
 def serve(options: argparse.Namespace, answer: Any) -> None:
     """Sets the system up and answers commands until ``stop`` or the end of the input."""
-    generator = np.random.default_rng(0)
-    images = generator.standard_normal((options.batch_size, 3, options.size, options.size), dtype=np.float32)
-    labels = generator.integers(0, options.classes, options.batch_size)
+    inputs, labels = workload(options.model, options.batch_size, options.size, options.classes)
     module, function = SYSTEMS[options.system].split(":")
-    system = getattr(importlib.import_module(f"benchmarks.systems.{module}"), function)(options, images, labels)
+    system = getattr(importlib.import_module(f"benchmarks.systems.{module}"), function)(options, inputs, labels)
     answer(**system.setup)
     for line in sys.stdin:
         command, *values = line.split()

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--vocabulary", type=int, default=1000, help="token indices are below this")
     parser.add_argument("--predict", action="store_true", help="also run an evaluation pass")
     options = parser.parse_args()
 
@@ -53,17 +54,25 @@ def main() -> None:
         seed=0,
         **settings,
     )
-    shape = trainer.input_shape
     generator = np.random.default_rng(0)
-    images = generator.standard_normal((options.batch_size, *shape), dtype=np.float32)
+    inputs: Any = []
+    for spec in trainer.bundle.manifest.inputs:
+        shape = (options.batch_size, *spec.shape)
+        if spec.indices:
+            inputs.append(generator.integers(0, options.vocabulary, shape))
+        elif spec.dtype == "float32":
+            inputs.append(generator.standard_normal(shape, dtype=np.float32))
+        else:
+            inputs.append(np.ones(shape, np.int64))
+    inputs = inputs if len(inputs) > 1 else inputs[0]
     labels = generator.integers(0, options.classes, options.batch_size)
     losses, seconds = [], []
     for _ in range(options.steps):
         start = time.perf_counter()
-        losses.append(trainer.step(images, labels))
+        losses.append(trainer.step(inputs, labels))
         seconds.append(time.perf_counter() - start)
     if options.predict:
-        trainer.predict(images)
+        trainer.predict(inputs)
     summary = trainer.plan.summary
     print(
         json.dumps(

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.systems.system import System
 
 
-def edge_razor(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> System:
+def edge_razor(options: argparse.Namespace, inputs: Any, labels: np.ndarray) -> System:
     import edge_razor
     from edge_razor.profile import by_kernel, profile_lines
 
@@ -22,7 +22,7 @@ def edge_razor(options: argparse.Namespace, images: np.ndarray, labels: np.ndarr
         batch_size=options.batch_size,
         sparsity=options.sparsity,
         razor=options.razor,
-        optimizer="sgd",
+        optimizer=options.optimizer,
         momentum=0.0,
         lr=1e-3,
         threads=options.threads,
@@ -32,7 +32,7 @@ def edge_razor(options: argparse.Namespace, images: np.ndarray, labels: np.ndarr
     def profile(steps: int) -> list[dict[str, Any]]:
         trainer.profile(True)
         for _ in range(steps):
-            trainer.step(images, labels)
+            trainer.step(inputs, labels)
         lines = by_kernel(profile_lines(trainer.plan.binary, trainer.profile_entries()))
         trainer.profile(False)
         return [asdict(line) for line in lines]
@@ -40,14 +40,15 @@ def edge_razor(options: argparse.Namespace, images: np.ndarray, labels: np.ndarr
     summary = dict(trainer.plan.summary)
     kept = sum(row["bytes"] for row in summary.pop("kept"))
     summary.pop("trainable")
-    return System(lambda: trainer.step(images, labels), {**summary, "kept_bytes": kept}, profile=profile)
+    return System(lambda: trainer.step(inputs, labels), {**summary, "kept_bytes": kept}, profile=profile)
 
 
-def onnxruntime_inference(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> System:
+def onnxruntime_inference(options: argparse.Namespace, inputs: Any, labels: np.ndarray) -> System:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads
     session = onnxruntime.InferenceSession(str(Path(options.bundle) / "inference.onnx"), settings)
-    feed = {session.get_inputs()[0].name: images}
+    arrays = inputs if isinstance(inputs, list) else [inputs]
+    feed = {port.name: array for port, array in zip(session.get_inputs(), arrays, strict=True)}
     return System(lambda: float(session.run(None, feed)[0][0, 0]))

@@ -71,12 +71,14 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor], more: li
     return sum(size for address, size in found.items() if address not in storages(parameters))
 
 
-def make(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> System:
+def make(options: argparse.Namespace, inputs: Any, labels: np.ndarray) -> System:
     torch.set_num_threads(options.threads)
-    model = build(options.model, options.size).eval()
-    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    model = build(options.model, options.size, options.classes).eval()
+    x = [torch.from_numpy(array) for array in (inputs if isinstance(inputs, list) else [inputs])]
+    y = torch.from_numpy(labels)
     if options.system == "torch-channels-last":
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
+        x = [array.contiguous(memory_format=torch.channels_last) for array in x]
     mode: AbstractContextManager[Any] = nullcontext()
     block_inputs: list[Tensor] = []
     if options.system == "torch-back-razor":
@@ -84,12 +86,13 @@ def make(options: argparse.Namespace, images: np.ndarray, labels: np.ndarray) ->
     elif options.system == "torch-checkpoint":
         block_inputs = checkpoint_blocks(model)
     tensors = [*model.parameters(), *model.buffers()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    network: Callable[[Tensor], Tensor] = torch.compile(model) if options.system == "torch-compile" else model
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=1e-3)
+    network: Callable[..., Tensor] = torch.compile(model) if options.system == "torch-compile" else model
 
     def forward() -> Tensor:
         with mode:
-            return torch.nn.functional.cross_entropy(network(x), y)
+            return torch.nn.functional.cross_entropy(network(*x), y)
 
     def step() -> float:
         optimizer.zero_grad()
