@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,8 +16,12 @@ __all__ = ["Array", "check_inputs", "check_targets", "normalizes"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
-def check_inputs(inputs: Array | Sequence[Array], manifest: Manifest) -> tuple[list[Array], bool]:
+def check_inputs(
+    inputs: Array | Sequence[Array], manifest: Manifest, tokens: Sequence[int] = ()
+) -> tuple[list[Array], bool]:
     """The model's inputs as the runtime takes them: float32 or uint8, contiguous; copied only where they are not.
+
+    `tokens`: lengths of texts that there are plans for, beside the model's own.
 
     Returns:
         the arrays, and whether they are in the runtime's layout (NHWC) instead of the user's.
@@ -32,6 +37,9 @@ def check_inputs(inputs: Array | Sequence[Array], manifest: Manifest) -> tuple[l
     channels_last = all(
         a.dtype == np.uint8 and a.shape[1:] == s.runtime_shape != s.shape for a, s in zip(arrays, specs, strict=True)
     )
+    given_tokens = arrays[0].shape[1] if arrays[0].ndim == 2 else 0
+    if given_tokens in tokens:
+        specs = tuple(replace(spec, shape=(given_tokens,)) for spec in specs)
     arrays = [_bind(a, s, manifest, channels_last) for a, s in zip(arrays, specs, strict=True)]
     if len({len(a) for a in arrays}) > 1:
         raise UsageError(f"the inputs have different numbers of samples: {[len(a) for a in arrays]}")
@@ -72,14 +80,17 @@ def normalizes(spec: InputSpec, manifest: Manifest) -> bool:
     return len(spec.shape) == 3 and preprocessing is not None and len(preprocessing.mean) == spec.runtime_shape[-1]
 
 
-def check_targets(targets: Any, manifest: Manifest, samples: int) -> Array:
+def check_targets(targets: Any, manifest: Manifest, samples: int, tokens: int | None = None) -> Array:
     """Targets as the runtime takes them: int32 class indices, or float32 in the output's shape; user's layout.
+
+    `tokens`: how many the batch's texts have.
 
     Raises:
         UsageError: wrong shape or type, a class index out of range (named with its sample), or NaN or infinity.
     """
     array = np.asarray(targets)
-    expected = (samples, *manifest.target_shape)
+    shape = (tokens,) if tokens is not None and manifest.per_token else manifest.target_shape
+    expected = (samples, *shape)
     if array.shape != expected:
         raise UsageError(f"targets have shape {list(array.shape)}, {manifest.loss} needs {list(expected)}")
     classes = manifest.class_count

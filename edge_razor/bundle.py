@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from edge_razor.errors import BundleError
-from edge_razor.manifest import FILES, FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, parse_manifest
+from edge_razor.manifest import BUCKET_FILE, FILES, FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, parse_manifest
 from edge_razor.tensors import TensorFile, TensorSpec, TensorWriter, sync_directory
 from edge_razor.zipped import stored_member_start
 
@@ -87,7 +87,7 @@ class Bundle:
             raise BundleError(f"{self.path}: weights.safetensors has no tensor {missing[0]!r}; export the model again")
 
     def read_file(self, name: str) -> bytes:
-        """The whole content of `training.onnx`, `inference.onnx` or `tokenizer.json`.
+        """The whole content of a graph or of `tokenizer.json`.
 
         Raises:
             BundleError: the bundle has no such file, or it was altered after it was opened.
@@ -150,9 +150,13 @@ class Bundle:
 
 def _find_members(path: Path) -> dict[str, _Member]:
     """The bundle's files by name. Only the known names are looked at, so no member can point anywhere else."""
-    names = (MANIFEST, *FILES, TOKENIZER)
+    known = (MANIFEST, *FILES, TOKENIZER)
+
+    def is_known(name: str) -> bool:
+        return name in known or BUCKET_FILE.fullmatch(name) is not None
+
     if path.is_dir():
-        files = {name: path / name for name in names}
+        files = {file.name: file for file in path.iterdir() if is_known(file.name)}
         return {n: _Member(f, 0, f.stat().st_size) for n, f in files.items() if f.is_file()}
     if not path.exists():
         raise BundleError(f"{path}: no such bundle")
@@ -160,7 +164,7 @@ def _find_members(path: Path) -> dict[str, _Member]:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                if info.filename not in names:
+                if not is_known(info.filename):
                     continue
                 if info.filename in members:
                     raise BundleError(f"{path}: {info.filename} occurs twice in the zip")
@@ -183,6 +187,7 @@ def write_bundle(
     tensors: Mapping[str, np.ndarray],
     manifest: Mapping[str, Any],
     tokenizer: bytes | None = None,
+    buckets: Mapping[int, onnx.ModelProto] | None = None,
 ) -> Path:
     """Writes a bundle directory; it appears whole under its name or not at all. An existing bundle there is replaced.
 
@@ -193,6 +198,7 @@ def write_bundle(
         tensors: everything for weights.safetensors, by name.
         manifest: bundle.json without `format_version` and `files`, which are added here.
         tokenizer: content of tokenizer.json, for a language model.
+        buckets: training graphs for texts of fewer tokens.
 
     Returns:
         `path`.
@@ -212,10 +218,11 @@ def write_bundle(
             writer = TensorWriter(file, {n: TensorSpec(a.dtype, a.shape) for n, a in tensors.items()})
             for name, array in tensors.items():
                 writer.write(name, array)
-        for model, file_name in ((training, "training.onnx"), (inference, "inference.onnx")):
+        shorter = {f"training-{tokens}.onnx": model for tokens, model in sorted((buckets or {}).items())}
+        for file_name, model in {"training.onnx": training, "inference.onnx": inference, **shorter}.items():
             _fill_external_data(model, writer, file_name)
             (temporary / file_name).write_bytes(model.SerializeToString(deterministic=True))
-        names = FILES if tokenizer is None else (*FILES, TOKENIZER)
+        names = (*FILES, *shorter, *(() if tokenizer is None else (TOKENIZER,)))
         if tokenizer is not None:
             (temporary / TOKENIZER).write_bytes(tokenizer)
         files = {name: _fingerprint(temporary / name) for name in names}

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from edge_razor.errors import BundleError
 
 __all__ = [
+    "BUCKET_FILE",
     "FILES",
     "FORMAT_VERSION",
     "IGNORE_INDEX",
@@ -27,6 +28,8 @@ MANIFEST = "bundle.json"
 FILES = ("training.onnx", "inference.onnx", "weights.safetensors")
 TOKENIZER = "tokenizer.json"
 """Only in bundles of language models."""
+BUCKET_FILE = re.compile(r"training-([1-9]\d{0,6})\.onnx")
+"""Training graphs for shorter texts; the number is how many tokens."""
 FORMAT_VERSION = 1
 DTYPES = ("float32", "int64", "int32", "bool")
 IGNORE_INDEX = -100
@@ -127,6 +130,21 @@ class Manifest:
     lora: LoraSpec | None
     files: dict[str, FileEntry]
     raw: dict[str, Any]
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Tokens of a text that the bundle has a training graph for, ascending; the last is the longest."""
+        shorter = [int(match[1]) for name in self.files if (match := BUCKET_FILE.fullmatch(name))]
+        return (*sorted(shorter), *self.inputs[0].shape[:1]) if shorter else ()
+
+    def at_tokens(self, tokens: int) -> dict[str, Any]:
+        """`raw` for texts of so many tokens: that is the second dimension of every input, and of a causal model's
+        output."""
+        inputs = [{**entry, "shape": [None, tokens]} for entry in self.raw["inputs"]]
+        output = dict(self.raw["output"])
+        if self.per_token:
+            output["shape"] = [None, tokens, *output["shape"][2:]]
+        return {**self.raw, "inputs": inputs, "output": output}
 
     @property
     def class_axis(self) -> int:
@@ -248,7 +266,7 @@ def parse_manifest(text: bytes, bundle: str) -> Manifest:
     read.each(list(aliases.values()), "aliases", lambda v: isinstance(v, str), "a table of names")
     files = read.get(raw, "files", "", dict, "a table")
     entries = {}
-    for name in (*FILES, *((TOKENIZER,) if TOKENIZER in files else ())):
+    for name in (*FILES, *(name for name in files if name == TOKENIZER or BUCKET_FILE.fullmatch(name))):
         entry = read.get(files, name, "files.", dict, "a table")
         sha256 = read.text(entry, "sha256", f"files.{name}.")
         if not re.fullmatch("[0-9a-f]{64}", sha256):

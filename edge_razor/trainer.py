@@ -127,6 +127,7 @@ class Trainer:
         self.update = 0
         self.position = (0, 0)
         self._session = Session(plan.binary)
+        self._shorter = {tokens: Session(data, self._session) for tokens, data in plan.buckets.items()}
         self._parameters = self._session.parameters()
         for name in self._parameters:
             self._session.write_parameter(name, self.bundle.read_tensor(name))
@@ -152,6 +153,14 @@ class Trainer:
         """Number of classes for cross-entropy, else None."""
         return self.bundle.manifest.class_count
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens that texts may have, ascending; empty for a model of fixed inputs."""
+        return (*sorted(self._shorter), *self.input_shape) if self._shorter else ()
+
+    def _session_for(self, arrays: Sequence[Array]) -> Session:
+        return self._shorter.get(_tokens(arrays) or 0, self._session)
+
     # ---- Training and inference ----
 
     def step(self, inputs: Arrays, targets: Array) -> float:
@@ -160,7 +169,7 @@ class Trainer:
         Args:
             inputs: [n, …] in the user's layout (NCHW), 1 ≤ n ≤ batch_size: float32 as torch would take it, or uint8
                 pixels (also NHWC), which are normalized as the bundle says. A sequence of arrays for a model with
-                several inputs.
+                several inputs; texts may have any number of tokens that is in `buckets`.
             targets: class indices (any integer type), or float32 in the output's shape for mse and bce_with_logits.
 
         Raises:
@@ -168,13 +177,13 @@ class Trainer:
             NonFiniteError: the loss became NaN or infinite; the update was not made.
         """
         manifest = self.bundle.manifest
-        arrays, channels_last = check_inputs(inputs, manifest)
-        target = check_targets(targets, manifest, len(arrays[0]))
+        arrays, channels_last = check_inputs(inputs, manifest, tuple(self._shorter))
+        target = check_targets(targets, manifest, len(arrays[0]), _tokens(arrays))
         update = self.update + 1
         if len(target) > self.batch_size:
             raise UsageError(f"a batch of {len(target)} samples, but the plan is for at most {self.batch_size}")
         try:
-            loss = self._session.train_step(
+            loss = self._session_for(arrays).train_step(
                 arrays,
                 target,
                 learning_rate=self.lr * self.schedule.factor(update),
@@ -200,8 +209,8 @@ class Trainer:
         Raises:
             UsageError: as `step`.
         """
-        arrays, channels_last = check_inputs(inputs, self.bundle.manifest)
-        return self._session.predict(arrays, channels_last=channels_last)[0]
+        arrays, channels_last = check_inputs(inputs, self.bundle.manifest, tuple(self._shorter))
+        return self._session_for(arrays).predict(arrays, channels_last=channels_last)[0]
 
     def evaluate(self, dataset: Iterable[tuple[Arrays, Array]]) -> dict[str, Any]:
         """Mean loss and accuracy over batches of (inputs, targets), of any sizes.
@@ -216,7 +225,8 @@ class Trainer:
         samples, total, right = 0, np.zeros(2), np.zeros(2)
         for inputs, targets in dataset:
             outputs = self.predict(inputs)
-            target = check_targets(targets, manifest, len(outputs))
+            tokens = outputs.shape[1] if manifest.per_token else None
+            target = check_targets(targets, manifest, len(outputs), tokens)
             axis = manifest.class_axis
             total += loss_sum(manifest.loss, outputs, target, manifest.label_smoothing, axis)
             right += correct_count(manifest.loss, outputs, target, axis)
@@ -411,15 +421,22 @@ class Trainer:
 
     def profile(self, enabled: bool) -> None:
         """Starts (counting from zero) or stops timing of every step of the plan."""
-        self._session.profile(enabled)
+        for session in (self._session, *self._shorter.values()):
+            session.profile(enabled)
 
     def profile_entries(self) -> list[Any]:
         """Time of every step of the plan since profiling started: kernel, label, phase, calls, seconds."""
         return self._session.profile_entries()
 
+    def profiles(self) -> list[tuple[bytes, list[Any]]]:
+        """(plan file, `profile_entries`) of the plan, and of those for shorter texts."""
+        plans = [(self.plan.binary, self._session), *((self.plan.buckets[t], s) for t, s in self._shorter.items())]
+        return [(binary, session.profile_entries()) for binary, session in plans]
+
     def close(self) -> None:
         """Frees the session's memory; the trainer cannot be used any more."""
-        self._session.close()
+        for session in (*self._shorter.values(), self._session):
+            session.close()
         self.bundle.close()
 
     def __enter__(self) -> Trainer:
@@ -427,6 +444,11 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _tokens(arrays: Sequence[Array]) -> int | None:
+    """Tokens of a batch of texts."""
+    return int(arrays[0].shape[1]) if arrays[0].ndim == 2 and arrays[0].dtype == np.int32 else None
 
 
 def bundle_of(checkpoint: Checkpoint, bundle: str | os.PathLike[str] | None) -> Path:

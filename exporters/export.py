@@ -44,6 +44,7 @@ def export(
     preprocessing: Mapping[str, Any] | None = None,
     dropout: bool = True,
     tokenizer: str | os.PathLike[str] | None = None,
+    buckets: Sequence[int] = (),
 ) -> Path:
     """Writes the bundle of a model that is ready for planning and training.
 
@@ -69,6 +70,8 @@ def export(
             depth are never kept.
         tokenizer: tokenizer.json of a language model, or the directory that it is in; goes into the bundle, so that
             `edge-razor train` takes texts.
+        buckets: for a model of texts: fewer tokens, for which training graphs are made, too, so that short texts cost
+            less. Needs an nn.Module and a mapping or tuple of [batch, tokens] inputs.
 
     Returns:
         ``path``.
@@ -79,35 +82,44 @@ def export(
         BundleError: the ``.onnx`` file cannot be read, or ``path`` is something else than a bundle.
     """
     loss_table = _check_loss(loss, label_smoothing)
+    _check_buckets(buckets, model, example_inputs)
     if isinstance(model, str | os.PathLike):
         captured = load_onnx(model, example_inputs, dropout=dropout)
     else:
         captured = capture(model, example_inputs, dropout=dropout)
+    lora = parse_lora(trainable)
     # The passes drop initializers that they no longer need; the state dict must come back whole.
     tensors = _parameter_data(captured)
+
+    def trained(captured: Captured) -> tuple[Forward, ir.Model, list[str], dict[str, dict[str, Any]]]:
+        """Forward graph, training graph, trained parameters and LoRA layers."""
+        adapted: dict[str, dict[str, Any]] = {}
+        forward = build_forward(
+            captured,
+            classes_last=loss == "cross_entropy",
+            adapt=None if lora is None else lambda graph: adapted.update(insert_lora(graph, lora)),
+        )
+        selected = _trained(trainable, lora, adapted, parameters(forward.model))
+        return forward, insert_packs(differentiate(forward.model, loss_table, selected)), selected, adapted
+
     dtypes = {str(v.name): v.dtype.name.lower() for v in captured.model.graph.inputs if v.dtype is not None}
-    lora = parse_lora(trainable)
-    adapted: dict[str, dict[str, Any]] = {}
-    forward = build_forward(
-        captured,
-        classes_last=loss == "cross_entropy",
-        adapt=None if lora is None else lambda graph: adapted.update(insert_lora(graph, lora)),
-    )
+    forward, training, selected, adapted = trained(captured)
     if classes is not None:
         _check_classes(classes, forward, loss)
-    tokens, text = (None, None) if tokenizer is None else read_tokenizer(tokenizer, forward.model.graph)
-    selected = _trained(trainable, lora, adapted, parameters(forward.model))
-    training = insert_packs(differentiate(forward.model, loss_table, selected))
+    tokens, text = (None, None) if tokenizer is None else read_tokenizer(tokenizer, training.graph)
     training_proto = to_proto(training)
     validate(training_proto)
-    for name, value in training.graph.initializers.items():
-        if (
-            name not in tensors
-            and value.const_value is not None
-            and value.dtype is not None
-            and value.dtype.is_floating_point()
-        ):
-            tensors[name] = value.const_value.numpy()
+    tensors |= _constants(training, tensors)
+    shorter = {}
+    for length in buckets:
+        assert not isinstance(model, str | os.PathLike)  # `_check_buckets` has refused it
+        _, graph, others, _ = trained(capture(model, _cut(example_inputs, length), dropout=dropout))
+        if others != selected:
+            raise UsageError(f"with {length} tokens the model trains other parameters; leave the bucket out")
+        _rename_constants(graph, tensors, length)
+        tensors |= _constants(graph, tensors)
+        shorter[length] = to_proto(graph)
+        validate(shorter[length])
     manifest = {
         "producer": f"edge-razor {edge_razor.__version__}",
         "inputs": [
@@ -136,7 +148,7 @@ def export(
         "text": text,
         "lora": None if lora is None else {"rank": lora.rank, "alpha": lora.alpha, "layers": adapted},
     }
-    return write_bundle(path, training_proto, to_proto(forward.inference), tensors, manifest, tokens)
+    return write_bundle(path, training_proto, to_proto(forward.inference), tensors, manifest, tokens, shorter)
 
 
 def _trained(
@@ -182,6 +194,52 @@ def _parameter_data(captured: Captured) -> dict[str, np.ndarray]:
         if is_parameter(value) and value.const_value is not None
     }
     return {**used, **captured.extra}
+
+
+def _check_buckets(buckets: Sequence[int], model: Any, example_inputs: Any) -> None:
+    if not buckets:
+        return
+    if isinstance(model, str | os.PathLike):
+        raise UsageError("buckets need a torch model: a .onnx file has one length")
+    values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    lengths = {tuple(x.shape[1:]) for x in values}
+    if len(lengths) != 1 or len(next(iter(lengths))) != 1:
+        raise UsageError(f"buckets need inputs of one shape [batch, tokens]; these are {sorted(lengths)}")
+    longest = next(iter(lengths))[0]
+    if any(not 0 < length < longest for length in buckets) or len(set(buckets)) < len(buckets):
+        raise UsageError(f"buckets {list(buckets)} must be different numbers of tokens below the inputs' {longest}")
+
+
+def _cut(example_inputs: Any, tokens: int) -> Any:
+    if isinstance(example_inputs, Mapping):
+        return {name: x[:, :tokens] for name, x in example_inputs.items()}
+    return tuple(x[:, :tokens] for x in example_inputs)
+
+
+def _constants(training: ir.Model, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Float constants of a training graph that are in no state dict."""
+    return {
+        str(name): value.const_value.numpy()
+        for name, value in training.graph.initializers.items()
+        if name not in known
+        and value.const_value is not None
+        and value.dtype is not None
+        and value.dtype.is_floating_point()
+    }
+
+
+def _rename_constants(training: ir.Model, known: Mapping[str, np.ndarray], tokens: int) -> None:
+    """Constants of a shorter graph that are others than those of the same name get a name of their own."""
+    graph = training.graph
+    for name, value in list(graph.initializers.items()):
+        if is_parameter(value) or value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
+            continue
+        data = value.const_value.numpy()
+        if name in known and np.array_equal(known[name], data):
+            continue
+        del graph.initializers[name]
+        value.name = f"tokens{tokens}/{name}"
+        graph.initializers[value.name] = value
 
 
 def _json_dtype(dtypes: Mapping[str, str], name: str | None) -> str:

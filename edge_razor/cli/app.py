@@ -133,6 +133,7 @@ def _add_export(parser: _Parser) -> None:
     add("--output", "-o", type=Path, required=True, metavar="BUNDLE", help="bundle to write")
     add("--input", dest="input_shape", metavar="SHAPE", help="without the batch: 3x224x224; needed for a torch model")
     add("--text", dest="tokens", type=_COUNT, metavar="TOKENS", help="a model of texts of at most so many tokens")
+    add("--buckets", metavar="TOKENS", help="shorter texts, by commas (default: a half and a quarter); none")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the one in hf:DIRECTORY)")
     add("--loss", default="cross_entropy", help="cross_entropy (default), token_cross_entropy, mse, bce_with_logits")
     add("--label-smoothing", type=_at_least(float, 0), default=0.0, help="of cross_entropy (default 0)")
@@ -267,6 +268,7 @@ def _export(o: argparse.Namespace) -> None:
         o.dropout,
         o.tokens,
         o.tokenizer,
+        o.buckets,
     )
 
 

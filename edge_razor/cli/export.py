@@ -32,6 +32,7 @@ def run(
     dropout: bool,
     tokens: int | None = None,
     tokenizer: Path | None = None,
+    buckets: str | None = None,
 ) -> None:
     shape = None if input_shape is None else parse_shape(input_shape)
     preprocessing = _preprocessing(preprocessing_file, imagenet, shape)
@@ -41,12 +42,14 @@ def run(
 
     model = load_spec(spec, causal=loss == "token_cross_entropy", classes=None if names is None else len(names))
     example: Any = None
+    shorter: list[int] = []
     if tokens is not None:
         if shape is not None:
             raise UsageError("give either --text or --input")
         if tokenizer is None and spec.startswith("hf:"):
             tokenizer = Path(spec.removeprefix("hf:"))
         example = _text_example(model, tokens)
+        shorter = _buckets(buckets, tokens, isinstance(model, Path))
     elif not isinstance(model, Path):
         if shape is None:
             raise UsageError(
@@ -68,10 +71,22 @@ def run(
         preprocessing=preprocessing,
         dropout=dropout,
         tokenizer=tokenizer,
+        buckets=shorter,
     )
     print(f"wrote {output}")
     with Bundle(output) as bundle:
         show(bundle)
+
+
+def _buckets(text: str | None, tokens: int, fixed: bool) -> list[int]:
+    """Shorter lengths: those in ``text``; by default a half and a quarter, at least 16, of a model that is no file."""
+    if text is None:
+        return [] if fixed else [size for size in (tokens // 4, tokens // 2) if size >= 16]
+    if text == "none":
+        return []
+    if not re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*", text):
+        raise UsageError(f"--buckets {text!r} are no numbers of tokens; write 32,64 or none")
+    return sorted(int(size) for size in text.split(","))
 
 
 def _text_example(model: Any, tokens: int) -> Any:

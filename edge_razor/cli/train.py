@@ -233,7 +233,7 @@ def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitRe
 def _show_profile(trainer: Trainer) -> None:
     from edge_razor.profile import by_kernel, profile_lines, slowest, table_cells
 
-    lines = profile_lines(trainer.plan.binary, trainer.profile_entries())
+    lines = [line for binary, entries in trainer.profiles() for line in profile_lines(binary, entries)]
     everything = sum(line.seconds for line in lines)
     print("\ntime by kernel")
     print_table(

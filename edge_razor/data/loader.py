@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_razor.data.order import mix, shuffled
+from edge_razor.data.order import grouped, mix, shuffled
 from edge_razor.data.source import Source
 
 __all__ = ["Batch", "BatchRing", "IterableLoader", "Loader"]
@@ -80,6 +80,8 @@ class Loader:
         """
         order = shuffled(self.indices, self.seed, epoch) if self.shuffle else self.indices
         size = self.ring.batch_size
+        if self.source.lengths is not None:
+            order = grouped(order, self.source.lengths, size, self.seed if self.shuffle else None, epoch)
 
         def produce(put: Callable[[Any], bool], take: Callable[[], Any]) -> None:
             for number in range(start, len(self)):
@@ -100,7 +102,7 @@ class Loader:
             for buffers, count, done in batches:
                 try:
                     if count:  # nothing is left of a batch whose samples were all bad
-                        yield Batch(self.source.arguments(buffers[0][:count]), buffers[1][:count], done)
+                        yield Batch(*self.source.arguments(buffers[0][:count], buffers[1][:count]), done)
                 finally:
                     self.ring.free.put(buffers)
 

@@ -54,3 +54,24 @@ def split(count: int, validation: float, seed: int) -> tuple[np.ndarray, np.ndar
         raise UsageError(f"a validation share of {validation} of {count} samples leaves one side empty; change it")
     order = _permutation(count, mix(seed, 2))
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def grouped(
+    order: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int | None = None, epoch: int = 0
+) -> np.ndarray:
+    """`order` with samples of similar length together, batch by batch; the last batch stays the short one.
+
+    Args:
+        order: indices of samples.
+        lengths: of every sample.
+        seed: sort within windows of 32 batches, and shuffle the batches, so that epochs differ; None: sort all.
+    """
+    window = len(order) if seed is None else 32 * batch_size
+    parts = [order[i : i + window] for i in range(0, len(order), window)] if len(order) else []
+    result = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts]) if parts else order
+    if seed is None:
+        return result
+    whole = len(result) // batch_size * batch_size
+    batches = result[:whole].reshape(-1, batch_size)
+    chosen = shuffled(np.arange(len(batches)), mix(seed, 5), epoch)
+    return np.concatenate([batches[chosen].reshape(-1), result[whole:]])

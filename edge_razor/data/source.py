@@ -67,9 +67,15 @@ class Source(ABC):
             DataError: the sample cannot be read; names it.
         """
 
-    def arguments(self, inputs: np.ndarray) -> Any:
-        """What a trainer takes for a batch [n, *input_shape]: the array itself, or one for each input of the model."""
-        return inputs
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """How long each sample is, if batches of equally long ones cost less; None if all cost the same."""
+        return None
+
+    def arguments(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, np.ndarray]:
+        """What a trainer takes for a batch [n, *input_shape] and its targets: the arrays themselves, or one for each
+        input of the model, as short as the batch allows."""
+        return inputs, targets
 
     def close(self) -> None:  # noqa: B027  (only sources that hold files need it)
         """Closes files."""

@@ -60,6 +60,7 @@ class TextSource(Source):
         self._roles = input_roles(manifest)
         self._causal, self._pad = manifest.per_token, manifest.text.pad
         self._length = manifest.inputs[0].shape[0]
+        self._buckets = manifest.buckets
         if not self._causal and manifest.target_shape != ():
             raise DataError(f"{bundle.path}: gives {manifest.target_shape} targets a text; texts have one label each")
         self._directory = tempfile.TemporaryDirectory(prefix="edge-razor-text-")
@@ -113,9 +114,17 @@ class TextSource(Source):
             targets[...] = label
         return True
 
-    def arguments(self, inputs: np.ndarray) -> Any:
-        """One array for each input of the model."""
-        return [np.ascontiguousarray(inputs[:, index]) for index in range(inputs.shape[1])]
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """See `Source.lengths`."""
+        return None if len(self._buckets) < 2 or self._causal else np.minimum(self._rows[:, 1], self._length)
+
+    def arguments(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, np.ndarray]:
+        """One array for each input of the model, padded to the shortest bucket that holds the longest text."""
+        used = int(inputs[:, self._roles.index("mask")].sum(axis=1).max()) if "mask" in self._roles else self._length
+        tokens = next((size for size in self._buckets if size >= used), self._length)
+        arrays = [np.ascontiguousarray(inputs[:, index, :tokens]) for index in range(inputs.shape[1])]
+        return arrays, np.ascontiguousarray(targets[:, :tokens]) if self._causal else targets
 
     def close(self) -> None:
         self._tokens.close()

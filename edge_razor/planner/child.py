@@ -1,7 +1,7 @@
 """Planning in a short-lived child process, so that the process that trains never imports onnx.
 
 Protocol: one JSON object on the child's standard input (the arguments of `plan`), one JSON line on its standard output
-({"plan": base64, "summary": …} or {"error": class name, "message": …}).
+({"plan": base64, "buckets": …, "summary": …} or {"error": class name, "message": …}).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def plan_in_child(bundle: str | os.PathLike[str], **arguments: Any) -> Plan:
         raise EdgeRazorError(f"planning failed with exit status {result.returncode}: {reason}") from None
     if "error" in answer:
         raise _error(answer)
-    return Plan(base64.b64decode(answer["plan"]), answer["summary"])
+    buckets = {int(tokens): base64.b64decode(data) for tokens, data in answer["buckets"].items()}
+    return Plan(base64.b64decode(answer["plan"]), answer["summary"], buckets)
 
 
 def _error(answer: dict[str, Any]) -> EdgeRazorError:
@@ -55,7 +56,9 @@ def serve() -> None:
 
     try:
         made = plan(**json.load(sys.stdin))
-        answer: dict[str, Any] = {"plan": base64.b64encode(made.binary).decode(), "summary": made.summary}
+        buckets = {tokens: base64.b64encode(data).decode() for tokens, data in made.buckets.items()}
+        plan_file = base64.b64encode(made.binary).decode()
+        answer: dict[str, Any] = {"plan": plan_file, "summary": made.summary, "buckets": buckets}
     except EdgeRazorError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
         if isinstance(error, BudgetError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ __all__ = ["Plan"]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`binary` is the plan file (docs/plan-format.md); `summary` is JSON-able (docs/planner.md lists its fields)."""
+    """`binary` is the plan file (docs/plan-format.md); `summary` is JSON-able (docs/planner.md lists its fields).
+    `buckets` has the plan files for texts of fewer tokens; they share memory with `binary`. `save` leaves them out.
+    """
 
     binary: bytes
     summary: dict[str, Any]
+    buckets: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def bundle_id(self) -> str:

@@ -12,8 +12,9 @@ from edge_razor.errors import BudgetError, BundleError, UsageError
 from edge_razor.units import format_bytes, parse_bytes
 
 from .accounting import BLAS_BYTES_PER_THREAD, GROWTH_BYTES, measure_base
-from .graph import Graph, read_graph
-from .interface import read_interface
+from .context import parameter_perms
+from .graph import Graph, Initializer, read_graph
+from .interface import Interface, read_interface
 from .optimizer import Optimizer
 from .plan_file import Plan
 from .search import Candidate, Search, Settings
@@ -70,6 +71,10 @@ def plan(
     threads = len(os.sched_getaffinity(0)) if threads is None else threads
     with Bundle(bundle) as source:
         training, manifest = source.read_file("training.onnx"), source.manifest.raw
+        buckets = {
+            tokens: (source.read_file(f"training-{tokens}.onnx"), source.manifest.at_tokens(tokens))
+            for tokens in source.manifest.buckets[:-1]
+        }
     settings = Settings(
         batch_size=batch_size,
         sparsity=None if sparsity == "auto" else float(sparsity),
@@ -82,35 +87,83 @@ def plan(
         growth_bytes=GROWTH_BYTES,
         data_bytes=data_bytes,
     )
-    return plan_graph(training, manifest, settings, budget)
+    return plan_graph(training, manifest, settings, budget, buckets)
 
 
-def plan_graph(training: bytes, manifest: Mapping[str, Any], settings: Settings, budget: int | None) -> Plan:
-    """Plans `training.onnx` with the manifest of its bundle; errors as `plan`."""
+def plan_graph(
+    training: bytes,
+    manifest: Mapping[str, Any],
+    settings: Settings,
+    budget: int | None,
+    buckets: Mapping[int, tuple[bytes, Mapping[str, Any]]] | None = None,
+) -> Plan:
+    """Plans `training.onnx` with the manifest of its bundle; errors as `plan`.
+
+    Args:
+        buckets: training graphs for texts of fewer tokens, and manifests for them. Each gets a plan with the settings
+            that were found for the longest, which decides the cap; all lay parameters and state out in the same way.
+    """
     output = manifest.get("output")
     if not isinstance(output, Mapping) or not isinstance(output.get("name"), str):
         raise BundleError("bundle.json: the output has no name")
     graph = read_graph(training, output["name"])
     interface = read_interface(graph, manifest)
-    search = Search(graph, settings)
+    shorter = {tokens: (read_graph(data, output["name"]), stated) for tokens, (data, stated) in (buckets or {}).items()}
+    perms = _share_parameters([graph, *(other for other, _ in shorter.values())])
+    search = Search(graph, settings, perms)
     best = search.best(budget)
     if best is None:
         assert budget is not None
         raise _refusal(search, budget)
     arena = best.accounting.arena
     bundle_id = hashlib.sha256(training).hexdigest()
-    binary = encode(
-        bundle_id=bundle_id,
-        batch_size=settings.batch_size,
-        micro_batch=best.micro_batch,
-        threads=settings.threads,
-        arena_bytes=arena,
-        memory=best.memory,
-        interface=interface,
-        train=best.train,
-        evaluate=best.evaluate,
-    )
-    return Plan(binary, _summary(search.graph, settings, best, bundle_id, budget))
+
+    def encoded(candidate: Candidate, interface: Interface) -> bytes:
+        return encode(
+            bundle_id=bundle_id,
+            batch_size=settings.batch_size,
+            micro_batch=candidate.micro_batch,
+            threads=settings.threads,
+            arena_bytes=candidate.accounting.arena,
+            memory=candidate.memory,
+            interface=interface,
+            train=candidate.train,
+            evaluate=candidate.evaluate,
+        )
+
+    plans = {}
+    for tokens, (other, stated) in shorter.items():
+        candidate = Search(other, settings, perms).candidate(best.sparsity, best.micro_batch)
+        if candidate.accounting.arena > arena:
+            raise BundleError(f"training-{tokens}.onnx needs more memory than training.onnx; export the model again")
+        plans[tokens] = encoded(candidate, read_interface(other, stated))
+    return Plan(encoded(best, interface), _summary(search.graph, settings, best, bundle_id, budget), plans)
+
+
+def _share_parameters(graphs: Sequence[Graph]) -> dict[str, tuple[int, ...] | None]:
+    """Gives every graph the initializers of all, in one order, so that their parameters and states lie alike; returns
+    how they are stored.
+
+    Raises:
+        BundleError: two graphs state one name with different shapes, or train different parameters.
+    """
+    if len(graphs) == 1:
+        return {}
+    first = graphs[0]
+    union: dict[str, Initializer] = {}
+    perms: dict[str, tuple[int, ...] | None] = {}
+    for graph in graphs:
+        if graph.gradients.keys() != first.gradients.keys():
+            raise BundleError("the training graphs of the bundle train different parameters; export the model again")
+        used = parameter_perms(graph.restricted(None)) | parameter_perms(graph.inference())
+        for name, perm in used.items():
+            stated = graph.initializers[name]
+            known = union.setdefault(name, stated)
+            if (known.dtype, known.shape) != (stated.dtype, stated.shape) or perms.setdefault(name, perm) != perm:
+                raise BundleError(f"the training graphs of the bundle disagree on {name!r}; export the model again")
+    for graph in graphs:
+        graph.initializers = {**union, **{k: v for k, v in graph.initializers.items() if k not in union}}
+    return perms
 
 
 def _refusal(search: Search, budget: int) -> BudgetError:

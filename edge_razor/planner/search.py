@@ -116,14 +116,17 @@ class Candidate:
 class Search:
     """All candidates of one graph under one set of settings."""
 
-    def __init__(self, graph: Graph, settings: Settings) -> None:
+    def __init__(
+        self, graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None] | None = None
+    ) -> None:
+        """`perms`: parameters that shall have a place though this graph does not use them, and how they are stored."""
         if not graph.gradients:
             raise PlanError("nothing to train: the bundle's training graph has no gradient outputs")
         check_operators(graph)
         self.settings = settings
         self.graph = graph.restricted(None)
         self.inference = graph.inference()
-        self.perms = parameter_perms(self.graph) | parameter_perms(self.inference)
+        self.perms = (perms or {}) | parameter_perms(self.graph) | parameter_perms(self.inference)
         self._memory: dict[bool, Memory] = {}
         self._candidates: dict[tuple[float, int], Candidate] = {}
 

@@ -68,6 +68,10 @@ typedef struct er_tensor_info {
 
 /* Checks the plan, allocates arena, parameters and state (zeroed), starts the threads. */
 ER_API er_status er_session_create(const void* plan, size_t plan_bytes, er_session** session);
+/* The same for another plan of the same model, for samples of another size: both work on the memory, the parameters and
+ * the threads of `base`, whose arena must be as large. They count as one session, and may be freed in any order. */
+ER_API er_status er_session_create_shared(const void* plan, size_t plan_bytes, const er_session* base,
+                                          er_session** session);
 ER_API void er_session_free(er_session* session); /* NULL is fine */
 ER_API er_status er_session_info(const er_session* session, er_info* info);
 ER_API er_status er_param_info(const er_session* session, uint32_t index, er_tensor_info* info);
@@ -135,7 +139,7 @@ typedef struct er_context { /* docs/plan-format.md, "Step context" */
   uint64_t update, seed;
   uint32_t micro_index, micro_count;
   uint64_t valid_batch, valid_micro, first_sample;
-  double loss;           /* losses add to it */
+  double loss;            /* losses add to it */
   uint64_t counted_batch; /* targets of the whole batch that cross_entropy does not ignore; 0: all */
 } er_context;
 /* Checks and runs one kernel on the caller's buffers, each aligned to 8 bytes. Scratch, if the kernel needs some, is

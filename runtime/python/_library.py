@@ -103,6 +103,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_abi_version": (u32, ()),
     "er_isa": (char_p, ()),
     "er_session_create": (u32, (char_p, size_t, POINTER(void_p))),
+    "er_session_create_shared": (u32, (char_p, size_t, void_p, POINTER(void_p))),
     "er_session_free": (None, (void_p,)),
     "er_session_info": (u32, (void_p, POINTER(CInfo))),
     "er_param_info": (u32, (void_p, u32, POINTER(CTensorInfo))),

@@ -77,16 +77,22 @@ class Session:
 
     Args:
         plan: the bytes of a plan file.
+        share: a session of the same model whose memory, parameters and threads this one uses, too: a plan for samples
+            of another size. They count as one session.
 
     Raises:
         PlanError: the plan is truncated, altered, of another version, or inconsistent.
         EdgeRazorError: memory or threads cannot be had.
     """
 
-    def __init__(self, plan: bytes) -> None:
+    def __init__(self, plan: bytes, share: Session | None = None) -> None:
         self._library = library()
         self._handle = ctypes.c_void_p()
-        check(self._library.er_session_create(plan, len(plan), ctypes.byref(self._handle)))
+        if share is None:
+            check(self._library.er_session_create(plan, len(plan), ctypes.byref(self._handle)))
+        else:
+            handle = ctypes.byref(self._handle)
+            check(self._library.er_session_create_shared(plan, len(plan), share._open(), handle))
         info = CInfo()
         check(self._library.er_session_info(self._handle, ctypes.byref(info)))
         self.info = SessionInfo(*(getattr(info, field.name) for field in fields(SessionInfo)))

@@ -53,16 +53,29 @@ Layout param_layout(const er_session* session, uint32_t index) {
 
 extern "C" {
 
-er_status er_session_create(const void* plan, size_t plan_bytes, er_session** session) {
+namespace {
+
+er_status create(const void* plan, size_t plan_bytes, const er_session* base, er_session** session) {
   return guard([&] {
     if (!plan || !session) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
     *session = nullptr;
     if (*isa_problem()) return fail(ER_INVALID_ARGUMENT, "%s", isa_problem());
     Plan checked = read_plan(plan, plan_bytes);
     scipy_openblas_set_num_threads(1);  // the pool's threads call it; it must not start its own
-    *session = new er_session(std::move(checked));
+    *session = base ? new er_session(std::move(checked), *base) : new er_session(std::move(checked));
     return ER_OK;
   });
+}
+
+}  // namespace
+
+er_status er_session_create(const void* plan, size_t plan_bytes, er_session** session) {
+  return create(plan, plan_bytes, nullptr, session);
+}
+
+er_status er_session_create_shared(const void* plan, size_t plan_bytes, const er_session* base, er_session** session) {
+  if (!base) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  return create(plan, plan_bytes, base, session);
 }
 
 void er_session_free(er_session* session) { delete session; }

@@ -60,12 +60,38 @@ Pages::~Pages() {
   if (data_) ::munmap(data_, bytes_);
 }
 
-Session::Session(Plan plan)
-    : plan_(std::move(plan)),
-      arena_(plan_.arena_bytes),
-      params_(plan_.params_bytes),
-      state_(plan_.state_bytes),
-      pool_(static_cast<int>(plan_.threads)) {
+Regions::Regions(const Plan& plan)
+    : arena(plan.arena_bytes),
+      params(plan.params_bytes),
+      state(plan.state_bytes),
+      pool(static_cast<int>(plan.threads)) {}
+
+namespace {
+
+std::shared_ptr<Regions> shared_regions(const Plan& plan, const Plan& base, const std::shared_ptr<Regions>& regions) {
+  const auto same = [](const PlanParam& a, const PlanParam& b) {
+    return a.name == b.name && a.trainable == b.trainable && a.shape == b.shape && a.perm == b.perm &&
+           a.offset == b.offset && a.state_offsets == b.state_offsets;
+  };
+  if (plan.params_bytes != base.params_bytes || plan.state_bytes != base.state_bytes ||
+      !std::equal(plan.params.begin(), plan.params.end(), base.params.begin(), base.params.end(), same))
+    throw Error{ER_BAD_PLAN, "the plan lays parameters out in another way than the session that it would share"};
+  if (plan.arena_bytes > base.arena_bytes || plan.threads != base.threads)
+    throw Error{ER_BAD_PLAN, text("the plan needs %llu bytes and %u threads; the session that it would share has %llu "
+                                  "and %u",
+                                  ull(plan.arena_bytes), plan.threads, ull(base.arena_bytes), base.threads)};
+  return regions;
+}
+
+}  // namespace
+
+Session::Session(Plan plan) : Session(std::move(plan), std::shared_ptr<Regions>()) {}
+
+Session::Session(Plan plan, const Session& base)
+    : Session(std::move(plan), shared_regions(plan, base.plan_, base.regions_)) {}
+
+Session::Session(Plan plan, std::shared_ptr<Regions> regions)
+    : plan_(std::move(plan)), regions_(regions ? std::move(regions) : std::make_shared<Regions>(plan_)) {
   size_t operands = 0;
   for (const auto* steps : {&plan_.train, &plan_.eval})
     for (const PlanStep& step : *steps) operands += step.operands.size();
@@ -81,7 +107,7 @@ Session::Session(Plan plan)
 }
 
 std::vector<Session::Step> Session::prepare(const std::vector<PlanStep>& steps) {
-  uint8_t* const regions[] = {nullptr, arena_.data(), params_.data(), state_.data()};
+  uint8_t* const regions[] = {nullptr, regions_->arena.data(), regions_->params.data(), regions_->state.data()};
   std::vector<Step> out;
   out.reserve(steps.size());
   for (const PlanStep& step : steps) {
@@ -94,7 +120,7 @@ std::vector<Session::Step> Session::prepare(const std::vector<PlanStep>& steps) 
                     static_cast<uint32_t>(step.floats.size()),
                     first,
                     static_cast<uint32_t>(step.operands.size()),
-                    &pool_,
+                    &regions_->pool,
                     &context_};
     out.push_back({&step, call, 0, 0.0});
   }
@@ -155,9 +181,9 @@ void Session::bind(const er_array* arrays, size_t count, bool train, uint64_t fi
     const Port& port = inputs_[i];
     const er_array& array = arrays[i];
     const Layout& layout = array.layout ? port.runtime : port.user;
-    uint8_t* to = arena_.data() + (train ? in.train_offset : in.eval_offset);
+    uint8_t* to = regions_->arena.data() + (train ? in.train_offset : in.eval_offset);
     const uint64_t elements = port.sample_elements;
-    pool_.split(plan_.micro_batch, 1, [&](int64_t begin, int64_t end, int) {
+    regions_->pool.split(plan_.micro_batch, 1, [&](int64_t begin, int64_t end, int) {
       for (uint64_t s = static_cast<uint64_t>(begin); s < static_cast<uint64_t>(end); s++) {
         uint8_t* sample = to + s * elements * 4;
         const uint8_t* from =
@@ -234,7 +260,7 @@ er_status Session::predict(const er_array* inputs, uint64_t samples, float* cons
     if (const er_status status = run(eval_)) return status;
     for (size_t o = 0; o < outputs_.size(); o++) {
       const Port& port = outputs_[o];
-      const float* from = reinterpret_cast<const float*>(arena_.data() + plan_.outputs[o].eval_offset);
+      const float* from = reinterpret_cast<const float*>(regions_->arena.data() + plan_.outputs[o].eval_offset);
       for (uint64_t s = 0; s < valid; s++)
         copy_out(port.user, 0, port.sample_elements, from + s * port.sample_elements,
                  outputs[o] + (first + s) * port.sample_elements);

@@ -1,5 +1,6 @@
 // A plan being executed: its three memory regions, its threads, and its steps with pointers in place of offsets.
 #pragma once
+#include <memory>
 #include <vector>
 
 #include "layout.h"
@@ -21,15 +22,24 @@ class Pages {
   uint64_t bytes_;
 };
 
+// What sessions of plans for other sample sizes share: memory, and the threads that work on it.
+struct Regions {
+  Regions(const Plan& plan);
+  Pages arena, params, state;
+  ThreadPool pool;
+};
+
 class Session {
  public:
   explicit Session(Plan plan);
+  // Works on the regions of `base`, whose plan must lay parameters and state out in the same way.
+  Session(Plan plan, const Session& base);
 
   const Plan& plan() const { return plan_; }
-  float* params() const { return reinterpret_cast<float*>(params_.data()); }
+  float* params() const { return reinterpret_cast<float*>(regions_->params.data()); }
   float* param(uint32_t index) const { return params() + plan_.params[index].offset / 4; }
   float* state(uint32_t index, uint32_t slot) const {
-    return reinterpret_cast<float*>(state_.data() + plan_.params[index].state_offsets[slot]);
+    return reinterpret_cast<float*>(regions_->state.data() + plan_.params[index].state_offsets[slot]);
   }
 
   er_status train_step(const er_array* arrays, uint32_t samples, float learning_rate, uint64_t update, uint64_t seed,
@@ -40,6 +50,7 @@ class Session {
   bool profile_read(uint32_t index, er_profile_entry* entry) const;
 
  private:
+  Session(Plan plan, std::shared_ptr<Regions> regions);
   struct Step {
     const PlanStep* plan;
     Call call;
@@ -57,8 +68,7 @@ class Session {
   er_status run(std::vector<Step>& steps);
 
   const Plan plan_;
-  Pages arena_, params_, state_;
-  ThreadPool pool_;
+  const std::shared_ptr<Regions> regions_;
   er_context context_{};
   std::vector<er_operand> operands_;  // of all steps; calls point into it
   std::vector<Step> train_, eval_;
