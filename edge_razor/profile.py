@@ -53,6 +53,9 @@ class Line:
 
 def step_multiply_adds(step: Step) -> int:
     """Multiply-adds of one call."""
+    if step.kernel == "batch_matmul":
+        batch, m, k, p = step.ints[:4]
+        return batch * m * k * p
     if step.kernel in ("attention", "attention_grad"):
         n, t, s, heads, _, d = step.ints[:6]
         return (2 if step.kernel == "attention" else 5) * n * heads * t * s * d  # products, QKᵀ again among the five

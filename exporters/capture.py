@@ -105,6 +105,10 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
     _restore_names(graph, state, aliases)
     used = [name for name in state if name in graph.initializers]
     mark_parameters(graph, used)
+    trained = dict(model.named_parameters(remove_duplicate=False))
+    for name in used:
+        if name not in trained:
+            graph.initializers[name].meta["buffer"] = True
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             name = f"{path}.weight" if path else "weight"

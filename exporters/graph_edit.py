@@ -72,6 +72,13 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and not is_parameter(value)
 
 
+def fixed(value: ir.Value | None) -> np.ndarray | None:
+    """The constant that ``value`` is: of the graph, or a buffer of the user's model. None if it is computed, absent, or
+    a parameter, which may train."""
+    known = is_constant(value) or value is not None and bool(value.meta.get("buffer"))
+    return array(value) if known else None
+
+
 def fresh_name(graph: ir.Graph, stem: str) -> str:
     """A value name that no value of ``graph`` has: ``stem``, else ``stem_1``, …"""
     taken: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)

@@ -58,7 +58,7 @@ def _linear(layout: Layout, node: ir.Node) -> None:
 
 
 def _natural(layout: Layout, node: ir.Node) -> None:
-    """Attention, Embedding, Rotary, ExpandBatch: every operand as the user's graph has it."""
+    """Attention, Embedding, Rotary, BatchMatMul, ExpandBatch: every operand as the user's graph has it."""
     rank = len(dims(node.outputs[0]))
     operands: list[ir.Value | None] = [
         None if v is None else layout.in_order(v, tuple(range(len(dims(v))))) for v in node.inputs
@@ -209,6 +209,7 @@ RULES: dict[tuple[str, str], Rule] = {
     (DOMAIN, "ExpandBatch"): _natural,
     (DOMAIN, "Embedding"): _natural,
     (DOMAIN, "Rotary"): _natural,
+    (DOMAIN, "BatchMatMul"): _natural,
     (DOMAIN, "Dropout"): _any_order,
     ("", "Neg"): _any_order,
     ("", "Add"): _binary,

@@ -260,6 +260,13 @@ OPERATORS = (
         "sum of the rows of dY by index",
     ),
     Operator(
+        "BatchMatMul",
+        (Operand("A", "[N,…,M,K]"), Operand("B", "[N,…,K,P]")),
+        (Operand("Y", "[N,…,M,P]"),),
+        (Attribute("transA", 0, "int"), Attribute("transB", 0, "int")),
+        "product of two computed values; transA, transB: the last two dimensions of A, B are swapped",
+    ),
+    Operator(
         "Rotary",
         (Operand("X", "[N,T,heads·d]"), Operand("cos", "[T,d]"), Operand("sin", "[T,d]")),
         (Y,),

@@ -263,3 +263,54 @@ def test_positional_arguments_and_a_boolean_mask(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             trainer.predict([ids.numpy(), mask.numpy()]), trainer.predict([ids.numpy(), mask.bool().numpy()])
         )
+
+
+class OtherAttention(nn.Module):
+    """Attention that is none of the usual: linear (no softmax), then with a trained bias of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.bias = nn.Parameter(0.1 * torch.randn(1, 2, 10, 10))
+        self.head = nn.Linear(8, 5)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (2, 4)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
+        x = (q @ (k.transpose(2, 3) @ v) / 10).transpose(1, 2).flatten(2)
+        y = self.heads(self.out(x))
+        y = ((y @ y.transpose(2, 3) + self.bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.head(y.mean(1))
+
+
+@pytest.mark.parametrize("micro_batch", [5, 1])
+def test_products_of_two_computed_values(micro_batch: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = OtherAttention(), torch.randn(SAMPLES, 10, 8)
+    target = torch.arange(SAMPLES) % 5
+    path = edge_razor.export(model, x, tmp_path / "b")
+    with Bundle(path) as bundle:
+        graph = onnx.load_model_from_string(bundle.read_file("training.onnx")).graph
+    assert sum(n.op_type == "BatchMatMul" for n in graph.node) == 12  # four, and two gradients of each
+    loss, expected = torch_gradients(model, {"x": x}, target)
+    with trainer_of(path, micro_batch=micro_batch) as trainer:
+        found_loss = trainer.step(x.numpy(), target.numpy())
+        found = {name: trainer._session.read_state(name, 0) for name in trainer.trainable}
+    assert found_loss == pytest.approx(loss, rel=1e-5)
+    error, worst = errors(found, expected)
+    assert error <= 2e-4, f"{worst} is off by {error:.1e}"
+
+
+def test_products_of_other_shapes_are_refused_by_name(tmp_path: Path) -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.a(x)[:, None] @ self.b(x)[:, None].transpose(2, 3).expand(-1, 3, -1, -1)).flatten(1)
+
+    with pytest.raises(UnsupportedOpError, match="Expand|not of one batch"):
+        edge_razor.export(Broadcast(), torch.randn(2, 6, 4), tmp_path / "b")

@@ -201,7 +201,21 @@ def _rotary(lowering: Lowering, node: Node) -> None:
     lowering.emit(node, "rotary", [n, t, heads, width // heads, inverse], [], operands)
 
 
+def _batch_matmul(lowering: Lowering, node: Node) -> None:
+    a, b, y = lowering.plain(node, 0), lowering.plain(node, 1), lowering.output(node)
+    trans = [node.integer(name, 0) for name in ("transA", "transB")]
+    if min(len(a.shape), len(b.shape), len(y.shape)) < 2 or any(t not in (0, 1) for t in trans):
+        node.fail(f"cannot multiply {list(a.shape)} by {list(b.shape)}")
+    m, k = a.shape[-2:] if not trans[0] else a.shape[:-3:-1]
+    inner, p = b.shape[-2:] if not trans[1] else b.shape[:-3:-1]
+    lead = a.shape[:-2]
+    if inner != k or b.shape[:-2] != lead or y.shape != (*lead, m, p):
+        node.fail(f"{list(a.shape)} by {list(b.shape)} does not give {list(y.shape)}")
+    lowering.emit(node, "batch_matmul", [prod(lead), m, k, p, *trans], [], [a.buffer, b.buffer, y.buffer])
+
+
 RULES = {
+    "BatchMatMul": _batch_matmul,
     "Embedding": _embedding,
     "EmbeddingGrad": _embedding_grad,
     "Rotary": _rotary,

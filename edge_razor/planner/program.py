@@ -82,6 +82,7 @@ KERNELS: dict[str, Signature] = {
     "attention_grad": _signature("Q K V key_mask? bias? dY dQ?! dK?! dV?!", scratch=True),
     "embedding": _signature("ids W Y!"),
     "embedding_grad": _signature("ids dY G!"),
+    "batch_matmul": _signature("A B Y!"),
     "rotary": _signature("X cos sin Y!", (3, 0)),
     "copy": _signature("src dst!"),
     "fill": _signature("dst!"),

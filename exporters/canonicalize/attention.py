@@ -14,10 +14,10 @@ import onnx_ir as ir
 from edge_razor.exporters.canonicalize.heads import HEADS, join_heads, split_heads
 from edge_razor.exporters.graph_edit import (
     DOMAIN,
-    array,
     bypass,
     constant,
     dims,
+    fixed,
     ints,
     made_by,
     make_node,
@@ -73,7 +73,7 @@ def _scaled(value: ir.Value) -> tuple[ir.Value, float]:
     if node is None or node.domain or node.op_type not in ("Mul", "Div"):
         return value, 1.0
     for index in (0, 1) if node.op_type == "Mul" else (1,):
-        data = array(node.inputs[index])
+        data = fixed(node.inputs[index])
         other = node.inputs[1 - index]
         if data is not None and data.size == 1 and other is not None and dims(other) == dims(value):
             number = float(data.reshape(-1)[0])
@@ -96,7 +96,7 @@ class Masks:
     def look(self, value: ir.Value | None, *, hides: bool) -> bool:
         """Takes a boolean [1 or N, 1 or heads, 1 or T, S] as `resolve_masks` spells it: a constant, a comparison of the
         key mask with ½, both joined by And, or Not of these. Returns False if it is none of them."""
-        data = array(value)
+        data = fixed(value)
         if data is not None:
             if data.dtype != np.bool_ or data.ndim < 2 or data.ndim == 4 and data.shape[0] != 1:
                 return False
@@ -111,7 +111,7 @@ class Masks:
             return not hides and all(self.look(operand, hides=False) for operand in node.inputs)
         view = made_by(node.inputs[0], "Reshape")
         key = view.inputs[0] if view is not None else None
-        half = array(node.inputs[1])
+        half = fixed(node.inputs[1])
         if key is None or len(dims(key)) != 2 or half is None or half.reshape(-1).tolist() != [0.5]:
             return False
         if self.key is not None and self.key is not key:
@@ -128,7 +128,7 @@ def _masked(scores: ir.Value, masks: Masks) -> ir.Value | None:
         return scores
     if node.op_type == "Where":
         for index in (1, 2):
-            fill, inner = array(node.inputs[3 - index]), node.inputs[index]
+            fill, inner = fixed(node.inputs[3 - index]), node.inputs[index]
             if fill is None or inner is None or fill.size != 1 or float(fill.reshape(-1)[0]) > _FILL:
                 continue
             return _masked(inner, masks) if masks.look(node.inputs[0], hides=index == 2) else None
@@ -137,12 +137,12 @@ def _masked(scores: ir.Value, masks: Masks) -> ir.Value | None:
         inner, added = node.inputs[1 - index], node.inputs[index]
         if inner is None or added is None or dims(inner) != shape:
             continue
-        bias = array(added)
+        bias = fixed(added)
         if bias is not None and bias.dtype.kind == "f" and (bias.ndim < 4 or bias.shape[0] == 1):
             masks.add(bias.reshape((1,) * (4 - bias.ndim) + bias.shape))
             return _masked(inner, masks)
         where = made_by(added, "Where")
-        static, fill = (array(where.inputs[1]), array(where.inputs[2])) if where is not None else (None, None)
+        static, fill = (fixed(where.inputs[1]), fixed(where.inputs[2])) if where is not None else (None, None)
         if where is None or static is None or fill is None or fill.size != 1 or float(fill.reshape(-1)[0]) > _FILL:
             continue
         if not masks.look(where.inputs[0], hides=False):

@@ -1,10 +1,11 @@
-"""Gemm, and MatMul with a weight (+ Add of a bias) → ``ai.edge_razor`` Linear."""
+"""Gemm, and MatMul with a weight (+ Add of a bias) → ``ai.edge_razor`` Linear; of two computed values → BatchMatMul."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from edge_razor.exporters.graph_edit import (
+    BATCH,
     DOMAIN,
     bypass,
     dims,
@@ -30,7 +31,7 @@ def canonicalize_linear(model: ir.Model) -> ir.Model:
         trans = integer(node, "transB", 0) if node.op_type == "Gemm" else 0
         weight, trans = _look_through_transpose(weight, trans)
         if weight.producer() is not None or weight.is_graph_input() or len(dims(weight)) != 2:
-            node.meta["why"] = "multiplies two computed values; one must be a parameter [out, in] or [in, out]"
+            _two_computed(node, data, weight)
             continue
         if node.op_type == "Gemm" and (integer(node, "transA", 0) or number(node, "alpha", 1.0) != 1.0):
             node.meta["why"] = "transA and alpha other than 1 are not known"
@@ -53,6 +54,18 @@ def canonicalize_linear(model: ir.Model) -> ir.Model:
             replace(node, [linear])
     remove_dead(model.graph)
     return model
+
+
+def _two_computed(node: ir.Node, a: ir.Value, b: ir.Value) -> None:
+    """Both of one batch, all leading dimensions the same: BatchMatMul."""
+    left, right = dims(a), dims(b)
+    batched = len(left) > 2 and left[0] % BATCH == 0 and left[:-2] == right[:-2]
+    computed = all(v.producer() is not None or v.is_graph_input() for v in (a, b))
+    if node.op_type == "MatMul" and batched and computed:
+        shapes = [(*left[:-1], right[-1])]
+        replace(node, [make_node("BatchMatMul", [a, b], domain=DOMAIN, shapes=shapes, like=node)])
+    else:
+        node.meta["why"] = "multiplies two computed values that are not of one batch, or a parameter of another shape"
 
 
 def linear_on_rows(model: ir.Model) -> ir.Model:

@@ -8,9 +8,9 @@ import onnx_ir as ir
 from edge_razor.exporters.canonicalize.heads import HEADS, join_heads, split_heads
 from edge_razor.exporters.graph_edit import (
     DOMAIN,
-    array,
     constant,
     dims,
+    fixed,
     integer,
     made_by,
     make_node,
@@ -55,7 +55,7 @@ def _times_table(value: ir.Value | None, shape: tuple[int, ...]) -> tuple[ir.Val
     node = made_by(value, "Mul")
     for index in (0, 1) if node is not None else ():
         assert node is not None
-        table, x = array(node.inputs[index]), node.inputs[1 - index]
+        table, x = fixed(node.inputs[index]), node.inputs[1 - index]
         if table is not None and x is not None and dims(x) == shape and table.shape[-2:] == shape[2:]:
             if table.size == shape[2] * shape[3]:
                 return x, table.reshape(shape[2:])
@@ -83,9 +83,9 @@ def _is_part(value: ir.Value | None, x: ir.Value, start: int, end: int) -> bool:
     if node is None or node.inputs[0] is not x:
         return False
     if node.op_type == "Slice":
-        bounds = [array(v) for v in node.inputs[1:4]]
+        bounds = [fixed(v) for v in node.inputs[1:4]]
         return [None if b is None else b.reshape(-1).tolist() for b in bounds] == [[start], [end], [3]]
-    sizes = array(node.inputs[1])
+    sizes = fixed(node.inputs[1])
     return (
         integer(node, "axis", 0) == 3
         and sizes is not None

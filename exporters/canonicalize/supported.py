@@ -10,7 +10,9 @@ from edge_razor.exporters.graph_edit import DOMAIN, shape_text
 _STANDARD = (
     "Add Sub Mul Div Neg Concat Split Slice Transpose Pad Reshape Softmax ReduceMean ReduceSum BatchNormalization"
 ).split()
-_RAZOR = "Conv Linear Affine MaxPool AveragePool Dropout LayerNorm Attention ExpandBatch Embedding Rotary".split()
+_RAZOR = (
+    "Conv Linear Affine MaxPool AveragePool Dropout LayerNorm Attention ExpandBatch Embedding Rotary BatchMatMul"
+).split()
 
 
 def check_supported(model: ir.Model) -> None:

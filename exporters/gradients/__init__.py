@@ -22,6 +22,7 @@ RULES: dict[tuple[str, str], GradientRule] = {
     (DOMAIN, "ExpandBatch"): transformer.expand_batch,
     (DOMAIN, "Embedding"): transformer.embedding,
     (DOMAIN, "Rotary"): transformer.rotary,
+    (DOMAIN, "BatchMatMul"): transformer.batch_matmul,
     (DOMAIN, "MaxPool"): pool.max_pool,
     (DOMAIN, "AveragePool"): pool.average_pool,
     ("", "ReduceMean"): pool.reduce,

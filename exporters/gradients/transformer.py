@@ -70,6 +70,18 @@ def rotary(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
     return tape.emit("Rotary", [dys[0], cos, sin], dims(x), attributes, name=f"d/{x.name}"), None, None
 
 
+def batch_matmul(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """Y = A·B: dA = dY·Bᵀ, dB = Aᵀ·dY."""
+    a, b = node.inputs
+    assert a is not None and b is not None
+    da = db = None
+    if tape.needs(a):
+        da = tape.emit("BatchMatMul", [dys[0], b], dims(a), {"transA": 0, "transB": 1}, name=f"d/{a.name}")
+    if tape.needs(b):
+        db = tape.emit("BatchMatMul", [a, dys[0]], dims(b), {"transA": 1, "transB": 0}, name=f"d/{b.name}")
+    return da, db
+
+
 def expand_batch(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
     """Y[N, …] = X[1, …] for each sample."""
     x, dy = node.inputs[0], dys[0]

@@ -17,6 +17,7 @@ namespace er::ER_ISA {
   X(layer_norm)        \
   X(attention)         \
   X(embedding)         \
+  X(matmul)            \
   X(dropout)           \
   X(loss)              \
   X(optimizer)

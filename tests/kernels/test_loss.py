@@ -108,7 +108,7 @@ def test_micro_batches_and_a_short_last_one_add_up_to_the_whole_batch(name: str)
     if name == "cross_entropy":
         target = np.random.default_rng(2).integers(0, classes, (8, positions)).astype(np.int32)
         target[7] = -1
-        floats, per_sample = [0.1], [positions, classes]
+        floats, per_sample = [0.1], [positions, classes, -100]
     else:
         target, floats, per_sample = np.random.default_rng(2).random(x.shape, np.float32), [], [positions * classes]
     x[7] = np.nan

@@ -322,6 +322,11 @@ def embedding_grad(run: Run, node: ir.Node, ids: Tensor, dy: Tensor) -> Sequence
     return [g.index_add(0, ids.reshape(-1), rows.reshape(-1, dy.shape[-1]))]
 
 
+def batch_matmul(run: Run, node: ir.Node, a: Tensor, b: Tensor) -> Sequence[Value]:
+    a = a.transpose(-1, -2) if integer(node, "transA", 0) else a
+    return [a @ (b.transpose(-1, -2) if integer(node, "transB", 0) else b)]
+
+
 def rotary(run: Run, node: ir.Node, x: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Value]:
     n, t, width = x.shape
     pairs = x.reshape(n, t, integer(node, "heads", 1), -1)
@@ -419,6 +424,7 @@ OPERATORS: dict[str, Operator] = {
     "Embedding": lambda run, node, ids, w: [w[ids]],
     "EmbeddingGrad": embedding_grad,
     "Rotary": rotary,
+    "BatchMatMul": batch_matmul,
     "ExpandBatch": lambda run, node, x, like: [x.expand(like.shape[0], *x.shape[1:])],
     "Dropout": dropout,
     "DropoutGrad": dropout,
