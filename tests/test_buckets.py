@@ -103,6 +103,14 @@ def test_checkpoints_resume_with_every_length(bundles: Callable[[str], Path], tm
     assert found == expected
 
 
+def test_info_tells_the_lengths(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from edge_razor.cli.info import run
+
+    run(bundles("mean_pooled"))
+    shown = capsys.readouterr().out
+    assert "12 or 30 or 72 tokens" in shown and "table of 97 tokens" in shown
+
+
 def test_other_lengths_are_refused(bundles: Callable[[str], Path]) -> None:
     inputs, target = batch("gpt2", 4)
     arrays = [v.numpy() for v in inputs.values()]

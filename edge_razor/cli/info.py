@@ -40,6 +40,13 @@ def show(bundle: Bundle) -> None:
         p = manifest.preprocessing
         rows.append(("images", f"shorter side {p.resize}, crop {p.crop}, {p.interpolation}"))
         rows.append(("normalization", f"mean {_numbers(p.mean)}, std {_numbers(p.std)}"))
+    if manifest.text is not None:
+        rows.append(("tokenizer", f"table of {manifest.text.vocabulary} tokens, padding {manifest.text.pad}"))
+    if manifest.buckets:
+        rows.append(("texts", " or ".join(map(str, manifest.buckets)) + " tokens"))
+    if manifest.lora is not None:
+        lora = manifest.lora
+        rows.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {len(lora.layers)} layers"))
     rows.append(("id", bundle.id[:16]))
     print_pairs(rows)
 
