@@ -79,9 +79,10 @@ def choose_storage(graph: Graph, samples: int, sparsity: float, razor: str) -> d
 
     Sparsity 0 keeps everything exactly: packed inputs stay alive as they are, smooth activations keep their dense
     input. Above 0, packed inputs take the `razor` form ("centered" or "plain"), or bf16 below 8 rows a sample and for
-    the Q, K and V of attention, whose probabilities are made from them again; smooth activations take 4 bits an
-    element. Piecewise-linear activations always keep 1 bit. The network's own input, and
-    values that the backward pass reads directly anyway, are never copied.
+    the Q, K and V of attention, whose probabilities are made from them again. The normalized value of a LayerNorm is
+    kept whole, block means and int8: what flows on to earlier layers is made from it, and nothing in it is small.
+    Smooth activations take 4 bits an element. Piecewise-linear activations always keep 1 bit. The network's own input,
+    and values that the backward pass reads directly anyway, are never copied.
 
     Raises:
         UsageError: sparsity outside [0, 1), or an unknown razor form.
@@ -131,7 +132,10 @@ def _packed(graph: Graph, node: Node, samples: int, sparsity: float, form: Form,
         return Storage(Form.DENSE, n, rows, cols, 0, 0)
     if rows < MIN_ROWS or readers == {"AttentionGrad"}:
         return Storage(Form.BF16, n, rows, cols, 0, _packed_bytes(Form.BF16, n, rows, cols, 0))
-    keep = keep_count(rows * cols, sparsity)
+    if readers == {"LayerNormGrad"}:
+        form, keep = Form.RAZOR_CENTERED, rows * cols  # in int8, nothing dropped: see `choose_storage`
+    else:
+        keep = keep_count(rows * cols, sparsity)
     return Storage(form, n, rows, cols, keep, _packed_bytes(form, n, rows, cols, keep))
 
 

