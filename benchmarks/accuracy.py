@@ -17,18 +17,18 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, fashion_mnist, markdown_table, write_result
+from benchmarks.common import fashion_mnist, markdown_table, write_result
+from benchmarks.seeds import seeded_runs, spread
 
 SIZE, TRAIN, TEST, EPOCHS, BATCH, LEARNING_RATE, CLASSES = 64, 4000, 3000, 2, 16, 1e-4, 10
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 STD = np.array((0.229, 0.224, 0.225), np.float32)
 THREADS = 1
-LOG = RESULTS / "accuracy.jsonl"
 CASES = {
     "PyTorch, dense": ("torch", 0.0, ""),
     "edge-razor, 0": ("edge-razor", 0.0, "centered"),
@@ -179,9 +179,6 @@ def table(runs: list[dict[str, Any]], cases: Iterable[str] = tuple(CASES)) -> st
             continue
         accuracy, loss = [run["accuracy"] for run in mine], [run["loss"] for run in mine]
 
-        def spread(values: list[float], digits: int) -> str:
-            return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
         each = ", ".join(f"{value:.1f}" for value in accuracy)
         rows.append((case, len(mine), spread(loss, 3), spread(accuracy, 2), each))
     header = ("system", "seeds", "final training loss", "test accuracy, %", "each seed")
@@ -199,19 +196,7 @@ def main() -> None:
         return export_for(int(options.export[0]), Path(options.export[1]))
     if options.one:
         return one(options.one[0], int(options.one[1]))
-    RESULTS.mkdir(exist_ok=True)
-    runs = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
-    if not options.gradients_only:
-        for seed in range(options.seeds):
-            for case in CASES:
-                if any(run["case"] == case and run["seed"] == seed for run in runs):
-                    continue
-                command = [sys.executable, "-m", "benchmarks.accuracy", "--one", case, str(seed)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-                with LOG.open("a") as log:
-                    log.write(json.dumps(runs[-1]) + "\n")
-                print(runs[-1], flush=True)
+    runs = seeded_runs("accuracy", CASES, 0 if options.gradients_only else options.seeds)
     errors = gradient_errors(bundle_for(0))
     body = table(runs) + "\nFinal training loss: mean of the last 100 steps. ± is the standard deviation over seeds.\n"
     body += "\nGradient error, ‖compressed − exact‖ / ‖exact‖ over all weight gradients of one batch:\n\n"

@@ -17,17 +17,16 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import numpy as np
 
 from benchmarks import minilm
 from benchmarks.accuracy import table
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import write_result
+from benchmarks.seeds import seeded_runs
 from benchmarks.texts import SECTIONS, TEST, TRAIN, section_data
 
 TOKENS, EPOCHS, BATCH, THREADS = 32, 2, 16, 1
-LOG = RESULTS / "accuracy_text.jsonl"
 LORA = "lora:r=8,alpha=16,head"
 CASES: dict[str, tuple[str, float, str, str, float]] = {
     # name: system, sparsity, form, trainable, learning rate
@@ -137,18 +136,7 @@ def main() -> None:
         return
     if options.one:
         return one(options.one[0], int(options.one[1]))
-    RESULTS.mkdir(exist_ok=True)
-    runs: list[dict[str, Any]] = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
-    for seed in range(options.seeds):
-        for case in options.cases:
-            if any(run["case"] == case and run["seed"] == seed for run in runs):
-                continue
-            command = [sys.executable, "-m", "benchmarks.accuracy_text", "--one", case, str(seed)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-            with LOG.open("a") as log:
-                log.write(json.dumps(runs[-1]) + "\n")
-            print(runs[-1], flush=True)
+    runs = seeded_runs("accuracy_text", options.cases, options.seeds)
     body = (
         table(runs, CASES)
         + "\nFinal training loss: mean of the last 100 steps. ± is the standard deviation over seeds.\n"

@@ -16,16 +16,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, markdown_table, write_result
+from benchmarks.common import markdown_table, write_result
+from benchmarks.seeds import seeded_runs, spread
 from benchmarks.texts import package_descriptions
 
 VOCABULARY, TOKENS, BATCH, STEPS, RATE, THREADS, HELD_OUT = 2048, 64, 16, 600, 1e-3, 1, 200
-LOG = RESULTS / "perplexity.jsonl"
 CASES: dict[str, tuple[str, float, str]] = {
     "PyTorch, dense": ("torch", 0.0, ""),
     "edge-razor, 0": ("edge-razor", 0.0, "centered"),
@@ -141,25 +141,13 @@ def main() -> None:
         result = run_torch(seed) if system == "torch" else run_edge_razor(seed, sparsity, form)
         print(json.dumps({"case": case, "seed": seed, **result}))
         return
-    RESULTS.mkdir(exist_ok=True)
-    runs: list[dict[str, Any]] = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
-    for seed in range(options.seeds):
-        for case in CASES:
-            if any(run["case"] == case and run["seed"] == seed for run in runs):
-                continue
-            command = [sys.executable, "-m", "benchmarks.perplexity", "--one", case, str(seed)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-            with LOG.open("a") as log:
-                log.write(json.dumps(runs[-1]) + "\n")
-            print(runs[-1], flush=True)
+    runs = seeded_runs("perplexity", CASES, options.seeds)
     rows = []
     for case in CASES:
         mine = [run for run in runs if run["case"] == case]
-        for_each = [[run[key] for run in mine] for key in ("loss", "perplexity")]
-        shown = [f"{mean(v):.3f}" + (f" ± {stdev(v):.3f}" if len(v) > 1 else "") for v in for_each if v]
         if mine:
-            rows.append((case, len(mine), *shown))
+            figures = [spread([run[key] for run in mine], 3) for key in ("loss", "perplexity")]
+            rows.append((case, len(mine), *figures))
     body = markdown_table(("system", "seeds", "final training loss", "perplexity, held out"), rows)
     body += "\nFinal training loss: mean of the last 50 steps. ± is the standard deviation over seeds.\n"
     title = "Perplexity: GPT-2 (4 layers, 128 channels) on Debian's package descriptions, 600 steps of 16 × 64 tokens"

@@ -448,7 +448,7 @@ class Trainer:
 
 def _tokens(arrays: Sequence[Array]) -> int | None:
     """Tokens of a batch of texts."""
-    return int(arrays[0].shape[1]) if arrays[0].ndim == 2 and arrays[0].dtype == np.int32 else None
+    return next((int(a.shape[1]) for a in arrays if a.ndim == 2 and a.dtype == np.int32), None)
 
 
 def bundle_of(checkpoint: Checkpoint, bundle: str | os.PathLike[str] | None) -> Path:

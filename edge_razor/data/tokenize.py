@@ -3,28 +3,23 @@
 The tokenizer and its vocabulary take 40 MB and more, which the process that trains under the cap shall not hold. The
 child reads the texts piece by piece, writes the tokens to a file, and is gone before training starts.
 
-Protocol: one JSON object (`Request`) on standard input; the files `tokens.bin` (int32) and `rows.npy` (int64
-[samples, 3]: first token, number of tokens, label) in `directory`; one JSON line (`Answer`, or {"error", "message"}) on
-standard output.
+The request (`edge_razor.child`) is a `Request`, the answer an `Answer`, and the result two files in `directory`:
+`tokens.bin` (int32) and `rows.npy` (int64 [samples, 3]: first token, number of tokens, label).
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_razor import errors
-from edge_razor.errors import DataError, EdgeRazorError
+from edge_razor.child import ask, serve
+from edge_razor.errors import DataError
 
 __all__ = ["Answer", "Request", "is_text", "tokenize_in_child"]
 
@@ -92,22 +87,9 @@ def tokenize_in_child(request: Request) -> Answer:
         DataError: the texts cannot be used; names the file and line.
         EdgeRazorError: the child died without an answer.
     """
-    result = subprocess.run(
-        [sys.executable, "-m", "edge_razor.data.tokenize"],
-        input=json.dumps(asdict(request)),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    return Answer(
+        **ask("edge_razor.data.tokenize", asdict(request), "reading texts", {"TOKENIZERS_PARALLELISM": "false"})
     )
-    try:
-        answer = json.loads(result.stdout)
-    except ValueError:
-        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise EdgeRazorError(f"reading texts failed with exit status {result.returncode}: {reason}") from None
-    if "error" in answer:
-        raise getattr(errors, answer["error"], EdgeRazorError)(answer["message"])
-    return Answer(**answer)
 
 
 class _Reader:
@@ -298,17 +280,13 @@ def _blocks(samples: Iterator[tuple[str, str | None, str]]) -> Iterator[list[tup
         yield block
 
 
-def serve() -> None:
-    """The child: answers the request on standard input."""
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What the child does with a request."""
     try:
-        answer = asdict(tokenize(Request(**json.load(sys.stdin))))
-    except EdgeRazorError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
+        return asdict(tokenize(Request(**request)))
     except OSError as error:
-        answer = {"error": "DataError", "message": f"{error.filename}: {error.strerror}"}
-    with suppress(BrokenPipeError):
-        json.dump(answer, sys.stdout)
+        raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
 if __name__ == "__main__":
-    serve()
+    serve(answer)

@@ -114,9 +114,10 @@ class Masks:
         half = fixed(node.inputs[1])
         if key is None or len(dims(key)) != 2 or half is None or half.reshape(-1).tolist() != [0.5]:
             return False
-        if self.key is not None and self.key is not key:
+        found = (key, (node.op_type == "Less") != hides)
+        if self.key is not None and (self.key, self.inverted) != found:
             return False
-        self.key, self.inverted = key, (node.op_type == "Less") != hides
+        self.key, self.inverted = found
         return True
 
 
@@ -212,8 +213,9 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
     swapped = swap is not None and ints(swap, "perm") == _SWAP_LAST
     k = swap.inputs[0] if swap is not None and swapped else kt
     assert k is not None
-    if swapped and dims(_ungrouped(k))[1] == dims(_ungrouped(v))[1]:
-        k, v = _ungrouped(k), _ungrouped(v)
+    few_k, few_v = _ungrouped(k), _ungrouped(v)
+    if swapped and dims(few_k)[1] == dims(few_v)[1]:
+        k, v = few_k, few_v
     key = masks.key
     nodes: list[ir.Node] = []
     if key is not None and masks.inverted:

@@ -55,7 +55,7 @@ def resolve_masks(model: ir.Model) -> ir.Model:
     frontier = [value for value in frontier if value not in inputs]
     if not frontier:
         return model
-    trials = list(_trials(graph, inputs))
+    trials = list(_trials(inputs, _numbers(dependent)))
     results = _evaluate(model, frontier, trials)
     for value, found in zip(frontier, results, strict=True):
         rewrite = _recognize(graph, inputs, trials, found)
@@ -120,17 +120,34 @@ class Trial:
     arrays: dict[str, Array]
 
 
-def _trials(graph: ir.Graph, inputs: list[ir.Value]) -> Iterator[Trial]:
-    """Inputs of 0 and 1, as masks have them, except indices of a table, which take other values, too."""
+def _numbers(dependent: dict[ir.Value, None]) -> list[int]:
+    """Whole numbers that the chains mention, such as the index of the padding token."""
+    found: set[int] = set()
+    for value in dependent:
+        node = value.producer()
+        for operand in node.inputs if node is not None else ():
+            tensor = None if operand is None else ir.convenience.get_const_tensor(operand)
+            if tensor is not None and tensor.size == 1 and tensor.dtype in INTEGER:
+                found.add(int(tensor.numpy().reshape(-1)[0]))
+    return sorted(found)
+
+
+def _trials(inputs: list[ir.Value], numbers: list[int]) -> Iterator[Trial]:
+    """Inputs of 0 and 1, as masks have them. Indices of a table are random rows of it, and half of them ``numbers``:
+    what happens to one token alone must not look like a constant."""
     rng = np.random.default_rng(0)
-    indices = [v for v in inputs if any(_indexes_parameter(node, operand) for node, operand in v.uses())]
+    sizes = {v: [size for use in v.uses() if (size := _rows(use.node, use.idx))] for v in inputs}
+    tables = {v: min(found) for v, found in sizes.items() if found}
     for number, samples in enumerate(_BATCHES):
         arrays: dict[str, Array] = {}
         for value in inputs:
             shape = (samples, *(int(d) for d in list(value.shape or [])[1:] if isinstance(d, int)))
             size = shape[-1] if len(shape) > 1 else 1
-            if value in indices:
-                data = rng.integers(0, 50, shape)
+            if value in tables:
+                data = rng.integers(0, tables[value], shape)
+                special = [n for n in numbers if 0 <= n < tables[value]]
+                if special:
+                    data = np.where(rng.random(shape) < 0.5, rng.choice(special, shape), data)
             elif number in (_NONE, _ALL):
                 data = np.full(shape, number, np.int64)
             elif number in (2, 3):  # padded behind, padded before
@@ -144,8 +161,11 @@ def _trials(graph: ir.Graph, inputs: list[ir.Value]) -> Iterator[Trial]:
         yield Trial(samples, arrays)
 
 
-def _indexes_parameter(node: ir.Node, operand: int) -> bool:
-    return node.op_type == "Gather" and operand == 1 and is_parameter(node.inputs[0])
+def _rows(node: ir.Node, operand: int) -> int:
+    """Rows of the parameter that ``node`` looks up by this operand; 0 if it does not."""
+    table = node.inputs[0] if node.op_type == "Gather" and operand == 1 else None
+    size = table.shape[0] if is_parameter(table) and table is not None and table.shape is not None else 0
+    return size if isinstance(size, int) else 0
 
 
 class GatherElements(OpRun):
@@ -222,10 +242,9 @@ def _recognize(
     graph: ir.Graph, inputs: list[ir.Value], trials: list[Trial], found: list[Array]
 ) -> Callable[[_Builder, ir.DataType], ir.Value] | None:
     """What computes ``found``, as a function that builds it; None if it is none of the things known."""
-    fixed = _constant(trials, found)
-    if fixed is not None:
-        data = fixed
-        return lambda build, _: build.const(data)
+    data = _constant(trials, found)
+    if data is not None:
+        return _constant_builder(data)
     for source in inputs:
         for recognize in (_attention, _same, _count):
             build = recognize(source, trials, found)
@@ -248,6 +267,10 @@ def _constant(trials: list[Trial], found: list[Array]) -> Array | None:
     if any(a.shape != rows[0].shape or not np.array_equal(a, rows[0], equal_nan=a.dtype.kind == "f") for a in rows):
         return None
     return rows[0]
+
+
+def _constant_builder(data: Array) -> Callable[[_Builder, ir.DataType], ir.Value]:
+    return lambda build, _: build.const(data)
 
 
 def _mask(source: ir.Value, trial: Trial) -> Array:

@@ -125,7 +125,7 @@ class OfTokens(nn.Module):
 
     def __init__(self, change: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.table, self.positions = nn.Embedding(11, WIDTH), nn.Embedding(T + 2, WIDTH)
+        self.table, self.positions = nn.Embedding(80, WIDTH), nn.Embedding(T + 2, WIDTH)
         self.change = change
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -161,6 +161,11 @@ def test_positions_and_pooling(name: str) -> None:
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "computed index": (lambda m, x, ids, mask: x + m.positions(mask.cumsum(1)), "its indices are computed"),
     "index as mask": (lambda m, x, ids, mask: (x * (ids != 0)[..., None]).sum(1), "indexes a table"),
+    "one rare token": (lambda m, x, ids, mask: x + m.positions((ids == 77).long()), "its indices are computed"),
+    "mask of one rare token": (
+        lambda m, x, ids, mask: x.masked_fill((ids == 77)[..., None], 0.0),
+        "indexes a table",
+    ),
     "index as number": (lambda m, x, ids, mask: x * ids[..., None].float(), "indexes a table"),
 }
 
