@@ -103,6 +103,16 @@ def test_checkpoints_resume_with_every_length(bundles: Callable[[str], Path], tm
     assert found == expected
 
 
+def test_the_mask_may_come_first(tmp_path: Path) -> None:
+    inputs, _ = batch("mean_pooled", 2)
+    first = {name: inputs[name] for name in ("attention_mask", "input_ids")}
+    path = edge_razor.export(MODELS["mean_pooled"]("sdpa"), first, tmp_path / "b", dropout=False, buckets=(12,))
+    with trainer_of(path) as trainer:
+        short, whole = ([v.numpy()[:, :n] for v in first.values()] for n in (12, TOKENS))
+        whole[0] = np.where(np.arange(TOKENS) < 12, whole[0], 0)
+        np.testing.assert_allclose(trainer.predict(short), trainer.predict(whole), atol=1e-5)
+
+
 def test_info_tells_the_lengths(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     from edge_razor.cli.info import run
 
