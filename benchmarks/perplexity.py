@@ -15,6 +15,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -79,11 +80,14 @@ def schedule(seed: int, count: int) -> list[tuple[np.ndarray, float]]:
     return [(rng.integers(0, count, BATCH), rate) for rate in rates]
 
 
-def run_torch(seed: int) -> dict[str, float]:
+def run_torch(seed: int, prepare: Callable[[Any], None] | None = None) -> dict[str, float]:
+    """Trains and evaluates in PyTorch; `prepare` may change the model before."""
     import torch
 
     torch.set_num_threads(THREADS)
     model, (train, test) = model_for(seed), samples()
+    if prepare:
+        prepare(model)
 
     def loss_of(pieces: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(pieces)
