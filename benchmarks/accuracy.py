@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import fashion_mnist, markdown_table, write_result
-from benchmarks.seeds import seeded_runs, spread
+from benchmarks.seeds import by_case, seeded_runs, spread
 
 SIZE, TRAIN, TEST, EPOCHS, BATCH, LEARNING_RATE, CLASSES = 64, 4000, 3000, 2, 16, 1e-4, 10
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -173,12 +173,8 @@ def bundle_for(seed: int) -> Path:
 
 def table(runs: list[dict[str, Any]], cases: Iterable[str] = tuple(CASES)) -> str:
     rows = []
-    for case in cases:
-        mine = [run for run in runs if run["case"] == case]
-        if not mine:
-            continue
+    for case, mine in by_case(runs, cases):
         accuracy, loss = [run["accuracy"] for run in mine], [run["loss"] for run in mine]
-
         each = ", ".join(f"{value:.1f}" for value in accuracy)
         rows.append((case, len(mine), spread(loss, 3), spread(accuracy, 2), each))
     header = ("system", "seeds", "final training loss", "test accuracy, %", "each seed")

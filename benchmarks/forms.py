@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import markdown_table, write_result
-from benchmarks.perplexity import run_torch
-from benchmarks.seeds import seeded_runs, spread
+from benchmarks.common import write_result
+from benchmarks.perplexity import run_torch, table
+from benchmarks.seeds import seeded_runs
 from edge_razor.planner.storage import keep_count
 
 TITLE = "Razor forms, emulated: GPT-2 (4 × 128) on Debian's package descriptions, 600 steps of 16 × 64 tokens"
@@ -106,14 +106,7 @@ def main() -> None:
         print(json.dumps({"case": case, "seed": seed, **result}))
         return
     runs = seeded_runs("forms", CASES, options.seeds)
-    rows = []
-    for case in CASES:
-        mine = [run for run in runs if run["case"] == case]
-        rows.append((case, len(mine), *(spread([run[key] for run in mine], 3) for key in ("loss", "perplexity"))))
-    body = markdown_table(
-        ("form of what linear layers keep", "seeds", "final training loss", "perplexity, held out"), rows
-    )
-    body += "\nFinal training loss: mean of the last 50 steps. Dense training: perplexity.md.\n"
+    body = table(runs, CASES) + "\nDense training: perplexity.md.\n"
     write_result("forms", TITLE, "python dev.py bench forms", body, "torch")
 
 

@@ -15,7 +15,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import markdown_table, write_result
-from benchmarks.seeds import seeded_runs, spread
+from benchmarks.seeds import by_case, seeded_runs, spread
 from benchmarks.texts import package_descriptions
 
 VOCABULARY, TOKENS, BATCH, STEPS, RATE, THREADS, HELD_OUT = 2048, 64, 16, 600, 1e-3, 1, 200
@@ -124,6 +124,16 @@ def run_edge_razor(seed: int, sparsity: float, form: str) -> dict[str, float]:
         return {"loss": mean(losses[-50:]), "perplexity": trainer.evaluate(batches)["perplexity"]}
 
 
+def table(runs: list[dict[str, Any]], cases: Iterable[str]) -> str:
+    rows = [
+        (case, len(mine), *(spread([run[key] for run in mine], 3) for key in ("loss", "perplexity")))
+        for case, mine in by_case(runs, cases)
+    ]
+    header = ("system", "seeds", "final training loss", "perplexity, held out")
+    note = "\nFinal training loss: mean of the last 50 steps. ± is the standard deviation over seeds.\n"
+    return markdown_table(header, rows) + note
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
@@ -146,14 +156,7 @@ def main() -> None:
         print(json.dumps({"case": case, "seed": seed, **result}))
         return
     runs = seeded_runs("perplexity", CASES, options.seeds)
-    rows = []
-    for case in CASES:
-        mine = [run for run in runs if run["case"] == case]
-        if mine:
-            figures = [spread([run[key] for run in mine], 3) for key in ("loss", "perplexity")]
-            rows.append((case, len(mine), *figures))
-    body = markdown_table(("system", "seeds", "final training loss", "perplexity, held out"), rows)
-    body += "\nFinal training loss: mean of the last 50 steps. ± is the standard deviation over seeds.\n"
+    body = table(runs, CASES)
     title = "Perplexity: GPT-2 (4 layers, 128 channels) on Debian's package descriptions, 600 steps of 16 × 64 tokens"
     write_result("perplexity", title, "python dev.py bench perplexity", body, "torch")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.common import RESULTS
 
-__all__ = ["seeded_runs", "spread"]
+__all__ = ["by_case", "seeded_runs", "spread"]
 
 
 def seeded_runs(name: str, cases: Iterable[str], seeds: int) -> list[dict[str, Any]]:
@@ -34,6 +34,14 @@ def seeded_runs(name: str, cases: Iterable[str], seeds: int) -> list[dict[str, A
                 file.write(json.dumps(runs[-1]) + "\n")
             print(runs[-1], flush=True)
     return runs
+
+
+def by_case(runs: Sequence[dict[str, Any]], cases: Iterable[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each case that has run, with its runs."""
+    for case in cases:
+        mine = [run for run in runs if run["case"] == case]
+        if mine:
+            yield case, mine
 
 
 def spread(values: Sequence[float], digits: int) -> str:
