@@ -14,7 +14,7 @@ from edge_razor.exporters.canonicalize.activations import canonicalize_activatio
 from edge_razor.exporters.canonicalize.attention import canonicalize_attention, merge_transpositions, remove_nan_guards
 from edge_razor.exporters.canonicalize.axes import canonicalize_axes
 from edge_razor.exporters.canonicalize.convolution import canonicalize_convolutions
-from edge_razor.exporters.canonicalize.dropout import canonicalize_dropout
+from edge_razor.exporters.canonicalize.dropout import canonicalize_dropout, dropout_of_probabilities
 from edge_razor.exporters.canonicalize.elementwise import canonicalize_elementwise
 from edge_razor.exporters.canonicalize.gather import canonicalize_gather, slices_to_split
 from edge_razor.exporters.canonicalize.linear import canonicalize_linear, linear_on_rows
@@ -37,6 +37,7 @@ __all__ = ["PASSES", "canonicalize"]
 PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
     masks_to_float,
     canonicalize_batch_expansion,
+    dropout_of_probabilities,
     canonicalize_gather,
     remove_nan_guards,
     merge_transpositions,
