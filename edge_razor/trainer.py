@@ -53,6 +53,7 @@ class Trainer:
         batch_size: int = 8,
         sparsity: float | str = "auto",
         razor: str = "centered",
+        attention: str = "recompute",
         optimizer: str = "sgd",
         lr: float = 1e-2,
         *,
@@ -78,6 +79,7 @@ class Trainer:
             batch_size: samples of a full batch; `step` takes 1 … batch_size.
             sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": the least that fits.
             razor: "centered" or "plain".
+            attention: "recompute" or "probabilities", see `edge_razor.plan`.
             optimizer: "sgd" (momentum, nesterov, weight_decay) or "adamw" (betas, eps, weight_decay), as in torch.
             lr: base learning rate.
             schedule, warmup_steps, total_steps: see `edge_razor.schedule.Schedule`.
@@ -108,6 +110,7 @@ class Trainer:
                 batch_size=batch_size,
                 sparsity=sparsity,
                 razor=razor,
+                attention=attention,
                 optimizer=optimizer,
                 momentum=momentum,
                 nesterov=nesterov,
@@ -295,6 +298,7 @@ class Trainer:
             "micro_batch": self.plan.micro_batch,
             "sparsity": self.plan.sparsity,
             "razor": summary["razor"],
+            "attention": summary.get("attention", "recompute"),  # of a plan made before there was a choice
             "optimizer": optimizer["name"],
             "lr": self.lr,
             **{key: optimizer[key] for key in ("momentum", "nesterov", "weight_decay", "betas", "eps")},

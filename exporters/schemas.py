@@ -226,7 +226,7 @@ OPERATORS = (
             _opt("key_mask", "[N,S]"),
             _opt("bias", "[T,S] or [heads,T,S]"),
         ),
-        (Operand("Y", "[N,T,heads·d]"),),
+        (Operand("Y", "[N,T,heads·d]"), KEPT_OUT),
         ATTENTION,
         "per head Y = dropout(P)·V, P = softmax(scale·Q·Kᵀ + bias) over the keys that key_mask (1: look, 0: not) and "
         "causal leave; 0 where they leave none",
@@ -240,10 +240,11 @@ OPERATORS = (
             _opt("key_mask"),
             _opt("bias"),
             DY,
+            Operand("kept", "", KEPT, optional=True),
         ),
         (_opt("dQ"), _opt("dK"), _opt("dV")),
         ATTENTION,
-        "P again from Q and K; gradients of Attention",
+        "gradients of Attention, from what it kept of P, or P again from Q and K",
     ),
     Operator(
         "Embedding",

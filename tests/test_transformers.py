@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import edge_razor
 from edge_razor.bundle import Bundle
 from edge_razor.errors import UnsupportedOpError, UsageError
+from tests.kernels.test_dropout import mask as dropout_mask
 from tests.reference.graph_backward import run_training_graph
 from tests.text_models import CAUSAL, MODELS, TOKENS, VOCABULARY, MeanPooled, batch
 
@@ -39,7 +40,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
 
 
 def torch_gradients(model: nn.Module, inputs: dict[str, Tensor], target: Tensor) -> tuple[float, dict[str, np.ndarray]]:
-    """In float64, which no rounding hides."""
+    """In float64, which no rounding hides; in the model's own mode, training or evaluation."""
     model = copy.deepcopy(model).double()
     if getattr(getattr(model, "config", None), "use_cache", False):
         model.config.use_cache = False
@@ -89,10 +90,94 @@ def test_one_step_at_sparsity_0_equals_pytorch(name: str, attention: str, bundle
     assert error <= 2e-4, f"{worst} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("form", ["centered", "plain"])
-@pytest.mark.parametrize("name", MODELS)
+DROPOUT = {
+    "bert": (MODELS["bert"], {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3}, 8),
+    "gpt2": (MODELS["gpt2"], {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.4}, 7),
+    "vit": (MODELS["vit"], {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3}, 7),
+    "llama": (MODELS["llama"], {"attention_dropout": 0.25}, 2),
+}
+
+
+class SameMasks:
+    """Dropout in torch with the masks that docs/plan-format.md defines; the n-th call of a forward is stream n."""
+
+    def __init__(self, seed: int, update: int) -> None:
+        self.seed, self.update, self.stream = seed, update, 0
+
+    def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return x
+        ratio, elements = float(np.float32(p)), x[0].numel()
+        kept = dropout_mask(self.seed, self.stream, self.update, range(len(x)), elements, ratio)
+        self.stream += 1
+        return x * torch.from_numpy(kept).reshape(x.shape) / (1 - ratio)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """scaled_dot_product_attention as torch documents it."""
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores, mask = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5), mask if attn_mask is None else attn_mask
+        if is_causal:
+            mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return self.dropout(scores.softmax(-1).nan_to_num(0), dropout_p) @ v
+
+
+@pytest.mark.parametrize(
+    ("attention", "name", "micro_batch"),
+    [("sdpa", "bert", 5), ("eager", "gpt2", 1), ("sdpa", "vit", 5), ("sdpa", "llama", 5)],
+)
+def test_dropout_of_residuals_and_of_attention_equals_pytorch_with_the_same_masks(
+    attention: str, name: str, micro_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, changes, streams = DROPOUT[name]
+    model = make(attention, **changes)
+    inputs, target = batch(name, SAMPLES)
+    loss = "token_cross_entropy" if name in CAUSAL else "cross_entropy"
+    path = edge_razor.export(model, batch(name, 2)[0], tmp_path / "b", loss=loss)
+    masks = SameMasks(seed=2**40 + 9, update=1)
+    monkeypatch.setattr(nn.functional, "dropout", masks.dropout)
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", masks.attention)
+    wanted, expected = torch_gradients(model.train(), inputs, target)
+    assert masks.stream == streams
+    with trainer_of(path, seed=masks.seed, micro_batch=micro_batch) as trainer:
+        ours, found = moves(trainer, inputs, target)
+        assert ours == pytest.approx(wanted, rel=1e-5)
+        error, worst = errors(found, expected)
+        assert error <= 2e-4, f"{worst} is off by {error:.1e}"
+        masks.update, masks.stream = 2, 0  # the next update draws other masks
+        trainer.lr = 0.0
+        again, _ = moves(trainer, inputs, target)
+    assert abs(again - wanted) > 1e-4 * wanted
+    with Bundle(path) as bundle:
+        inference = onnx.load_model_from_string(bundle.read_file("inference.onnx")).graph
+    assert not any("Dropout" in node.op_type for node in inference.node)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "attention"),
+    [
+        *((name, form, "recompute") for name in MODELS for form in ("centered", "plain")),
+        *(
+            (name, form, "probabilities")
+            for name, form in (("bert", "plain"), ("llama", "centered"), ("vit", "centered"))
+        ),
+    ],
+)
 def test_one_step_at_sparsity_90_equals_the_definition(
-    name: str, form: str, bundles: Callable[[str, str], Path]
+    name: str, form: str, attention: str, bundles: Callable[[str, str], Path]
 ) -> None:
     """The training graph in float64 with everything kept as design.md defines it. An element on a threshold may fall on
     either side in float32, so single elements may differ, but not the whole."""
@@ -106,8 +191,10 @@ def test_one_step_at_sparsity_90_equals_the_definition(
     for (label, order), value in zip(orders, inputs.values(), strict=True):
         indices = label == "input_ids"
         arrays[label] = np.transpose(value.numpy() if indices else value.numpy().astype(np.float32), order)
-    expected = run_training_graph(model, arrays, target, parameters, sparsity=0.9, form=form)  # type: ignore[arg-type]
-    with trainer_of(path, sparsity=0.9, razor=form) as trainer:
+    expected = run_training_graph(model, arrays, target, parameters, sparsity=0.9, form=form, attention=attention)  # type: ignore[arg-type]
+    with trainer_of(path, sparsity=0.9, razor=form, attention=attention) as trainer:
+        kept = {row["form"] for row in trainer.plan.summary["kept"] if row["operator"] == "Attention"}
+        assert kept == ({"rows"} if attention == "probabilities" else set())
         loss, found = moves(trainer, inputs, target)
     assert loss == pytest.approx(float(expected.loss), rel=1e-5)
     norm = sum(float((g**2).sum()) for g in expected.gradients.values()) ** 0.5

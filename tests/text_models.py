@@ -18,7 +18,7 @@ def _made(kind: type, config: Any, attention: str) -> nn.Module:
     return kind(config).eval()  # type: ignore[no-any-return]
 
 
-def bert(attention: str = "sdpa") -> nn.Module:
+def bert(attention: str = "sdpa", **changes: Any) -> nn.Module:
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -28,11 +28,12 @@ def bert(attention: str = "sdpa") -> nn.Module:
         max_position_embeddings=80,
         num_labels=CLASSES,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.BertForSequenceClassification, config, attention)
 
 
-def distilbert(attention: str = "sdpa") -> nn.Module:
+def distilbert(attention: str = "sdpa", **changes: Any) -> nn.Module:
     config = transformers.DistilBertConfig(
         vocab_size=VOCABULARY,
         dim=32,
@@ -42,11 +43,12 @@ def distilbert(attention: str = "sdpa") -> nn.Module:
         max_position_embeddings=80,
         num_labels=CLASSES,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.DistilBertForSequenceClassification, config, attention)
 
 
-def gpt2(attention: str = "sdpa") -> nn.Module:
+def gpt2(attention: str = "sdpa", **changes: Any) -> nn.Module:
     """Input and output embeddings are one tensor."""
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
@@ -57,11 +59,12 @@ def gpt2(attention: str = "sdpa") -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.GPT2LMHeadModel, config, attention)
 
 
-def llama(attention: str = "sdpa") -> nn.Module:
+def llama(attention: str = "sdpa", **changes: Any) -> nn.Module:
     """Rotary positions, RMSNorm, SwiGLU and grouped-query attention."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -72,11 +75,12 @@ def llama(attention: str = "sdpa") -> nn.Module:
         intermediate_size=64,
         max_position_embeddings=80,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.LlamaForCausalLM, config, attention)
 
 
-def vit(attention: str = "sdpa") -> nn.Module:
+def vit(attention: str = "sdpa", **changes: Any) -> nn.Module:
     config = transformers.ViTConfig(
         image_size=32,
         patch_size=8,
@@ -86,6 +90,7 @@ def vit(attention: str = "sdpa") -> nn.Module:
         intermediate_size=64,
         num_labels=CLASSES,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.ViTForImageClassification, config, attention)
 

@@ -162,6 +162,12 @@ def _add_planning(parser: _Parser) -> None:
         help="share of each kept activation dropped, or auto (default): the least that fits",
     )
     add("--razor", default="centered", choices=("centered", "plain"), help="how they are kept (default centered)")
+    add(
+        "--attention",
+        default="recompute",
+        choices=("recompute", "probabilities"),
+        help="what its backward pass works from: probabilities made again exactly (default), or the largest, kept",
+    )
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
     add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
     parser.add_argument("--nesterov", action=_WrittenFlag, help="SGD: Nesterov momentum")
@@ -278,7 +284,7 @@ def _info(o: argparse.Namespace) -> None:
     run(o.bundle)
 
 
-_PLANNING = ("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay")
+_PLANNING = ("batch_size", "sparsity", "razor", "attention", "optimizer", "momentum", "nesterov", "weight_decay")
 
 
 def _plan(o: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ def plan(
     batch_size: int = 8,
     sparsity: float | str = "auto",
     razor: str = "centered",
+    attention: str = "recompute",
     optimizer: str = "sgd",
     momentum: float = 0.9,
     nesterov: bool = False,
@@ -50,6 +51,8 @@ def plan(
         batch_size: samples of one optimizer update.
         sparsity: share of each packed value that is dropped, or "auto": the least that fits.
         razor: "centered" or "plain".
+        attention: "recompute" its probabilities from Q, K and V in the backward pass, or keep the largest
+            "probabilities" of each query, at the same sparsity.
         optimizer, momentum, nesterov, betas, eps, weight_decay: as torch.optim.SGD and AdamW define them.
         threads: worker threads; None: one for each processor that this process may use.
         micro_batch: samples at a time, a divisor of batch_size; None: the largest that fits.
@@ -80,6 +83,7 @@ def plan(
         sparsity=None if sparsity == "auto" else float(sparsity),
         micro_batch=micro_batch,
         razor=razor,
+        attention=attention,
         optimizer=rule,
         threads=threads,
         process_bytes=measure_base() if base_bytes is None else base_bytes,
@@ -189,6 +193,7 @@ def _summary(graph: Graph, settings: Settings, best: Candidate, bundle_id: str, 
         "micro_batch": best.micro_batch,
         "sparsity": best.sparsity,
         "razor": settings.razor,
+        "attention": settings.attention,
         "threads": settings.threads,
         "optimizer": {
             "name": optimizer.name,

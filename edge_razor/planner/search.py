@@ -13,6 +13,7 @@ from functools import cached_property
 from edge_razor.errors import PlanError, UsageError
 
 from .accounting import Accounting
+from .attention_storage import ATTENTION, keep_probabilities
 from .context import parameter_perms
 from .graph import Graph
 from .lower import check_operators, lower_inference, lower_training
@@ -42,6 +43,7 @@ class Settings:
     blas_bytes: int
     growth_bytes: int
     data_bytes: int
+    attention: str = "recompute"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.threads < 1 or self.data_bytes < 0 or self.process_bytes < 0:
@@ -49,6 +51,8 @@ class Settings:
                 f"batch size {self.batch_size} and threads {self.threads} must be at least 1, "
                 f"data bytes {self.data_bytes} and base bytes {self.process_bytes} at least 0"
             )
+        if self.attention not in ATTENTION:
+            raise UsageError(f"attention must be {' or '.join(ATTENTION)}, not {self.attention!r}")
         if self.batch_size > 2**20 or self.threads > 1024:
             raise UsageError(f"batch size {self.batch_size} or threads {self.threads} is not sensible")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
@@ -76,6 +80,8 @@ class Candidate:
         self.micro_batch = micro_batch
         self.memory: Memory = search.memory(settings.batch_size // micro_batch)
         self.storage: dict[str, Storage] = choose_storage(search.graph, micro_batch, sparsity, settings.razor)
+        if settings.attention == "probabilities":
+            self.storage = keep_probabilities(search.graph, self.storage, micro_batch, sparsity, settings.razor)
         program, updates = lower_training(
             search.graph, micro_batch, self.storage, self.memory, settings.optimizer, settings.threads
         )

@@ -16,7 +16,7 @@ from edge_razor.errors import BundleError, UsageError
 
 from .graph import Graph, Node
 
-__all__ = ["ActivationKeep", "Form", "Storage", "choose_storage", "keep_count"]
+__all__ = ["ActivationKeep", "Form", "Storage", "choose_storage", "keep_count", "packed_storage"]
 
 MIN_ROWS = 8  # below this many rows a sample a block mean costs more than it describes
 
@@ -28,6 +28,7 @@ class Form(IntEnum):
     BF16 = 1
     RAZOR_PLAIN = 2
     RAZOR_CENTERED = 3
+    ROWS = 4  # of attention's probabilities, the largest of each query
 
 
 class ActivationKeep(IntEnum):
@@ -153,6 +154,11 @@ def _activation(graph: Graph, node: Node, samples: int, sparsity: float) -> Stor
     if sparsity > 0 and rows // samples >= MIN_ROWS:
         return Storage(ActivationKeep.Q4, 1, rows, cols, 0, rows * ((cols + 1) // 2))
     return Storage(ActivationKeep.DENSE, 1, rows, cols, 0, 4 * rows * cols)
+
+
+def packed_storage(form: Form, samples: int, rows: int, cols: int, keep: int) -> Storage:
+    """A kept value of this form, with its bytes; `keep` values a sample (of `Form.ROWS`: a row)."""
+    return Storage(form, samples, rows, cols, keep, _packed_bytes(form, samples, rows, cols, keep))
 
 
 @lru_cache(maxsize=65536)

@@ -33,7 +33,7 @@ def layer_norm(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
 
 
 def attention(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
-    """Y = softmax(scale·Q·Kᵀ + bias)·V; the probabilities are made again from Q and K."""
+    """Y = softmax(scale·Q·Kᵀ + bias)·V; the probabilities are made again from Q and K, or the planner keeps some."""
     q, k, v, key_mask, bias = [*node.inputs, None, None][:5]
     wanted = [x if tape.needs(x) else None for x in (q, k, v)]
     attributes: dict[str, AttributeValue] = {
@@ -42,7 +42,7 @@ def attention(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
     }
     gradients = tape.emit_many(
         "AttentionGrad",
-        [q, k, v, key_mask, bias, dys[0]],
+        [q, k, v, key_mask, bias, dys[0], tape.kept(node, "probabilities")],
         [dims(x) for x in (q, k, v) if x is not None],
         attributes,
         names=["" if x is None else f"d/{x.name}" for x in wanted],

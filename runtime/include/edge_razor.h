@@ -120,8 +120,8 @@ ER_API er_status er_profile_read(const er_session* session, uint32_t index, er_p
 
 /* ---- For planners, tests and tools ---- */
 
-/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. 0 if
- * the arguments are invalid. */
+/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. Form 4
+ * is a matrix [rows, cols] a sample of which each row keeps `keep` values. 0 if the arguments are invalid. */
 ER_API uint64_t er_packed_bytes(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep);
 /* Writes the dense tensor that a kept tensor stands for. */
 ER_API er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep,
