@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,8 +73,8 @@ def _patched_modules(model: torch.nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _with_ratio(operator: Any, ratio: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: operator(x, ratio)  # type: ignore[no-any-return]
+def _with_ratio(operator: Any, ratio: float) -> Any:
+    return lambda x: operator(x, ratio)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def _patched_functions(model: torch.nn.Module) -> Iterator[list[torch.nn.Module]
         if not training or not 0.0 < p < 1.0:
             return original_dropout(input, p, training, inplace)
         calls.extend(running[-1:])
-        return values(input, p)  # type: ignore[no-any-return]
+        return values(input, p)
 
     def attention(
         query: torch.Tensor,
@@ -108,9 +108,7 @@ def _patched_functions(model: torch.nn.Module) -> Iterator[list[torch.nn.Module]
         if not 0.0 < dropout_p < 1.0:
             return original_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
         calls.extend(running[-1:])
-        return probabilities(  # type: ignore[no-any-return]
-            original_attention(query, key, value, attn_mask, 0.0, is_causal, **options), dropout_p
-        )
+        return probabilities(original_attention(query, key, value, attn_mask, 0.0, is_causal, **options), dropout_p)
 
     replaced = {id(original_dropout): dropout, id(original_attention): attention}
     files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}

@@ -127,6 +127,9 @@ std::string check_attention_grad(const Call& call) {
 // columns.
 int64_t copy_row(const Attention& a) { return a.d % kGroupColumns ? a.d / kGroupColumns * kGroupColumns + 32 : a.d; }
 
+// Floats of a row of kept probabilities: whole vectors.
+int64_t kept_row(int64_t keep) { return (keep + kLanes - 1) / kLanes * kLanes; }
+
 // What one thread works in. Recomputing: two tiles of probabilities, Q, K and V of a head. With kept probabilities: Q,
 // K, V, dK and dV of a head, a row of dY and of dQ, and a row's kept probabilities. In both a group of packed values.
 struct Work {
@@ -144,7 +147,7 @@ struct Work {
     p = take(keep ? 0 : kTile * a.p_row()), dp = take(keep ? 0 : kTile * a.p_row());
     q = take(a.t * width), k = take(a.s * width), v = take(a.s * width);
     dk = take(keep ? a.s * width : 0), dv = take(keep ? a.s * width : 0);
-    dy = take(keep ? width : 0), dq = take(keep ? width : 0), row = take(3 * keep);
+    dy = take(keep ? width : 0), dq = take(keep ? width : 0), row = take(3 * kept_row(keep));
     group = take(kGroupValues);
     floats = end - base;
   }
@@ -276,7 +279,8 @@ struct HeadGradient {
     std::fill_n(work.dk, a.s * w, 0.f);
     std::fill_n(work.dv, a.s * w, 0.f);
     std::fill_n(work.dy, w, 0.f);
-    KeptRow row{reinterpret_cast<int32_t*>(work.row), work.row + at.keep, work.row + 2 * at.keep, 0};
+    KeptRow row{reinterpret_cast<int32_t*>(work.row), work.row + kept_row(at.keep), work.row + 2 * kept_row(at.keep),
+                0};
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); head++) {
       if (!copy_rows(q, sample, 0, a.t, head * a.d, a.d, w, work.group, work.q)) return false;
       for (int64_t i = 0; i < a.t; i++) {

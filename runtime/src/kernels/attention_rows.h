@@ -24,18 +24,20 @@ struct RowChoice {
 
 inline VecI magnitude_bits(const float* p) { return (VecI)load(p) & 0x7fffffff; }
 
-inline int64_t count_above(const float* p, int64_t padded, int32_t bound) {
-  VecI found{};
-  for (int64_t j = 0; j < padded; j += kLanes) found -= magnitude_bits(p + j) > bound;
-  int64_t total = 0;
-  for (int lane = 0; lane < kLanes; lane++) total += found[lane];
-  return total;
+constexpr int kBounds = 4;  // that one pass over a row compares with
+
+// count[i] = values of p[padded] whose bits are above bound[i].
+inline void count_above(const float* p, int64_t padded, const int32_t bound[kBounds], int64_t count[kBounds]) {
+  std::fill_n(count, kBounds, 0);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const VecI bits = magnitude_bits(p + j);
+    for (int i = 0; i < kBounds; i++) count[i] += __builtin_popcount(mask_bits(bits > bound[i]));
+  }
 }
 
-// p[padded] are probabilities, 0 from the last key on; padded is a multiple of kLanes. Bisection of the bound: the bits
-// of p have 31, but a row's values lie within a few powers of two, so about ten passes settle it.
+// p[padded] are probabilities, 0 from the last key on; padded is a multiple of kLanes. The bound is searched for in
+// fifths of an interval; four or five passes settle it, since a row's largest lie within a few powers of two.
 inline RowChoice choose_row(const float* p, int64_t padded, int64_t keep) {
-  if (count_above(p, padded, 0) <= keep) return {0, 0};
   VecI most{};
   for (int64_t j = 0; j < padded; j += kLanes) {
     const VecI bits = magnitude_bits(p + j);
@@ -43,19 +45,23 @@ inline RowChoice choose_row(const float* p, int64_t padded, int64_t keep) {
   }
   int32_t low = 0, high = 0;  // more than `keep` values lie above low, at most `keep` above high
   for (int lane = 0; lane < kLanes; lane++) high = std::max(high, most[lane]);
-  int64_t above_high = 0;
-  int32_t middle = std::max(high - (8 << 23), 1);  // 2^-8 of the largest
-  while (high - low > 1) {
-    if (middle <= low || middle >= high) middle = low + (high - low) / 2;
-    const int64_t count = count_above(p, padded, middle);
-    if (count == keep) return {middle, 0};
-    if (count > keep)
-      low = middle;
-    else
-      high = middle, above_high = count;
-    middle = 0;
+  int64_t count[kBounds], above_high = 0;
+  int32_t bound[kBounds] = {0, high - (8 << 23), high - (4 << 23), high - (2 << 23)};  // an exponent has 23 bits below
+  for (int i = 1; i < kBounds; i++) bound[i] = std::max(bound[i], 0);
+  count_above(p, padded, bound, count);
+  if (count[0] <= keep) return {0, 0};
+  for (;;) {
+    for (int i = 0; i < kBounds; i++) {
+      if (count[i] == keep) return {bound[i], 0};
+      if (count[i] > keep) low = std::max(low, bound[i]);
+      if (count[i] < keep && bound[i] < high) high = bound[i], above_high = count[i];
+    }
+    if (high - low <= 1) return {low, keep - above_high};
+    const int64_t width = int64_t{high} - low;
+    for (int i = 0; i < kBounds; i++)
+      bound[i] = static_cast<int32_t>(low + std::max<int64_t>(1, width * (i + 1) / (kBounds + 1)));
+    count_above(p, padded, bound, count);
   }
-  return {low, keep - above_high};
 }
 
 inline uint16_t probability_to_bf16(float p) { return p == p ? to_bf16(p) : 0x7fc0; }
@@ -89,7 +95,7 @@ inline void mark_dropped(const float* p, int64_t words, const uint64_t* mask, ui
 // A query's kept probabilities, unpacked.
 struct KeptRow {
   int32_t* key;   // [keep]
-  float *p, *ds;  // [keep]
+  float *p, *ds;  // [keep], and room for kLanes − 1 more
   int64_t n;
 
   // False if the mask has more than `keep` bits or one at or past `keys`.
@@ -107,10 +113,19 @@ struct KeptRow {
   }
 };
 
-inline float dot(const float* a, const float* b, int64_t width) {
-  VecF total = load(a) * load(b);
-  for (int64_t c = kLanes; c < width; c += kLanes) total += load(a + c) * load(b + c);
-  return sum(total);
+// ds[i] = dy·v[key[i]] for all kept keys, and for up to kLanes − 1 more.
+inline void dot_rows(const KeptRow& row, const float* dy, const float* v, int64_t width) {
+  for (int64_t first = 0; first < row.n; first += kLanes) {
+    VecF product[kLanes];
+    for (int u = 0; u < kLanes; u++) {
+      const float* other = v + row.key[std::min(first + u, row.n - 1)] * width;
+      product[u] = load(dy) * load(other);
+      for (int64_t c = kLanes; c < width; c += kLanes) product[u] += load(dy + c) * load(other + c);
+    }
+    transpose(product);
+    for (int u = 1; u < kLanes; u++) product[0] += product[u];
+    store(row.ds + first, product[0]);
+  }
 }
 
 // to += Σ ds[j]·k[key[j]], kVectors vectors of it.
@@ -131,17 +146,21 @@ inline void add_row(float factor, const float* x, int64_t width, float* to) {
 // or dv may be null. `scale` is that of the scores, `kept_scale` 1/(1 − ratio).
 inline void row_gradient(KeptRow& row, float scale, float kept_scale, int64_t width, const float* q, const float* k,
                          const float* v, const float* dy, float* dq, float* dk, float* dv) {
-  double products = 0, mass = 0;
-  for (int64_t i = 0; i < row.n; i++) {
-    const float p = std::abs(row.p[i]), m = std::signbit(row.p[i]) ? 0.f : kept_scale;
-    if (dv && m != 0.f) add_row(p * m, dy, width, dv + row.key[i] * width);
-    row.ds[i] = m == 0.f ? 0.f : m * dot(dy, v + row.key[i] * width, width);
-    products += double{p} * row.ds[i];
-    mass += p;
-    row.p[i] = p;
+  dot_rows(row, dy, v, width);
+  std::fill_n(row.p + row.n, (kLanes - row.n % kLanes) % kLanes, 0.f);
+  VecF products{}, mass{};
+  for (int64_t i = 0; i < row.n; i += kLanes) {
+    const VecF p = load(row.p + i), dp = (VecF)(~((VecI)p < 0) & (VecI)(load(row.ds + i) * kept_scale));
+    store(row.ds + i, dp);
+    products += abs(p) * dp;
+    mass += abs(p);
   }
-  const float delta = mass > 0 ? static_cast<float>(products / mass) : 0.f;
-  for (int64_t i = 0; i < row.n; i++) row.ds[i] = scale * row.p[i] * (row.ds[i] - delta);
+  const float total = sum(mass), delta = total > 0 ? sum(products) / total : 0.f;
+  for (int64_t i = 0; i < row.n; i += kLanes)
+    store(row.ds + i, abs(load(row.p + i)) * (load(row.ds + i) - delta) * scale);
+  if (dv)
+    for (int64_t i = 0; i < row.n; i++)
+      if (!std::signbit(row.p[i])) add_row(row.p[i] * kept_scale, dy, width, dv + row.key[i] * width);
   if (dq) {
     std::fill_n(dq, width, 0.f);
     int64_t c = 0;
