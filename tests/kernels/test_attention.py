@@ -11,8 +11,8 @@ import torch
 from edge_razor.errors import EdgeRazorError
 from edge_razor.runtime import kernel_run, packed_bytes
 from tests.kernels.harness import Out, Scratch, assert_close, normal, run
-from tests.kernels.test_dropout import mask as dropout_mask
 from tests.reference.attention import as_kept, keep_rows, pruned_gradients, unpack_rows
+from tests.reference.dropout import mask as dropout_mask
 from tests.reference.razor import FORMS, keep_count, razor, to_bf16
 
 
