@@ -96,6 +96,53 @@ def vit(attention: str = "sdpa", **changes: Any) -> nn.Module:
     return _made(transformers.ViTForImageClassification, config, attention)
 
 
+def gpt2_classifier(attention: str = "sdpa", **changes: Any) -> nn.Module:
+    """Classifies by the logits of the last token that is no padding (token 0)."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        n_positions=80,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        num_labels=CLASSES,
+        initializer_range=0.2,
+        **changes,
+    )
+    return _made(transformers.GPT2ForSequenceClassification, config, attention)
+
+
+def llama_classifier(attention: str = "sdpa", **changes: Any) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=80,
+        pad_token_id=3,
+        num_labels=CLASSES,
+        initializer_range=0.2,
+        **changes,
+    )
+    return _made(transformers.LlamaForSequenceClassification, config, attention)
+
+
+class LastToken(nn.Module):
+    """A classifier that finds the last token by the length of its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = torch.relu(self.body(self.table(input_ids)))
+        return self.head(x[torch.arange(x.shape[0]), attention_mask.sum(1) - 1])
+
+
 class MeanPooled(nn.Module):
     """A sentence encoder: the mean over the tokens that the mask leaves, then a linear layer."""
 

@@ -221,7 +221,36 @@ def _batch_matmul(lowering: Lowering, node: Node) -> None:
     lowering.emit(node, "batch_matmul", [prod(lead), m, k, p, *trans], [], [a.buffer, b.buffer, y.buffer])
 
 
+def _position(lowering: Lowering, node: Node) -> tuple[Buffer, list[int]]:
+    """The source of SelectPosition, an input of the model, and (kind, number, integer)."""
+    name, kind = node.input(1), node.text("kind", "")
+    if name not in lowering.graph.inputs or name == "target" or kind not in ("last", "count"):
+        node.fail(f"its source {name!r} must be an input of the model, and its kind last or count, not {kind!r}")
+    indices = any(reader.op in ("Embedding", "EmbeddingGrad") for reader in lowering.graph.consumers[name])
+    return lowering.tensor(node, 1).buffer, [int(kind == "count"), node.integer("number"), int(indices)]
+
+
+def _select_position(lowering: Lowering, node: Node) -> None:
+    x, y = lowering.plain(node, 0), lowering.output(node)
+    n, positions, cols = _sizes(node, x)
+    source, choice = _position(lowering, node)
+    if y.elements != n * cols or lowering.tensor(node, 1).elements != n * positions:
+        node.fail(f"cannot select one of {positions} positions from {list(x.shape)} as {list(y.shape)}")
+    lowering.emit(node, "select_position", [n, positions, cols, *choice], [], [x.buffer, source, y.buffer])
+
+
+def _select_position_grad(lowering: Lowering, node: Node) -> None:
+    dy, dx = lowering.plain(node, 0), lowering.output(node)
+    n, positions, cols = _sizes(node, dx)
+    source, choice = _position(lowering, node)
+    if dy.elements != n * cols or lowering.tensor(node, 1).elements != n * positions:
+        node.fail(f"dY {list(dy.shape)} is no position of {list(dx.shape)}")
+    lowering.emit(node, "select_position_grad", [n, positions, cols, *choice], [], [dy.buffer, source, dx.buffer])
+
+
 RULES = {
+    "SelectPosition": _select_position,
+    "SelectPositionGrad": _select_position_grad,
     "BatchMatMul": _batch_matmul,
     "Embedding": _embedding,
     "EmbeddingGrad": _embedding_grad,

@@ -80,6 +80,8 @@ KERNELS: dict[str, Signature] = {
     "layer_norm_grad": _signature("xhat dY rstd gamma? dX?! dgamma?! dbeta?!", (4, 1), scratch=True),
     "attention": _signature("Q K V key_mask? bias? Y! probabilities?!", scratch=True),
     "attention_grad": _signature("Q K V key_mask? bias? dY probabilities? dQ?! dK?! dV?!", scratch=True),
+    "select_position": _signature("X source Y!"),
+    "select_position_grad": _signature("dY source dX!"),
     "embedding": _signature("ids W Y!"),
     "embedding_grad": _signature("ids dY G!"),
     "batch_matmul": _signature("A B Y!"),

@@ -21,6 +21,7 @@ from edge_razor.exporters.canonicalize.linear import canonicalize_linear, linear
 from edge_razor.exporters.canonicalize.masks import masks_to_float
 from edge_razor.exporters.canonicalize.padding import canonicalize_padding
 from edge_razor.exporters.canonicalize.pooling import canonicalize_pooling
+from edge_razor.exporters.canonicalize.positions import select_positions
 from edge_razor.exporters.canonicalize.reshapes import canonicalize_reshapes
 from edge_razor.exporters.canonicalize.rotary import canonicalize_rotary
 from edge_razor.exporters.canonicalize.supported import check_supported
@@ -35,6 +36,7 @@ __all__ = ["PASSES", "canonicalize"]
 # In order: views first so that patterns meet their neighbours; pooling and convolution before padding, which folds into
 # both.
 PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
+    select_positions,
     masks_to_float,
     canonicalize_batch_expansion,
     dropout_of_probabilities,

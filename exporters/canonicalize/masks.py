@@ -25,6 +25,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from edge_razor.errors import UnsupportedOpError
+from edge_razor.exporters.canonicalize.positions import recognize_position, refuse_position, rewrite_position
 from edge_razor.exporters.graph_edit import bypass, constant, is_parameter, remove_dead
 
 Array = np.ndarray
@@ -55,7 +56,8 @@ def resolve_masks(model: ir.Model) -> ir.Model:
     frontier = [value for value in frontier if value not in inputs]
     if not frontier:
         return model
-    trials = list(_trials(graph, inputs, _numbers(dependent)))
+    numbers = _numbers(dependent)
+    trials = list(_trials(graph, inputs, numbers))
     try:
         results = _evaluate(model, frontier, trials)
     except UnsupportedOpError:
@@ -65,6 +67,10 @@ def resolve_masks(model: ir.Model) -> ir.Model:
     for value, found in zip(frontier, results, strict=True):
         if not inputs and found[0].ndim < _MASK_DIMENSIONS:
             continue  # shape arithmetic, which `resolve_shapes` folds
+        position = recognize_position(found, {v: [_mask(v, trial) for trial in trials] for v in inputs}, numbers)
+        if position is not None and rewrite_position(graph, value, position):
+            continue
+        refuse_position(value)
         rewrite = _recognize(graph, inputs, trials, found)
         if rewrite is not None:
             _replace(graph, value, rewrite, ir.DataType.from_numpy(found[0].dtype))
@@ -108,7 +114,7 @@ def masks_to_float(model: ir.Model) -> ir.Model:
         users = [use.node for use in value.uses()]
         if any(node.op_type == "Gather" for node in users):
             for node in users:
-                if node.op_type != "Gather":
+                if node.op_type not in ("Gather", "SelectPosition"):
                     node.meta["why"] = f"input {value.name} indexes a table; a mask must be an input of its own"
             value.type = ir.TensorType(ir.DataType.INT64)
             continue
@@ -161,6 +167,8 @@ def _trials(graph: ir.Graph, inputs: list[ir.Value], numbers: list[int]) -> Iter
                 special = [n for n in numbers if 0 <= n < tables[value]]
                 if special:
                     data = np.where(rng.random(shape) < 0.5, rng.choice(special, shape), data)
+                if special and number == _NONE:  # nothing but padding
+                    data[...] = np.resize(special, samples).reshape(-1, *(1,) * (len(shape) - 1))
             elif number in (_NONE, _ALL):
                 data = np.full(shape, number, np.int64)
             elif number in (2, 3):  # padded behind, padded before

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from edge_razor.exporters.gradients.tape import Tape
-from edge_razor.exporters.graph_edit import AttributeValue, dims, integer, number
+from edge_razor.exporters.graph_edit import AttributeValue, dims, integer, number, text
 
 Gradients = Sequence[ir.Value | None]
 
@@ -60,6 +60,18 @@ def embedding(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
         "padding_idx": integer(node, "padding_idx", -1),
     }
     return None, tape.emit("EmbeddingGrad", [ids, dy], dims(w), attributes, name=f"d/{w.name}")
+
+
+def select_position(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """Y = one position of X[N, T, C]: dX is dY there, and 0 elsewhere."""
+    x, source = node.inputs
+    assert x is not None
+    attributes: dict[str, AttributeValue] = {
+        "kind": text(node, "kind", "last"),
+        "number": integer(node, "number", 0),
+        "input_shape": list(dims(x)[1:]),
+    }
+    return tape.emit("SelectPositionGrad", [dys[0], source], dims(x), attributes, name=f"d/{x.name}"), None
 
 
 def rotary(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:

@@ -354,6 +354,17 @@ def embedding_grad(run: Run, node: ir.Node, ids: Tensor, dy: Tensor) -> Sequence
     return [g.index_add(0, ids.reshape(-1), rows.reshape(-1, dy.shape[-1]))]
 
 
+def position(node: ir.Node, source: Tensor) -> Tensor:
+    other, steps = source != integer(node, "number", 0), torch.arange(source.shape[1])
+    return (other * steps).argmax(1) if text(node, "kind", "") == "last" else (other.sum(1) - 1) % len(steps)
+
+
+def select_position_grad(run: Run, node: ir.Node, dy: Tensor, source: Tensor) -> Sequence[Value]:
+    dx = dy.new_zeros(len(dy), *ints(node, "input_shape"))
+    dx[torch.arange(len(dy)), position(node, source)] = dy
+    return [dx]
+
+
 def batch_matmul(run: Run, node: ir.Node, a: Tensor, b: Tensor) -> Sequence[Value]:
     a = a.transpose(-1, -2) if integer(node, "transA", 0) else a
     return [a @ (b.transpose(-1, -2) if integer(node, "transB", 0) else b)]
@@ -455,6 +466,8 @@ OPERATORS: dict[str, Operator] = {
     "AttentionGrad": attention_grad,
     "Embedding": lambda run, node, ids, w: [w[ids]],
     "EmbeddingGrad": embedding_grad,
+    "SelectPosition": lambda run, node, x, source: [x[torch.arange(len(x)), position(node, source)]],
+    "SelectPositionGrad": select_position_grad,
     "Rotary": rotary,
     "BatchMatMul": batch_matmul,
     "ExpandBatch": lambda run, node, x, like: [x.expand(like.shape[0], *x.shape[1:])],
