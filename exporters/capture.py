@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_razor.errors import UsageError
+from edge_razor.exporters.multihead import batch_first_attention
 from edge_razor.exporters.training_dropout import mark_probabilities, training_dropout, translations
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
     inputs = tuple(torch.cat([x[:1], x[:1]]) for x in inputs)
     traced = _first_output(model, names) if names or hasattr(model, "config") else model
     visible = training_dropout(model, traced, inputs, enabled=dropout)
-    with _eval_mode(model), _without_cache(model), visible, _quiet():
+    with _eval_mode(model), _without_cache(model), batch_first_attention(model), visible, _quiet():
         try:
             program = torch.onnx.export(
                 traced,

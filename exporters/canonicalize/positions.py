@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_razor.errors import UnsupportedOpError
-from edge_razor.exporters.graph_edit import DOMAIN, constant, dims, make_node, remove_dead, replace
+from edge_razor.exporters.graph_edit import DOMAIN, AttributeValue, constant, dims, make_node, remove_dead, replace
 
 Array = np.ndarray
 
@@ -109,8 +109,8 @@ def refuse_position(indices: ir.Value) -> None:
     for node in (use.node for use in indices.uses()):
         if node.op_type == "GatherND" and not node.domain and _MARK not in node.metadata_props:
             raise UnsupportedOpError(
-                f"{node.name}: GatherND selects positions by the model's integer inputs in a way that is not known; known "
-                "are the last token that is no padding, and the length of the mask less one",
+                f"{node.name}: GatherND selects positions by the model's integer inputs in a way that is not known; "
+                "known are the last token that is no padding, and the length of the mask less one",
                 ((str(node.name), "GatherND", ""),),
             )
 
@@ -128,7 +128,7 @@ def select_positions(model: ir.Model) -> ir.Model:
             node.meta["why"] = "selects a position of each sample; only of [N, positions, columns] it may"
             continue
         number, _, source = rest.partition(":")
-        attributes = {"kind": kind, "number": int(number)}
+        attributes: dict[str, AttributeValue] = {"kind": kind, "number": int(number)}
         shapes = [dims(node.outputs[0])]
         replace(
             node,
