@@ -58,7 +58,7 @@ def _forward_of(module: torch.nn.MultiheadAttention) -> Any:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if query.dim() != 3:
             own = type(module).forward
-            return own(  # type: ignore[no-any-return]
+            return own(
                 module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         projected = _project(module, query, key, value)

@@ -46,7 +46,8 @@ class Cross(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, kv = self.q(x), self.kv(x)
-        return self.head(self.attention(q, kv, kv)[0].mean(1))
+        # Export sees the weights asked for; with them, torch's own dropout would draw masks of another shape.
+        return self.head(self.attention(q, kv, kv, need_weights=not self.training)[0].mean(1))
 
 
 def case(name: str, dropout: float) -> tuple[nn.Module, dict[str, Tensor]]:
