@@ -1,4 +1,4 @@
-// The three ways to a convolution's weight gradient G[kh,kw,ic/g,oc] = Σ over positions of X·dY. Each has the bytes of
+// The ways to a convolution's weight gradient G[kh,kw,ic/g,oc] = Σ over positions of X·dY. Each has the bytes of
 // scratch that it needs (for valid shapes) and a run that returns false if X's mask words point outside its values.
 #pragma once
 #include <algorithm>
@@ -22,6 +22,10 @@ struct WeightGradient {
 // X in form 0 or 1, by GEMM.
 uint64_t dense_weight_scratch(const ConvShape& shape, const PackedLayout& x, int threads);
 bool dense_weight_run(const WeightGradient& call);
+// X in form 0, by Winograd's tiles, where that saves time.
+bool winograd_weight_wins(const ConvShape& shape, const PackedLayout& x, int threads);
+uint64_t winograd_weight_scratch(const ConvShape& shape, int threads);
+void winograd_weight_run(const WeightGradient& call);
 // X in form 2 or 3, from bitmask, values and means.
 uint64_t razor_weight_scratch(const ConvShape& shape, int threads);
 bool razor_weight_run(const WeightGradient& call);
