@@ -11,12 +11,15 @@ from enum import IntEnum
 from fractions import Fraction
 from functools import lru_cache
 from math import floor
+from typing import Literal
 
 from edge_razor.errors import BundleError, UsageError
 
 from .graph import Graph, Node
 
-__all__ = ["ActivationKeep", "Form", "Storage", "choose_storage", "keep_count"]
+__all__ = ["ActivationKeep", "Form", "Place", "Storage", "choose_storage", "keep_count"]
+
+Place = Literal["memory", "recompute", "spill"]
 
 MIN_ROWS = 8  # below this many rows a sample a block mean costs more than it describes
 
@@ -54,7 +57,8 @@ class Storage:
     """One kept value: `form` is a `Form` for packed inputs, an `ActivationKeep` for activations, None for pool indices.
 
     `bytes` is 0 where the value itself stays alive and nothing is copied (dense packed inputs). samples × rows × cols
-    is the shape that the kernels see, `keep` the values kept a sample.
+    is the shape that the kernels see, `keep` the values kept a sample. `place` says where it is between the forward
+    and the backward pass: in memory, made again exactly when it is read, or in the spill file.
     """
 
     form: Form | ActivationKeep | None
@@ -63,6 +67,7 @@ class Storage:
     cols: int
     keep: int
     bytes: int
+    place: Place = "memory"
 
 
 def keep_count(elements: int, sparsity: float) -> int:
