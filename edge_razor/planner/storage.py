@@ -6,7 +6,8 @@ the table differently.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from fractions import Fraction
 from functools import lru_cache
@@ -17,7 +18,7 @@ from edge_razor.errors import BundleError, UsageError
 
 from .graph import Graph, Node
 
-__all__ = ["ActivationKeep", "Form", "Place", "Storage", "choose_storage", "keep_count"]
+__all__ = ["EXACT", "ActivationKeep", "Form", "Place", "Storage", "at_place", "choose_storage", "keep_count"]
 
 Place = Literal["memory", "recompute", "spill"]
 
@@ -50,6 +51,10 @@ ACTIVATIONS = {
     )
 }
 PIECEWISE_LINEAR = {"relu", "clip", "leaky_relu", "hardsigmoid"}
+
+
+# Forms that lose nothing of what the backward pass computes from them.
+EXACT = (Form.DENSE, ActivationKeep.BITS, ActivationKeep.DENSE, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,31 @@ def choose_storage(graph: Graph, samples: int, sparsity: float, razor: str) -> d
             n, h, w, c = shape
             table[node.output(1)] = Storage(None, n, h * w, c, 0, n * h * w * c)
     return table
+
+
+def at_place(
+    graph: Graph, table: dict[str, Storage], samples: int, names: Collection[str], place: Place
+) -> dict[str, Storage]:
+    """`table` with the kept values `names` at `place`.
+
+    Names may be kept values (keys of the table) or forward values that the backward pass reads as they are, or that
+    values are made again from. What is made again is kept in no form, so its entry becomes that of sparsity 0.
+    """
+    exact = choose_storage(graph, samples, 0, "centered") if place == "recompute" else table
+    changed = dict(table)
+    for node in graph.nodes:
+        for name in node.outputs:
+            if name not in names:
+                continue
+            if name in table:
+                changed[name] = replace(exact[name], place=place)
+                continue
+            shape = graph.shape(name, node)
+            rows, cols = shape.sample_elements // shape.dims[-1], shape.dims[-1]
+            if shape.batch:
+                rows *= samples
+            changed[name] = Storage(Form.DENSE, 1, rows, cols, 0, 0, place)
+    return changed
 
 
 def _alive_anyway(graph: Graph) -> set[str]:
