@@ -1,4 +1,5 @@
-"""Scheduling: gradients finished where they are made, the order of backward and update steps, and steps in place.
+"""Scheduling: gradients finished where they are made, the order of backward and update steps, forward steps that are
+repeated, transfers to and from the spill file, and steps in place.
 
 Every transformation keeps what each step reads and writes; `tests/planner/verifier.py` checks the results
 independently.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 from .finish import fuse_finish
 from .program import KERNELS, Buffer, Program, Region, Step, touches
+from .recompute import make_again
+from .spill import spill
 
 __all__ = ["schedule_inference", "schedule_training"]
 
@@ -21,7 +24,9 @@ def schedule_training(program: Program, updates: list[Step], threads: int) -> Pr
     steps = fuse_finish(steps, gradients, threads)
     steps = order_weight_gradients(steps)
     steps = defer_for_reuse(steps, program.inputs)
+    steps = make_again(steps, program.inputs, program.places, threads)
     steps = insert_updates(steps, updates)
+    steps = spill(steps, program.places.spilled)
     return share_buffers(Program(steps, program.inputs, program.outputs))
 
 

@@ -67,15 +67,19 @@ class Settings:
 
 
 class Candidate:
-    """One sparsity and micro-batch: what it would need, computed when asked."""
+    """One sparsity and micro-batch: what it would need, computed when asked. `storage` None: the same for all values."""
 
-    def __init__(self, search: Search, sparsity: float, micro_batch: int) -> None:
+    def __init__(
+        self, search: Search, sparsity: float, micro_batch: int, storage: dict[str, Storage] | None = None
+    ) -> None:
         settings = search.settings
         self.search = search
         self.sparsity = sparsity
         self.micro_batch = micro_batch
         self.memory: Memory = search.memory(settings.batch_size // micro_batch)
-        self.storage: dict[str, Storage] = choose_storage(search.graph, micro_batch, sparsity, settings.razor)
+        self.storage: dict[str, Storage] = (
+            choose_storage(search.graph, micro_batch, sparsity, settings.razor) if storage is None else storage
+        )
         program, updates = lower_training(
             search.graph, micro_batch, self.storage, self.memory, settings.optimizer, settings.threads
         )

@@ -6,8 +6,8 @@ the table differently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from fractions import Fraction
 from functools import lru_cache
@@ -19,12 +19,14 @@ from edge_razor.errors import BundleError, UsageError
 from .graph import Graph, Node
 
 __all__ = [
+    "EXACT",
     "ActivationKeep",
     "Choice",
     "Form",
     "KeptValue",
     "Place",
     "Storage",
+    "at_place",
     "check_razor",
     "choose_storage",
     "keep_count",
@@ -62,6 +64,10 @@ ACTIVATIONS = {
     )
 }
 PIECEWISE_LINEAR = {"relu", "clip", "leaky_relu", "hardsigmoid"}
+
+
+# Forms that lose nothing of what the backward pass computes from them.
+EXACT = (Form.DENSE, ActivationKeep.BITS, ActivationKeep.DENSE, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +237,31 @@ def check_razor(sparsity: float, razor: str) -> None:
         raise UsageError(f'sparsity must be "auto" or at least 0 and below 1, not {sparsity}')
     if razor not in RAZOR:
         raise UsageError(f'razor must be "centered" or "plain", not {razor!r}')
+
+
+def at_place(
+    graph: Graph, table: dict[str, Storage], samples: int, names: Collection[str], place: Place
+) -> dict[str, Storage]:
+    """`table` with the kept values `names` at `place`.
+
+    Names may be kept values (keys of the table) or forward values that the backward pass reads as they are, or that
+    values are made again from. What is made again is kept in no form, so its entry becomes that of sparsity 0.
+    """
+    exact = choose_storage(graph, samples, 0, "centered") if place == "recompute" else table
+    changed = dict(table)
+    for node in graph.nodes:
+        for name in node.outputs:
+            if name not in names:
+                continue
+            if name in table:
+                changed[name] = replace(exact[name], place=place)
+                continue
+            shape = graph.shape(name, node)
+            rows, cols = shape.sample_elements // shape.dims[-1], shape.dims[-1]
+            if shape.batch:
+                rows *= samples
+            changed[name] = Storage(Form.DENSE, 1, rows, cols, 0, 0, place)
+    return changed
 
 
 def _alive_anyway(graph: Graph) -> set[str]:
