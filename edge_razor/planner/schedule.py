@@ -12,13 +12,18 @@ from .program import KERNELS, Buffer, Program, Region, Step, touches
 from .recompute import make_again
 from .spill import spill
 
-__all__ = ["schedule_inference", "schedule_training"]
+__all__ = ["order_training", "schedule_inference", "schedule_training", "share_buffers"]
 
 _BINARY_ADD = 0
 
 
 def schedule_training(program: Program, updates: list[Step], threads: int) -> Program:
     """Orders one micro-batch: forward, backward, and each parameter's update as soon as nothing else needs it."""
+    return share_buffers(order_training(program, updates, threads))
+
+
+def order_training(program: Program, updates: list[Step], threads: int) -> Program:
+    """`schedule_training`, before steps work in place."""
     gradients = {u.operands[1] for u in updates}
     steps = fuse_accumulation(program.steps, gradients)
     steps = fuse_finish(steps, gradients, threads)
@@ -27,7 +32,7 @@ def schedule_training(program: Program, updates: list[Step], threads: int) -> Pr
     steps = make_again(steps, program.inputs, program.places, threads)
     steps = insert_updates(steps, updates)
     steps = spill(steps, program.places.spilled)
-    return share_buffers(Program(steps, program.inputs, program.outputs))
+    return Program(steps, program.inputs, program.outputs)
 
 
 def schedule_inference(program: Program) -> Program:
