@@ -1,7 +1,8 @@
 """Seconds that a step is expected to take: what it has to do, divided by rates of this device (`calibrate.py`).
 
 A step costs a fixed overhead, its multiply-adds and its bytes, each at the rate of its class of kernels. That is
-coarse: caches, tiles and threads waiting for each other are not in it. It is there to order plans by time, not to promise one.
+coarse: caches, tiles and threads waiting for each other are not in it. It is there to order plans by time, not to
+promise one.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def step_seconds(step: Step, rates: Rates) -> float:
     if step.kernel == "pack":
         source = step.operands[0]
         assert source is not None
+        if step.ints[0] == Form.BF16:
+            return seconds + 1.5 * source.bytes / rate["bytes"]
         return seconds + source.bytes / rate["pack bytes"]
     if step.kernel == "conv_grad_weight":
         dense = replace_form(step, Form.DENSE, 0)

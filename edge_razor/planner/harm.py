@@ -41,12 +41,13 @@ RAZOR_ERROR: Mapping[str, tuple[tuple[float, float], ...]] = {
         (0.95, 0.63), (0.96, 0.66), (0.97, 0.69), (0.98, 0.73), (0.99, 0.78), (1.0, 1.0),
     ),
 }  # fmt: skip
-# bf16 rounds to 8 bits (2⁻⁹/√3 of each element); int8 to 1/127 of the sample's largest residual, about five deviations;
-# the derivative in 4 bits to 1/15 of its range, 0.024 where its root mean square is 0.6.
-# A razor form that earlier layers see, too, is the big operand of a squeeze-and-excite product: only the gradient of the
-# factor is computed from it, which is the smaller part of what flows on. A guess: nobody has measured it alone.
-ONWARD = 0.1
+# bf16 rounds to 8 bits (2⁻⁹/√3 of each element); int8 to 1/127 of the sample's largest residual, about five
+# deviations; the derivative in 4 bits to 1/15 of its range, 0.024 where its root mean square is 0.6.
 FIXED_ERROR = {"bf16": 0.0015, "int8": 0.01, "q4": 0.04, "dense": 0.0, "bits": 0.0, "index": 0.0}
+
+# A razor form that earlier layers see, too, is the big operand of a squeeze-and-excite product: only the gradient of
+# the factor is computed from it, which is the smaller part of what flows on. A guess: nobody has measured it alone.
+ONWARD = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def read_harm_table(path: str | os.PathLike[str]) -> HarmTable:
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise DataError(f"{path}: no harm table of version {VERSION}; write one with 'edge-razor fidelity'")
     razor, parameters = data.get("razor"), data.get("parameters")
-    if razor not in RAZOR_ERROR or not isinstance(parameters, dict) or not parameters:
+    if not isinstance(razor, str) or razor not in RAZOR_ERROR or not isinstance(parameters, dict) or not parameters:
         raise DataError(f"{path}: the harm table has no 'razor' (centered or plain) or no 'parameters'")
     norms: dict[str, float] = {}
     errors: dict[str, tuple[tuple[float, float], ...]] = {}

@@ -52,15 +52,13 @@ class LiveModel:
         ordered: Program,
         values: Mapping[str, KeptValue],
         choices: Mapping[str, Sequence[Choice]],
-        table: Mapping[str, Storage],
         rates: Rates,
         threads: int,
         harm: Callable[[str, Choice], float],
     ) -> None:
         """
         Args:
-            ordered: the program with every value kept as `table` says, in its smallest form; `share_buffers` is yet
-                to run, and does here.
+            ordered: the program with every value in its smallest form; `share_buffers` is yet to run, and does here.
             choices: of the values that are to be chosen; values that the program does not keep are left out.
         """
         steps = ordered.steps
@@ -131,7 +129,7 @@ class LiveModel:
                 full[start, column] += size
                 full[end + 1, column] -= size
         matrix = np.cumsum(full, axis=0)[:-1]
-        self.base, self.matrix = _distinct_rows(base, matrix)
+        self.base, self.matrix = _needed_rows(base, matrix)
         self.harm = np.array([c.harm for c in self.columns])
         self.column_seconds = np.array([c.seconds for c in self.columns])
 
@@ -187,12 +185,16 @@ def _scratch(step: Step, index: int, threads: int) -> list[tuple[int, int, int]]
     return [(index, index, _aligned(size))] if size else []
 
 
-def _distinct_rows(base: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows with equal coefficients only the one with the largest base: the others follow from it."""
-    best: dict[bytes, int] = {}
-    for row in range(len(base)):
-        key = matrix[row].tobytes()
-        if key not in best or base[row] > base[best[key]]:
-            best[key] = row
-    rows = sorted(best.values())
-    return base[rows], matrix[rows]
+def _needed_rows(base: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that no other row follows from: one with at least the same base and coefficients holds them down, too.
+
+    What is left are the steps near local maxima.
+    """
+    order = np.lexsort((-base, -matrix.sum(axis=1)))
+    kept: list[int] = []
+    for row in order.tolist():
+        rivals = [r for r in kept if base[r] >= base[row]]
+        if not rivals or not (matrix[rivals] >= matrix[row]).all(axis=1).any():
+            kept.append(row)
+    kept.sort()
+    return base[kept], matrix[kept]
