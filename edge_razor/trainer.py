@@ -69,6 +69,10 @@ class Trainer:
         micro_batch: int | None = None,
         plan: Plan | None = None,
         data_bytes: int | None = None,
+        prefer: str = "balanced",
+        allow_freeze: int = 0,
+        harm: str | os.PathLike[str] | None = None,
+        choices: Mapping[str, Any] | None = None,
     ) -> None:
         """Plans (in a child process) unless a plan is given, opens the session and loads the bundle's weights.
 
@@ -76,7 +80,7 @@ class Trainer:
             bundle: path of the bundle.
             mem_budget: cap on the resident memory of this process: bytes, "128MB" or "512MiB"; None: no cap.
             batch_size: samples of a full batch; `step` takes 1 … batch_size.
-            sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": the least that fits.
+            sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": chosen for each value.
             razor: "centered" or "plain".
             optimizer: "sgd" (momentum, nesterov, weight_decay) or "adamw" (betas, eps, weight_decay), as in torch.
             lr: base learning rate.
@@ -87,6 +91,11 @@ class Trainer:
             plan: a plan made ahead for this bundle; then everything that it fixes is taken from it, and
                 `mem_budget`, `batch_size`, `sparsity`, `razor`, the optimizer and `threads` are ignored.
             data_bytes: what the caller's data will hold while training; None: one float32 batch.
+            prefer: with sparsity "auto": "balanced" takes the least error of the gradient that the cap allows, "exact"
+                none, "fast" the least time.
+            allow_freeze: so many early layers may stay untrained if the cap asks for it.
+            harm: harm table of `edge-razor fidelity`; None: usual errors of each form.
+            choices: `plan.summary["choices"]` of an earlier plan, to be taken again; checkpoints have it.
 
         Raises:
             BudgetError, BundleError, PlanError, UsageError.
@@ -118,6 +127,10 @@ class Trainer:
                 micro_batch=micro_batch,
                 base_bytes=rss_bytes(),
                 data_bytes=data_bytes,
+                prefer=prefer,
+                allow_freeze=allow_freeze,
+                harm=None if harm is None else os.fspath(harm),
+                choices=choices,
             )
         elif plan.bundle_id != self.bundle.id:
             raise PlanError(f"the plan was made for another bundle than {self.bundle.path}; plan again")
@@ -293,7 +306,9 @@ class Trainer:
         return {
             "batch_size": self.plan.batch_size,
             "micro_batch": self.plan.micro_batch,
-            "sparsity": self.plan.sparsity,
+            "sparsity": self.plan.sparsity if summary["choices"] is None else "auto",
+            "choices": summary["choices"],
+            "prefer": summary["prefer"],
             "razor": summary["razor"],
             "optimizer": optimizer["name"],
             "lr": self.lr,

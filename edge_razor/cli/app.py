@@ -159,8 +159,18 @@ def _add_planning(parser: _Parser) -> None:
     add(
         "--sparsity",
         default="auto",
-        help="share of each kept activation dropped, or auto (default): the least that fits",
+        help="share of each kept activation dropped, or auto (default): chosen for each, see --prefer",
     )
+    add(
+        "--prefer",
+        default="balanced",
+        choices=("exact", "balanced", "fast"),
+        help="no error of the gradient; the least that fits (default); or the least time within a bound",
+    )
+    add(
+        "--allow-freeze", type=_at_least(int, 0), default=0, metavar="N", help="so many early layers may stay untrained"
+    )
+    add("--harm", type=Path, metavar="FILE", help="harm table of 'fidelity' (default: usual errors of each form)")
     add("--razor", default="centered", choices=("centered", "plain"), help="how they are kept (default centered)")
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
     add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
@@ -278,7 +288,10 @@ def _info(o: argparse.Namespace) -> None:
     run(o.bundle)
 
 
-_PLANNING = ("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay")
+_PLANNING = (
+    *("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay"),
+    *("prefer", "allow_freeze", "harm"),
+)
 
 
 def _plan(o: argparse.Namespace) -> None:
