@@ -67,7 +67,7 @@ class Settings:
 
 
 class Candidate:
-    """One sparsity and micro-batch: what it would need, computed when asked. `storage` None: the same for all values."""
+    """One sparsity and micro-batch: what it would need, computed when asked. `storage` None: chosen by the sparsity."""
 
     def __init__(
         self, search: Search, sparsity: float, micro_batch: int, storage: dict[str, Storage] | None = None
