@@ -21,10 +21,11 @@ from edge_razor.manifest import IGNORE_INDEX
 from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
-from edge_razor.runtime import Session, abi_version
+from edge_razor.runtime import Session, SpillInfo, abi_version
 from edge_razor.schedule import Schedule
 from edge_razor.tensors import TensorSpec
 from edge_razor.to_peft import merged
+from edge_razor.units import format_bytes
 
 __all__ = ["Trainer", "bundle_of", "check_bundle"]
 
@@ -73,6 +74,7 @@ class Trainer:
         allow_freeze: int = 0,
         harm: str | os.PathLike[str] | None = None,
         choices: Mapping[str, Any] | None = None,
+        spill_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         """Plans (in a child process) unless a plan is given, opens the session and loads the bundle's weights.
 
@@ -96,9 +98,12 @@ class Trainer:
             allow_freeze: so many early layers may stay untrained if the cap asks for it.
             harm: harm table of `edge-razor fidelity`; None: usual errors of each form.
             choices: `plan.summary["choices"]` of an earlier plan, to be taken again; checkpoints have it.
+            spill_dir: directory for the file in which a plan may keep tensors until the backward pass; None: no plan
+                that does is made or taken. The file has no name, so that nothing is left behind.
 
         Raises:
             BudgetError, BundleError, PlanError, UsageError.
+            OSError: the spill file cannot be made, or the disk has no room for it.
         """
         if not (np.isfinite(lr) and lr >= 0):
             raise UsageError(f"learning rate must be a number, 0 or more, not {lr}")
@@ -139,8 +144,13 @@ class Trainer:
         self.seed = seed
         self.update = 0
         self.position = (0, 0)
-        self._session = Session(plan.binary)
-        self._shorter = {tokens: Session(data, self._session) for tokens, data in plan.buckets.items()}
+        self._session = Session(plan.binary, spill_dir=spill_dir)
+        spilled = self._session.spill_info().file_bytes
+        if spilled and spill_dir is None:
+            raise UsageError(f"the plan keeps {format_bytes(spilled)} in a file: give spill_dir (--spill-dir DIR)")
+        self._shorter = {
+            tokens: Session(data, self._session, spill_dir=spill_dir) for tokens, data in plan.buckets.items()
+        }
         self._parameters = self._session.parameters()
         for name in self._parameters:
             self._session.write_parameter(name, self.bundle.read_tensor(name))
@@ -188,6 +198,7 @@ class Trainer:
         Raises:
             UsageError: wrong shape, type or label, or NaN or infinity in the inputs; nothing was changed.
             NonFiniteError: the loss became NaN or infinite; the update was not made.
+            OSError: the spill file cannot be written or read: go on from the last checkpoint.
         """
         manifest = self.bundle.manifest
         arrays, channels_last = check_inputs(inputs, manifest, tuple(self._shorter))
@@ -433,6 +444,10 @@ class Trainer:
     def peak_rss_bytes(self) -> int:
         """Highest resident memory of this process so far."""
         return peak_rss_bytes()
+
+    def spill_info(self) -> SpillInfo:
+        """Size of the spill file, and the bytes that were written to it and read back so far; 0 if there is none."""
+        return self._session.spill_info()
 
     def profile(self, enabled: bool) -> None:
         """Starts (counting from zero) or stops timing of every step of the plan."""

@@ -215,6 +215,7 @@ def _add_train(parser: _Parser) -> None:
     flag("--random-crop", "crop training images at random places")
     flag("--skip-bad", "leave unreadable samples out and count them")
     add("--plan", dest="plan_file", type=Path, metavar="FILE", help="plan of 'plan -o'; fixes batch size to threads")
+    add("--spill-dir", type=Path, metavar="DIR", help="let the plan keep tensors in a file there until they are needed")
     flag("--resume", "go on from the checkpoint in the run directory")
     add("--save-every", type=_COUNT, metavar="STEPS", help="checkpoints beside the one after each epoch")
     add("--log-every", type=_COUNT, default=10, metavar="STEPS", help="lines of metrics.jsonl (default 10)")
@@ -308,7 +309,7 @@ def _train(o: argparse.Namespace) -> int:
     settings = {name: getattr(o, name) for name in names}
     out = o.out or Path("runs") / o.bundle.name.removesuffix(".razor")
     data = ("bundle", "data", "mem_budget", "threads", "epochs", "val_split", "flip", "random_crop", "skip_bad")
-    run_names = ("plan_file", "resume", "save_every", "log_every", "profile")
+    run_names = ("plan_file", "spill_dir", "resume", "save_every", "log_every", "profile")
     options = {name: getattr(o, name) for name in (*data, *run_names)}
     return run(RunOptions(out=out, settings=settings, given=frozenset(o.given), text=_text(o), **options))
 

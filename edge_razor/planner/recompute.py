@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from .context import scratch_bytes
 from .graph import Graph
@@ -36,23 +37,44 @@ def recompute_levels(graph: Graph) -> list[frozenset[str]]:
     of a segment is then saved.
 
     Returns:
-        [0] nothing; then, without repetitions and by ascending work: what follows from kept values by cheap steps alone
-        (activations, LayerNorm, products of maps); then segments between articulation points, from long ones to every
-        block on its own. The last segment of each granularity is kept: its values are read at once.
+        [0] nothing; then, by ascending work and descending memory: what follows from kept values by cheap steps alone
+        (activations, LayerNorm, products of maps); then segments between articulation points, of several granularities
+        from about √n long ones to every block on its own, without those that need more memory than one before them. The
+        last segment of each granularity is kept: its values are read at once.
     """
     forward = Forward(graph)
+    levels = [_Level(frozenset(), 0.0, sum(unit.bytes for unit in forward.units.values()))]
     cheap = _cheap(forward)
-    levels = {frozenset[str](): 0.0}
-    levels.setdefault(frozenset(name for unit in cheap for name in unit.names), 0.0)
-    for boundaries in _segmentations(forward):
-        names, work = _segments(forward, boundaries)
-        last = forward.position[boundaries[-1]]
-        names.update(name for unit in cheap if unit.position > last for name in unit.names)
-        levels.setdefault(frozenset(names), work)
-    return sorted(levels, key=lambda level: levels[level])
+    cheap_bytes = levels[0].bytes - sum(unit.bytes for unit in cheap.made) + cheap.taken
+    names = {name for unit in cheap.made for name in unit.names}
+    # A unit that is one of several results of a node repeats it only once; for the order that does not matter.
+    work = sum(16 * unit.bytes / 4 for unit in cheap.made)
+    levels.append(_Level(frozenset(names), work, cheap_bytes))
+    levels += [_segment_level(forward, boundaries, cheap.made) for boundaries in _segmentations(forward)]
+    chosen: list[_Level] = []
+    for level in sorted(levels, key=lambda level: (level.work, level.bytes)):
+        # The figures are about right: what needs as much as a level before, give or take, may still need less.
+        if not chosen or level.bytes < 1.1 * min(other.bytes for other in chosen):
+            chosen.append(level)
+    return list(dict.fromkeys(level.names for level in chosen))
 
 
-def _cheap(forward: Forward) -> list[Unit]:
+class _Level(NamedTuple):
+    """`work` as `Forward.work`; `bytes` are about what a sample needs at the peak."""
+
+    names: frozenset[str]
+    work: float
+    bytes: float
+
+
+class _Cheap(NamedTuple):
+    """Units to make again, and the bytes of checkpoints that would not be in memory otherwise."""
+
+    made: list[Unit]
+    taken: float
+
+
+def _cheap(forward: Forward) -> _Cheap:
     """What can be made again without a product, from values that stay in memory.
 
     An articulation point that the backward pass does not read costs memory once it serves as a checkpoint: it must save
@@ -83,10 +105,12 @@ def _cheap(forward: Forward) -> list[Unit]:
             elif out in points:
                 bases[out] = frozenset([out])
     cheap: list[Unit] = []
+    taken: set[str] = set()
     for needed, made in saved.items():
         if sum(unit.bytes for unit in made) > sum(forward.bytes(name) for name in needed):
             cheap += made
-    return cheap
+            taken |= needed
+    return _Cheap(cheap, sum(forward.bytes(name) for name in taken))
 
 
 def _is_smooth(activation: str) -> bool:
@@ -138,17 +162,24 @@ def _fewest_bytes(inside: list[list[float]], sizes: list[float], limit: float) -
     return path[::-1]
 
 
-def _segments(forward: Forward, boundaries: Sequence[str]) -> tuple[set[str], float]:
-    """Names to make again if only `boundaries` are held, up to the last of them, and the work that it takes."""
+def _segment_level(forward: Forward, boundaries: Sequence[str], cheap: Sequence[Unit]) -> _Level:
+    """Everything up to the last of `boundaries` is made again from them, and what is cheap after it."""
     ends = [-1, *(forward.position[p] for p in boundaries)]
-    names: set[str] = set()
-    work = 0.0
-    for start, end in pairwise(ends):
-        names.update(n for u in forward.units.values() if start < u.position < end for n in u.names)
-        names.update(p for p in forward.points if start < forward.position[p] < end and p not in boundaries)
-        work += sum(forward.work(node) for node in forward.nodes[start + 1 : end])
     held = set(boundaries)
-    return {name for name in names if forward.root(name) not in held}, work
+    names: set[str] = set()
+    largest = 0.0
+    for start, end in pairwise(ends):
+        inside = [unit for unit in forward.units.values() if start < unit.position < end]
+        names.update(name for unit in inside for name in unit.names)
+        names.update(p for p in forward.points if start < forward.position[p] < end and forward.root(p) not in held)
+        largest = max(largest, sum(unit.bytes for unit in inside))
+    rest = sum(unit.bytes for unit in forward.units.values() if unit.position > ends[-1])
+    for unit in cheap:
+        if unit.position > ends[-1]:
+            names |= unit.names
+            rest -= unit.bytes
+    work = sum(forward.work(node) for node in forward.nodes[: ends[-1]])
+    return _Level(frozenset(names), work, sum(map(forward.bytes, boundaries)) + max(largest, rest))
 
 
 def make_again(steps: list[Step], inputs: Sequence[Buffer], places: Places, threads: int) -> list[Step]:
