@@ -176,6 +176,9 @@ def _add_plan(parser: _Parser) -> None:
         "--micro-batch", type=_COUNT, metavar="N", help="samples at a time (default: the most that fits)"
     )
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the plan as a page: memory, arena, kept values"
+    )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the summary as JSON")
 
 
@@ -285,7 +288,7 @@ def _plan(o: argparse.Namespace) -> None:
     from .plan import run
 
     names = (*_PLANNING, "mem_budget", "micro_batch", "threads")
-    run(o.bundle, o.output, o.as_json, {name: getattr(o, name) for name in names})
+    run(o.bundle, o.output, o.html, o.as_json, {name: getattr(o, name) for name in names})
 
 
 def _train(o: argparse.Namespace) -> int:
