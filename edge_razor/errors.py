@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EdgeRazorError",
+    "MemoryCapError",
     "NonFiniteError",
     "PlanError",
     "UnsupportedOpError",
@@ -44,6 +45,20 @@ class BudgetError(EdgeRazorError):
         super().__init__(message)
         self.smallest_budget = smallest_budget
         self.advice = advice
+
+
+class MemoryCapError(EdgeRazorError):
+    """Resident memory came close to the cap while training, above what was planned; training stopped between steps.
+
+    Attributes:
+        parts: (what, bytes planned, bytes seen) of the process's memory.
+    """
+
+    exit_status = 3
+
+    def __init__(self, message: str, parts: tuple[tuple[str, int, int], ...] = ()) -> None:
+        super().__init__(message)
+        self.parts = parts
 
 
 class BundleError(EdgeRazorError):

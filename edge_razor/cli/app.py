@@ -154,7 +154,7 @@ def _add_planning(parser: _Parser) -> None:
     def add(*names: str, **options: Any) -> None:
         parser.add_argument(*names, action=_Written, **options)
 
-    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 128MB, 512MiB, bytes")
+    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 128MB, 512MiB, auto")
     add("--batch-size", type=_COUNT, default=8, metavar="N", help="samples of one optimizer update (default 8)")
     add(
         "--sparsity",

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.planner import plan
 from edge_razor.tensors import replacing
@@ -22,11 +23,15 @@ SHOWN_VALUES = 12
 def run(bundle: Path, output: Path | None, html: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     with Bundle(bundle) as opened:  # one float32 batch of the caller's, as the trainer counts it by default
         sample = sum(prod(spec.shape) for spec in opened.manifest.inputs)
+    budget, why = resolve_budget(options["mem_budget"])
+    if why is not None and not as_json:
+        print(f"cap: {why}\n")
+    options = {**options, "mem_budget": budget}
     result = plan(bundle, data_bytes=4 * options["batch_size"] * sample, **options)
     if output is not None:
         result.save(output)
     if html is not None:
-        from edge_razor.report import plan_page
+        from edge_razor.report.plan_page import plan_page
 
         with replacing(html) as file:
             file.write(plan_page(bundle.name.removesuffix(".razor"), result.summary, result.binary).encode())

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.errors import BudgetError, BundleError, UsageError
-from edge_razor.units import format_bytes, parse_bytes
+from edge_razor.units import format_bytes
 
 from .accounting import BLAS_BYTES_PER_THREAD, GROWTH_BYTES, measure_base
 from .context import parameter_perms
@@ -46,7 +47,7 @@ def plan(
 
     Args:
         bundle: path of the bundle.
-        mem_budget: bytes or "128MB", "512MiB"; None plans without a cap.
+        mem_budget: bytes or "128MB", "512MiB", or "auto" (`edge_razor.budget`); None plans without a cap.
         batch_size: samples of one optimizer update.
         sparsity: share of each packed value that is dropped, or "auto": the least that fits.
         razor: "centered" or "plain".
@@ -61,7 +62,7 @@ def plan(
         BundleError: the bundle is damaged or its graph breaks docs/training-graph.md.
         UsageError: an argument is out of range.
     """
-    budget = None if mem_budget is None else parse_bytes(mem_budget)
+    budget = resolve_budget(mem_budget).bytes
     if isinstance(sparsity, str) and sparsity != "auto":
         try:
             sparsity = float(sparsity)

@@ -2,7 +2,7 @@
 
 from edge_razor.child import serve
 
-from .run_page import answer
+from .child import answer
 
 if __name__ == "__main__":
     serve(answer)

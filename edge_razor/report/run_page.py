@@ -1,20 +1,14 @@
 """The report of a run: its plan against the memory that was measured, loss, throughput, settings and versions.
 
-Made from the run directory (`plan.json`, `metrics.jsonl`) and the plan file, in a child process: the one that trains has
-no memory for it.
+Made from what is in the run directory and the plan file, in a child process (`child.py`).
 """
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from edge_razor.child import ask
 from edge_razor.planner.timeline import read_timeline
-from edge_razor.tensors import replacing
 from edge_razor.units import format_bytes
 
 from .chart import Chart, Rule, Series, number
@@ -22,42 +16,9 @@ from .markup import Markup, page
 from .plan_page import kept_section, memory_section, settings_text
 from .tables import pairs, section, tiles
 
-__all__ = ["answer", "run_page", "write_run_report"]
+__all__ = ["run_page", "smoothed"]
 
 POINTS = 600  # of a curve; more could not be told apart on a screen
-
-
-def write_run_report(run: Path, plan: bytes, settings: Mapping[str, Any], name: str) -> Path:
-    """Writes `report.html` into a run directory, in a child process; returns its path.
-
-    Args:
-        run: run directory with plan.json and metrics.jsonl.
-        plan: the plan file that the run executed last.
-        settings: what to list, JSON-able.
-        name: of the model.
-
-    Raises:
-        EdgeRazorError: the child failed.
-    """
-    request = {
-        "run": str(run),
-        "plan": base64.b64encode(plan).decode(),
-        "settings": dict(settings),
-        "name": name,
-    }
-    return Path(ask("edge_razor.report", request, "writing the report")["path"])
-
-
-def answer(request: Mapping[str, Any]) -> dict[str, str]:
-    """What the child does with a request."""
-    run = Path(request["run"])
-    summary = json.loads((run / "plan.json").read_text(encoding="utf-8"))
-    events = _read_events(run / "metrics.jsonl")
-    text = run_page(request["name"], summary, base64.b64decode(request["plan"]), events, request["settings"])
-    path = run / "report.html"
-    with replacing(path) as file:
-        file.write(text.encode())
-    return {"path": str(path)}
 
 
 def run_page(
@@ -171,7 +132,7 @@ def _measured_section(summary: Mapping[str, Any], memory: Sequence[Mapping[str, 
         rules.insert(0, Rule("cap", cap, "cap"))
     chart = Chart(
         "Measured memory against the plan",
-        "What the kernel counts for the process, read several times a second; a point is the most since the one before.",
+        "What the kernel counts for the process, read several times a second; a point is the most until the next.",
         seconds,
         "seconds",
         high=1.08 * max(max(resident), *(r.value for r in rules)),
@@ -220,15 +181,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return ", ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:  # the last line of a run that was cut off
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            events.append(event)
-    return events

@@ -16,6 +16,7 @@ class Pages {
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
   uint8_t* data() const { return data_; }
+  uint64_t resident() const;  // bytes
 
  private:
   uint8_t* data_;
@@ -45,6 +46,10 @@ class Session {
   er_status train_step(const er_array* arrays, uint32_t samples, float learning_rate, uint64_t update, uint64_t seed,
                        float* loss);
   er_status predict(const er_array* inputs, uint64_t samples, float* const* outputs);
+
+  er_resident resident() const {
+    return {regions_->arena.resident(), regions_->params.resident(), regions_->state.resident()};
+  }
 
   void profile(bool enabled);
   bool profile_read(uint32_t index, er_profile_entry* entry) const;
