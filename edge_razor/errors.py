@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EdgeRazorError",
+    "MemoryCapError",
     "NonFiniteError",
     "PlanError",
     "UnsupportedOpError",
@@ -65,6 +66,20 @@ class BudgetError(EdgeRazorError):
         self.smallest_budget = smallest_budget
         self.advice = advice
         self.table = table
+
+
+class MemoryCapError(EdgeRazorError):
+    """Resident memory came close to the cap while training, above what was planned; training stopped between steps.
+
+    Attributes:
+        parts: (what, bytes planned, bytes seen) of the process's memory.
+    """
+
+    exit_status = 3
+
+    def __init__(self, message: str, parts: tuple[tuple[str, int, int], ...] = ()) -> None:
+        super().__init__(message)
+        self.parts = parts
 
 
 class BundleError(EdgeRazorError):

@@ -108,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
             "eval", _evaluate, "Loss and accuracy of a tuned model.", "edge-razor eval runs/first --data photos/test"
         )
     )
+    _add_fidelity(
+        command(
+            "fidelity",
+            _fidelity,
+            "Measure what compression costs: compressed gradients against exact ones, on your data.",
+            "edge-razor fidelity model.razor --data photos --batch-size 8 --train-steps 100 --html fidelity.html",
+        )
+    )
     for name, run, text, file in (
         ("to-onnx", _to_onnx, "Write the tuned model as an ONNX file that stock onnxruntime runs.", "tuned.onnx"),
         ("to-torch", _to_torch, "Write the tuned weights as your own torch state dict.", "tuned.safetensors"),
@@ -154,7 +162,7 @@ def _add_planning(parser: _Parser) -> None:
     def add(*names: str, **options: Any) -> None:
         parser.add_argument(*names, action=_Written, **options)
 
-    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 128MB, 512MiB, bytes")
+    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 128MB, 512MiB, auto")
     add("--batch-size", type=_COUNT, default=8, metavar="N", help="samples of one optimizer update (default 8)")
     add(
         "--sparsity",
@@ -186,6 +194,9 @@ def _add_plan(parser: _Parser) -> None:
         "--micro-batch", type=_COUNT, metavar="N", help="samples at a time (default: the most that fits)"
     )
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the plan as a page: memory, arena, kept values"
+    )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the summary as JSON")
 
 
@@ -251,6 +262,28 @@ def _add_evaluate(parser: _Parser) -> None:
     add("--json", dest="as_json", action="store_true", help="print the figures as JSON")
 
 
+def _add_fidelity(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="model bundle that 'export' made")
+    add("--data", type=Path, required=True, metavar="PATH", help="as for 'train'")
+    add("--batch-size", type=_COUNT, default=8, metavar="N", help="samples of a batch (default 8)")
+    add("--batches", type=_COUNT, default=1, metavar="N", help="batches that the errors are averaged over (default 1)")
+    add("--sparsities", metavar="LIST", help="by commas: 0.9,0.95 (default: the planner's, 0.5 to 0.99)")
+    add("--razor", default="centered", choices=("centered", "plain"), help="how values are kept (default centered)")
+    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 512MB, auto (default: none)")
+    add("--threads", type=_COUNT, metavar="N", help="worker threads (default: all processors)")
+    add("--seed", type=_at_least(int, 0), default=0, help="of order and dropout (default 0)")
+    add("--skip-bad", action="store_true", help="leave unreadable samples out")
+    _add_text(parser)
+    add("--harm", type=Path, metavar="FILE", help="write the errors of every parameter as JSON, for the planner")
+    add("--html", type=Path, metavar="FILE", help="write a page with plots and tables")
+    add("--train-steps", type=_COUNT, metavar="N", help="train N steps, exact and compressed, and compare the losses")
+    add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="of --train-steps (default sgd)")
+    add("--lr", type=_at_least(float, 0), default=1e-3, help="of --train-steps (default 1e-3)")
+    add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="of --train-steps (default 0.9)")
+    add("--weight-decay", type=_at_least(float, 0), default=0.0, metavar="W", help="of --train-steps (default 0)")
+
+
 def _add_demo(parser: _Parser) -> None:
     add = parser.add_argument
     add("--mem-budget", default="160MB", metavar="SIZE", help="cap on the training process (default 160MB)")
@@ -299,7 +332,7 @@ def _plan(o: argparse.Namespace) -> None:
     from .plan import run
 
     names = (*_PLANNING, "mem_budget", "micro_batch", "threads")
-    run(o.bundle, o.output, o.as_json, {name: getattr(o, name) for name in names})
+    run(o.bundle, o.output, o.html, o.as_json, {name: getattr(o, name) for name in names})
 
 
 def _train(o: argparse.Namespace) -> int:
@@ -318,6 +351,26 @@ def _evaluate(o: argparse.Namespace) -> None:
     from .evaluate import run
 
     run(o.run_directory, o.data, o.bundle, o.mem_budget, o.threads, o.skip_bad, o.as_json, _text(o))
+
+
+def _fidelity(o: argparse.Namespace) -> None:
+    from .fidelity import FidelityOptions, run
+
+    names = (
+        "bundle",
+        "data",
+        "batch_size",
+        "batches",
+        "sparsities",
+        "razor",
+        "mem_budget",
+        "threads",
+        "seed",
+        "skip_bad",
+    )
+    training = {name: getattr(o, name) for name in ("optimizer", "lr", "momentum", "weight_decay")}
+    options = {name: getattr(o, name) for name in (*names, "harm", "html", "train_steps")}
+    run(FidelityOptions(**options, text=_text(o), training=training))
 
 
 def _to_onnx(o: argparse.Namespace) -> None:

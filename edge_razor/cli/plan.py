@@ -8,9 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.errors import BudgetError
 from edge_razor.planner import plan
+from edge_razor.tensors import replacing
 from edge_razor.units import format_bytes
 
 from .tables import print_pairs, print_table
@@ -20,12 +22,21 @@ __all__ = ["run", "show_accounting", "show_refusal"]
 SHOWN_VALUES = 12
 
 
-def run(bundle: Path, output: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+def run(bundle: Path, output: Path | None, html: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     with Bundle(bundle) as opened:  # one float32 batch of the caller's, as the trainer counts it by default
         sample = sum(prod(spec.shape) for spec in opened.manifest.inputs)
+    budget, why = resolve_budget(options["mem_budget"])
+    if why is not None and not as_json:
+        print(f"cap: {why}\n")
+    options = {**options, "mem_budget": budget}
     result = plan(bundle, data_bytes=4 * options["batch_size"] * sample, **options)
     if output is not None:
         result.save(output)
+    if html is not None:
+        from edge_razor.report.plan_page import plan_page
+
+        with replacing(html) as file:
+            file.write(plan_page(bundle.name.removesuffix(".razor"), result.summary, result.binary).encode())
     if as_json:
         print(json.dumps(result.summary, indent=2))
         return
@@ -52,8 +63,9 @@ def run(bundle: Path, output: Path | None, as_json: bool, options: dict[str, Any
         )
         if len(kept) > SHOWN_VALUES:
             print(f"… and {len(kept) - SHOWN_VALUES} smaller ones (--json shows all)")
-    if output is not None:
-        print(f"\nwrote {output}")
+    written = [str(path) for path in (output, html) if path is not None]
+    if written:
+        print(f"\nwrote {' and '.join(written)}")
 
 
 def _kept_as(summary: dict[str, Any]) -> str:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.errors import BundleError, UsageError
-from edge_razor.units import parse_bytes
 
 from .accounting import BLAS_BYTES_PER_THREAD, GROWTH_BYTES, measure_base
 from .calibrate import device_rates
@@ -50,13 +50,12 @@ def plan(
     allow_freeze: int = 0,
     harm: str | os.PathLike[str] | None = None,
     choices: Mapping[str, Any] | None = None,
-    detail: bool = False,
 ) -> Plan:
     """Plans training of a bundle inside `mem_budget` bytes of resident memory for the whole process.
 
     Args:
         bundle: path of the bundle.
-        mem_budget: bytes or "128MB", "512MiB"; None plans without a cap.
+        mem_budget: bytes or "128MB", "512MiB", or "auto" (`edge_razor.budget`); None plans without a cap.
         batch_size: samples of one optimizer update.
         sparsity: share of each packed value that is dropped, or "auto": chosen for each value.
         razor: "centered" or "plain".
@@ -70,7 +69,6 @@ def plan(
         allow_freeze: so many early layers may stay untrained.
         harm: harm table that `edge-razor fidelity` wrote; None: usual errors of each form.
         choices: `summary["choices"]` of an earlier plan, to be taken again.
-        detail: put `timeline` and `arena_map` into the summary.
 
     Raises:
         BudgetError: nothing fits; `smallest_budget` is exact.
@@ -78,7 +76,7 @@ def plan(
         BundleError: the bundle is damaged or its graph breaks docs/training-graph.md.
         UsageError: an argument is out of range.
     """
-    budget = None if mem_budget is None else parse_bytes(mem_budget)
+    budget = resolve_budget(mem_budget).bytes
     if isinstance(sparsity, str) and sparsity != "auto":
         try:
             sparsity = float(sparsity)
@@ -109,7 +107,7 @@ def plan(
         harm=table,
         rates=device_rates(threads),
     )
-    return plan_graph(training, manifest, settings, budget, buckets, choices, detail)
+    return plan_graph(training, manifest, settings, budget, buckets, choices)
 
 
 def plan_graph(
@@ -119,14 +117,13 @@ def plan_graph(
     budget: int | None,
     buckets: Mapping[int, tuple[bytes, Mapping[str, Any]]] | None = None,
     choices: Mapping[str, Any] | None = None,
-    detail: bool = False,
 ) -> Plan:
     """Plans `training.onnx` with the manifest of its bundle; errors as `plan`.
 
     Args:
         buckets: training graphs for texts of fewer tokens, and manifests for them. Each gets a plan with the settings
             that were found for the longest, which decides the cap; all lay parameters and state out in the same way.
-        choices, detail: as `plan` says.
+        choices: as `plan` says.
     """
     output = manifest.get("output")
     if not isinstance(output, Mapping) or not isinstance(output.get("name"), str):
@@ -164,7 +161,7 @@ def plan_graph(
             raise BundleError(f"training-{tokens}.onnx needs more memory than training.onnx; export the model again")
         plans[tokens] = encoded(candidate, read_interface(other, stated))
     tried = sum(part.tried for part in parts)
-    return Plan(encoded(best, interface), summarize(decision, bundle_id, budget, detail, tried), plans)
+    return Plan(encoded(best, interface), summarize(decision, bundle_id, budget, tried), plans)
 
 
 def _frozen_as(

@@ -31,13 +31,15 @@ class Buffer:
 
 
 class Signature(NamedTuple):
-    """Operands of a kernel: which are written, which (written, read) pairs may share memory, scratch or not."""
+    """Operands of a kernel: which are written, which (written, read) pairs may share memory, scratch or not, and their
+    names in the kernel table."""
 
     operands: int
     optional: frozenset[int]
     writes: frozenset[int]
     may_alias: tuple[tuple[int, int], ...]
     scratch: bool
+    names: tuple[str, ...]
 
 
 def _signature(text: str, *may_alias: tuple[int, int], scratch: bool = False) -> Signature:
@@ -48,6 +50,7 @@ def _signature(text: str, *may_alias: tuple[int, int], scratch: bool = False) ->
         frozenset(i for i, n in enumerate(names) if "!" in n),
         may_alias,
         scratch,
+        tuple(n.strip("?!") for n in names),
     )
 
 

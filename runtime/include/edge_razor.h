@@ -80,6 +80,12 @@ ER_API er_status er_param_info(const er_session* session, uint32_t index, er_ten
 ER_API er_status er_input_info(const er_session* session, uint32_t index, er_tensor_info* info);
 ER_API er_status er_output_info(const er_session* session, uint32_t index, er_tensor_info* info);
 
+typedef struct er_resident {
+  uint64_t arena, params, state;
+} er_resident;
+/* How many bytes of the session's memory are resident now: those that were touched and are not swapped out. */
+ER_API er_status er_session_resident(const er_session* session, er_resident* resident);
+
 /* Copies a parameter in or out, torch layout; elements must match. */
 ER_API er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements);
 ER_API er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements);

@@ -45,6 +45,12 @@ class CInfo(ctypes.Structure):
     ]
 
 
+class CResident(ctypes.Structure):
+    """``er_resident``"""
+
+    _fields_ = [(name, u64) for name in ("arena", "params", "state")]
+
+
 class CTensorInfo(ctypes.Structure):
     """``er_tensor_info``"""
 
@@ -112,6 +118,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_session_create_shared": (u32, (char_p, size_t, void_p, POINTER(void_p))),
     "er_session_free": (None, (void_p,)),
     "er_session_info": (u32, (void_p, POINTER(CInfo))),
+    "er_session_resident": (u32, (void_p, POINTER(CResident))),
     "er_param_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
     "er_input_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
     "er_output_info": (u32, (void_p, u32, POINTER(CTensorInfo))),

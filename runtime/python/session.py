@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_razor.errors import UsageError
 
-from ._library import CArray, CInfo, CProfileEntry, CSpillInfo, CTensorInfo, check, library
+from ._library import CArray, CInfo, CProfileEntry, CResident, CSpillInfo, CTensorInfo, check, library
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.int32)}
 _CODES = {np.dtype(np.float32): 0, np.dtype(np.int32): 1, np.dtype(np.uint8): 2}
@@ -124,6 +124,12 @@ class Session:
             p.name.decode(): Parameter(i, p.name.decode(), tuple(p.shape[: p.rank]), bool(p.trainable), p.states)
             for i, p in enumerate(described)
         }
+
+    def resident_bytes(self) -> int:
+        """How much of arena, parameters and optimizer state is resident now: touched, and not swapped out."""
+        resident = CResident()
+        check(self._library.er_session_resident(self._open(), ctypes.byref(resident)))
+        return int(resident.arena + resident.params + resident.state)
 
     def close(self) -> None:
         """Frees the native session. Any use after that raises UsageError. May be called twice."""

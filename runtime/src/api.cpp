@@ -97,6 +97,12 @@ er_status er_session_info(const er_session* session, er_info* info) {
   return ER_OK;
 }
 
+er_status er_session_resident(const er_session* session, er_resident* resident) {
+  if (!session || !resident) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  *resident = session->resident();
+  return ER_OK;
+}
+
 er_status er_param_info(const er_session* session, uint32_t index, er_tensor_info* info) {
   if (!session || !info) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
   const std::vector<PlanParam>& params = session->plan().params;

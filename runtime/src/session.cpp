@@ -1,7 +1,9 @@
 #include "session.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -58,6 +60,23 @@ Pages::Pages(uint64_t bytes) : data_(nullptr), bytes_(bytes) {
 
 Pages::~Pages() {
   if (data_) ::munmap(data_, bytes_);
+}
+
+uint64_t Pages::resident() const {
+#if defined(__APPLE__)
+  using Flag = char;
+#else
+  using Flag = unsigned char;
+#endif
+  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  Flag flags[4096];  // of so many pages at a time
+  uint64_t pages = 0;
+  for (uint64_t at = 0; at < bytes_; at += sizeof(flags) * page) {
+    const uint64_t length = std::min(bytes_ - at, sizeof(flags) * page);
+    if (::mincore(data_ + at, length, flags)) return 0;
+    for (uint64_t i = 0; i < (length + page - 1) / page; i++) pages += flags[i] & 1;
+  }
+  return std::min(pages * page, bytes_);
 }
 
 Regions::Regions(const Plan& plan)

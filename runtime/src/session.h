@@ -17,6 +17,7 @@ class Pages {
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
   uint8_t* data() const { return data_; }
+  uint64_t resident() const;  // bytes
 
  private:
   uint8_t* data_;
@@ -50,6 +51,9 @@ class Session {
 
   void open_spill(const char* directory);  // throws Error with ER_IO
   void spill_info(er_spill_info* info) const;
+  er_resident resident() const {
+    return {regions_->arena.resident(), regions_->params.resident(), regions_->state.resident()};
+  }
 
   void profile(bool enabled);
   bool profile_read(uint32_t index, er_profile_entry* entry) const;
