@@ -147,6 +147,7 @@ class Trainer:
             "prefer": prefer,
             "allow_freeze": allow_freeze,
             "harm": None if harm is None else os.fspath(harm),
+            "spill": spill_dir is not None,
         }
         self._spill_dir = spill_dir
         if plan is None:

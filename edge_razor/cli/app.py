@@ -193,6 +193,7 @@ def _add_plan(parser: _Parser) -> None:
     parser.add_argument(
         "--micro-batch", type=_COUNT, metavar="N", help="samples at a time (default: the most that fits)"
     )
+    parser.add_argument("--spill", action="store_true", help="kept values may lie in a file ('train --spill-dir')")
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write the plan as a page: memory, arena, kept values"
@@ -331,7 +332,7 @@ _PLANNING = (
 def _plan(o: argparse.Namespace) -> None:
     from .plan import run
 
-    names = (*_PLANNING, "mem_budget", "micro_batch", "threads")
+    names = (*_PLANNING, "mem_budget", "micro_batch", "threads", "spill")
     run(o.bundle, o.output, o.html, o.as_json, {name: getattr(o, name) for name in names})
 
 

@@ -86,7 +86,7 @@ def _error(summary: dict[str, Any]) -> str:
 
 def _seconds(summary: dict[str, Any]) -> str:
     text = f"{summary['predicted_seconds']:.3g} expected"
-    if summary.get("slowdown"):
+    if summary["prefer"] == "exact" and summary["slowdown"] != 1:
         text += f", {summary['slowdown']:.2f} x those of --prefer balanced"
     return text
 

@@ -37,6 +37,7 @@ DEFAULT_RATES: Mapping[str, float] = {
     "bytes": 6e9,  # of everything else
 }
 CLASSES = tuple(DEFAULT_RATES)
+SPILL_RATE = 0.5e9  # bytes a second of a disk; what runs meanwhile is not taken off
 OVERHEAD = 3e-6  # seconds a step: dispatch to threads that spin, and the first cache misses
 
 
@@ -102,6 +103,10 @@ def step_seconds(step: Step, rates: Rates) -> float:
         return seconds + step_multiply_adds(step) / rate[step.kernel]
     if step.kernel == "batch_matmul":
         return seconds + step_multiply_adds(step) / rate["product"]
+    if step.kernel in ("spill_write", "spill_read"):
+        return seconds + step_bytes(step) / SPILL_RATE
+    if step.kernel == "spill_wait":
+        return seconds
     return seconds + step_bytes(step) / rate["bytes"]
 
 

@@ -50,6 +50,7 @@ def plan(
     allow_freeze: int = 0,
     harm: str | os.PathLike[str] | None = None,
     choices: Mapping[str, Any] | None = None,
+    spill: bool = False,
 ) -> Plan:
     """Plans training of a bundle inside `mem_budget` bytes of resident memory for the whole process.
 
@@ -69,6 +70,7 @@ def plan(
         allow_freeze: so many early layers may stay untrained.
         harm: harm table that `edge-razor fidelity` wrote; None: usual errors of each form.
         choices: `summary["choices"]` of an earlier plan, to be taken again.
+        spill: kept values may lie in a file until the backward pass; the session then needs a directory for it.
 
     Raises:
         BudgetError: nothing fits; `smallest_budget` is exact.
@@ -106,6 +108,7 @@ def plan(
         allow_freeze=allow_freeze,
         harm=table,
         rates=device_rates(threads),
+        spill=spill,
     )
     return plan_graph(training, manifest, settings, budget, buckets, choices)
 
@@ -160,8 +163,12 @@ def plan_graph(
         if candidate.accounting.arena > arena:
             raise BundleError(f"training-{tokens}.onnx needs more memory than training.onnx; export the model again")
         plans[tokens] = encoded(candidate, read_interface(other, stated))
-    tried = sum(part.tried for part in parts)
-    return Plan(encoded(best, interface), summarize(decision, bundle_id, budget, tried), plans)
+    slowdown = 1.0
+    if settings.prefer == "exact" and budget is not None and choices is None:
+        balanced = choose([part.preferring("balanced") for part in parts], budget)
+        slowdown = best.seconds / balanced.candidate.seconds if balanced is not None else 1.0
+    summary = summarize(decision, bundle_id, budget, sum(part.tried for part in parts))
+    return Plan(encoded(best, interface), summary | {"slowdown": slowdown}, plans)
 
 
 def _frozen_as(
@@ -190,7 +197,10 @@ def _again(search: Search, choices: Mapping[str, Any], budget: int | None) -> De
                 raise UsageError(f"{name!r} cannot be kept as {values[name]}; the choices belong to another model")
     inexact = {name for name, choice in values.items() if choice.kind not in ("dense", "bits", "index")}
     first = [level] if 0 <= level < len(search.levels) else []
-    for number in [*first, *(i for i in range(len(search.levels)) if i != level and not inexact & search.levels[i])]:
+    for number in [
+        *first,
+        *(i for i in range(len(search.levels)) if i != level and not inexact & search.levels[i].names),
+    ]:
         for micro_batch in settings.micro_batches:
             candidate = search.chosen(Structure(micro_batch, number), values)
             if candidate.fits(budget):

@@ -7,8 +7,10 @@ values as exact and all as small as the settings allow. So `Search.smallest` is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from edge_razor.errors import PlanError, UsageError
 
@@ -24,7 +26,7 @@ from .place import Lifetime, lifetimes, live_bytes, place
 from .program import Program
 from .recompute import recompute_levels
 from .schedule import order_training, schedule_inference, schedule_training
-from .storage import Choice, KeptValue, Storage, at_place, check_razor, choose_storage, kept_values
+from .storage import Choice, KeptValue, Place, Storage, at_place, check_razor, choose_storage, kept_values
 
 __all__ = [
     "PREFERENCES",
@@ -49,7 +51,7 @@ class Settings:
 
     `prefer`: "exact" keeps every value exactly, "fast" trades gradient error for time, "balanced" takes as little
     error as the cap allows. `allow_freeze`: how many early layers may stay frozen. `harm`: measured harm, None: usual
-    curves. `rates`: of this device, None: usual ones.
+    curves. `rates`: of this device, None: usual ones. `spill`: kept values may lie in a file.
     """
 
     batch_size: int
@@ -66,6 +68,7 @@ class Settings:
     allow_freeze: int = 0
     harm: HarmTable | None = None
     rates: Rates | None = None
+    spill: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.threads < 1 or self.data_bytes < 0 or self.process_bytes < 0:
@@ -105,9 +108,16 @@ class Settings:
         return 0.0 if self.prefer == "exact" else self.sparsity
 
 
+class Level(NamedTuple):
+    """Values that are not simply kept in memory: made again, or in the spill file; both are exact."""
+
+    place: Place
+    names: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What is decided for the whole graph: samples at a time, and which level of recomputation."""
+    """What is decided for the whole graph: samples at a time, and which of `Search.levels`."""
 
     micro_batch: int
     level: int = 0
@@ -227,6 +237,12 @@ class Search:
         self._evaluation: dict[tuple[int, int], tuple[Program, int]] = {}
         self._times: dict[tuple[int, int], float] = {}
 
+    def preferring(self, prefer: str) -> Search:
+        """The same search under another preference; what was computed is shared."""
+        other = copy(self)
+        other.settings = replace(self.settings, prefer=prefer)
+        return other
+
     # ---- What all candidates share ----
 
     def memory(self, micro_batches: int) -> Memory:
@@ -263,13 +279,24 @@ class Search:
         return self._values[micro_batch]
 
     @cached_property
-    def levels(self) -> list[frozenset[str]]:
-        """Sets of values to make again instead of keeping them; the first is empty."""
-        levels = recompute_levels(self.graph)
-        if len(levels) <= MAX_LEVELS:
-            return levels
-        step = (len(levels) - 1) / (MAX_LEVELS - 1)
-        return [levels[round(i * step)] for i in range(MAX_LEVELS)]
+    def levels(self) -> list[Level]:
+        """Nothing, then sets of values to make again, and if allowed what to put into the spill file."""
+        again = recompute_levels(self.graph)
+        step = max(1.0, (len(again) - 1) / (MAX_LEVELS - 1))
+        levels = [Level("recompute", again[round(i * step)]) for i in range(min(len(again), MAX_LEVELS))]
+        if self.settings.spill:
+            values = self.values(1)
+            size = {
+                n: v.storage(v.choices("centered", ())[0]).bytes or 4 * v.samples * v.rows * v.cols
+                for n, v in values.items()
+                if v.role != "reference"
+            }
+            largest = sorted(size, key=lambda name: -size[name])
+            levels += [
+                Level("spill", frozenset(largest[: max(1, len(largest) // 2)])),
+                Level("spill", frozenset(largest)),
+            ]
+        return levels
 
     @property
     def structures(self) -> list[Structure]:
@@ -294,16 +321,19 @@ class Search:
     # ---- Candidates ----
 
     def storage(self, structure: Structure, choices: Mapping[str, Choice]) -> dict[str, Storage]:
-        """The table in which each value is kept as `choices` say and the level's values are made again."""
-        again = self.levels[structure.level]
+        """The table with each value as `choices` say, exact where they say nothing, and the level's values
+        are where it says."""
+        level = self.levels[structure.level]
         values = self.values(structure.micro_batch)
         exact = {name: value.choices(self.settings.razor, ())[0] for name, value in values.items()}
         table = {name: value.storage(choices.get(name, exact[name])) for name, value in values.items()}
-        return at_place(self.graph, table, structure.micro_batch, again, "recompute") if again else table
+        if not level.names:
+            return table
+        return at_place(self.graph, table, structure.micro_batch, level.names, level.place)
 
     def uniform(self, structure: Structure, sparsity: float) -> dict[str, Choice]:
-        """One sparsity for every value that is not made again."""
-        again = self.levels[structure.level]
+        """One sparsity for every value that stays in memory."""
+        again = self.levels[structure.level].names
         return {
             name: value.uniform(sparsity, self.settings.razor)
             for name, value in self.values(structure.micro_batch).items()
@@ -330,7 +360,7 @@ class Search:
     def model(self, structure: Structure) -> LiveModel:
         """Live bytes, harm and seconds of a structure as functions of the choices for its values."""
         if structure not in self._models:
-            settings, again = self.settings, self.levels[structure.level]
+            settings, again = self.settings, self.levels[structure.level].names
             values = self.values(structure.micro_batch)
             options = {
                 name: found
