@@ -66,5 +66,5 @@ def _changes(search: Search) -> Iterator[tuple[str, Graph, Settings]]:
     if settings.allow_freeze < half:
         yield f"allow-freeze {half}", graph, replace(settings, allow_freeze=half)
     if len(layers) > 1:
-        head = graph.restricted(list(layers.values())[-1])
+        head = graph.restricted(layers[-1])
         yield "training the last layer only", head, replace(settings, micro_batch=None, harm=None, allow_freeze=0)

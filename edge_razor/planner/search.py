@@ -423,23 +423,29 @@ class Search:
 
 def searches(graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None] | None = None) -> list[Search]:
     """A search for each number of early layers that may stay frozen, none first."""
-    layers = trained_layers(graph.restricted(None)) if settings.allow_freeze else {}
+    layers = trained_layers(graph.restricted(None)) if settings.allow_freeze else []
     allowed = min(settings.allow_freeze, len(layers) - 1) if layers else 0
     found = [Search(graph, settings, perms)]
     for count in sorted({round(allowed * i / MAX_LEVELS) for i in range(1, MAX_LEVELS + 1)} - {0}):
-        names = [name for group in list(layers.values())[:count] for name in group]
+        names = [name for layer in layers[:count] for name in layer]
         found.append(Search(graph, settings, perms, tuple(names)))
     return found
 
 
-def trained_layers(graph: Graph) -> dict[str, list[str]]:
-    """Layer (module path) → the trainable parameters that it reads first, in forward order."""
-    layers: dict[str, list[str]] = {}
+def trained_layers(graph: Graph) -> list[list[str]]:
+    """The trainable parameters in forward order, by layers: a weight (two or more dimensions) with the vectors that are
+    read before it or with it, as a convolution with its BatchNorm."""
+    layers: list[list[str]] = [[]]
     seen: set[str] = set()
+    complete = False
     for node in graph.nodes:
-        if node.phase == "forward":
-            for name in node.inputs:
-                if name in graph.gradients and name not in seen:
-                    seen.add(name)
-                    layers.setdefault(node.layer, []).append(name)
-    return layers
+        if node.phase != "forward":
+            continue
+        names = [name for name in node.inputs if name in graph.gradients and name not in seen]
+        seen.update(names)
+        if names and complete:
+            layers.append([])
+        if names:
+            layers[-1] += names
+            complete = any(len(graph.initializers[name].shape) > 1 for name in layers[-1])
+    return layers if complete or len(layers) == 1 else [*layers[:-2], layers[-2] + layers[-1]]
