@@ -18,7 +18,7 @@ from edge_razor.errors import BundleError, UsageError
 
 from .graph import Graph, Node
 
-__all__ = ["EXACT", "ActivationKeep", "Form", "Place", "Storage", "at_place", "choose_storage", "keep_count"]
+__all__ = ["ActivationKeep", "Form", "Place", "Storage", "at_place", "choose_storage", "keep_count"]
 
 Place = Literal["memory", "recompute", "spill"]
 
@@ -53,10 +53,6 @@ ACTIVATIONS = {
 PIECEWISE_LINEAR = {"relu", "clip", "leaky_relu", "hardsigmoid"}
 
 
-# Forms that lose nothing of what the backward pass computes from them.
-EXACT = (Form.DENSE, ActivationKeep.BITS, ActivationKeep.DENSE, None)
-
-
 @dataclass(frozen=True, slots=True)
 class Storage:
     """One kept value: `form` is a `Form` for packed inputs, an `ActivationKeep` for activations, None for pool indices.
@@ -73,6 +69,13 @@ class Storage:
     keep: int
     bytes: int
     place: Place = "memory"
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is lost of what the backward pass computes from it."""
+        if isinstance(self.form, Form):
+            return self.form == Form.DENSE
+        return self.form != ActivationKeep.Q4
 
 
 def keep_count(elements: int, sparsity: float) -> int:
