@@ -10,7 +10,7 @@ from .graph import DOMAIN, Graph
 from .optimizer import Memory, Optimizer, update_step
 from .program import Buffer, Places, Program, Region, Step
 from .segments import articulation_points
-from .storage import EXACT, Place, Storage
+from .storage import Place, Storage
 
 __all__ = ["check_operators", "lower_inference", "lower_training"]
 
@@ -63,7 +63,7 @@ def _places(graph: Graph, lowering: Lowering) -> Places:
     if all(storage.place == "memory" for storage in table.values()):
         return Places()
     for name, storage in table.items():
-        if storage.place == "recompute" and storage.form not in EXACT:
+        if storage.place == "recompute" and not storage.exact:
             raise PlanError(f"internal: {name!r} is to be made again exactly, but is stored as {storage.form!r}")
     wanted: dict[Buffer, set[Place]] = {}
 

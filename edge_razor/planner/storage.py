@@ -19,7 +19,6 @@ from edge_razor.errors import BundleError, UsageError
 from .graph import Graph, Node
 
 __all__ = [
-    "EXACT",
     "ActivationKeep",
     "Choice",
     "Form",
@@ -66,10 +65,6 @@ ACTIVATIONS = {
 PIECEWISE_LINEAR = {"relu", "clip", "leaky_relu", "hardsigmoid"}
 
 
-# Forms that lose nothing of what the backward pass computes from them.
-EXACT = (Form.DENSE, ActivationKeep.BITS, ActivationKeep.DENSE, None)
-
-
 @dataclass(frozen=True, slots=True)
 class Storage:
     """One kept value: `form` is a `Form` for packed inputs, an `ActivationKeep` for activations, None for pool indices.
@@ -86,6 +81,13 @@ class Storage:
     keep: int
     bytes: int
     place: Place = "memory"
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is lost of what the backward pass computes from it."""
+        if isinstance(self.form, Form):
+            return self.form == Form.DENSE
+        return self.form != ActivationKeep.Q4
 
 
 def keep_count(elements: int, sparsity: float) -> int:

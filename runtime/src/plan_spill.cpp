@@ -1,7 +1,6 @@
 // What must hold between the spill steps of a plan: every slot is written, awaited, read and awaited once, in this
 // order, at its own place in the file, and nothing touches its memory while the I/O thread does.
 #include <algorithm>
-#include <cstring>
 
 #include "error.h"
 #include "plan.h"
@@ -82,16 +81,16 @@ void check_spills(Plan& plan) {
   std::vector<Slot> slots(count);
   std::vector<const PlanOperand*> busy;  // a few: memory that the I/O thread works on
   for (const PlanStep& step : plan.train) {
-    if (step.spill == Spill::kWait && static_cast<uint64_t>(step.ints[0]) < count)
+    if (step.spill != Spill::kNone && static_cast<uint64_t>(step.ints[0]) >= count)
+      ER_BAD("step '%.200s' (%s) has slot %lld, the plan writes %zu", step.label.c_str(), step.kernel->name,
+             (long long)step.ints[0], count);
+    if (step.spill == Spill::kWait)
       busy.erase(std::remove(busy.begin(), busy.end(), slots[step.ints[0]].operand), busy.end());
     for (const PlanOperand& operand : step.operands)
       for (const PlanOperand* other : busy)
         if (overlap(operand, *other))
           ER_BAD("step '%.200s' (%s) touches memory that is being spilled", step.label.c_str(), step.kernel->name);
     if (step.spill == Spill::kNone) continue;
-    if (static_cast<uint64_t>(step.ints[0]) >= count)
-      ER_BAD("step '%.200s' (%s) has slot %lld, the plan writes %zu", step.label.c_str(), step.kernel->name,
-             (long long)step.ints[0], count);
     Slot& slot = slots[step.ints[0]];
     if (step.spill == Spill::kWait) {
       end(step, slot);

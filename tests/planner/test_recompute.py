@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from edge_razor.errors import PlanError
 from edge_razor.exporters.graph_edit import dims
 from edge_razor.planner.graph import Graph
+from edge_razor.planner.interface import read_interface
 from edge_razor.planner.recompute import recompute_levels
 from edge_razor.planner.search import Candidate, Search
 from edge_razor.planner.segments import Forward, articulation_points
+from edge_razor.planner.serialize import encode
 from edge_razor.planner.storage import Form, Storage, at_place, choose_storage
+from edge_razor.runtime import Session
 
 from .conftest import graph_of, mobile_network, settings
 from .executor import Executor
@@ -85,16 +89,45 @@ class Case:
         verify(candidate.train, candidate.accounting.arena)
         return candidate
 
-    def run(self, table: dict[str, Storage]) -> dict[str, np.ndarray]:
-        """All parameters after two updates, and the losses."""
-        executor = Executor(self.plan(table), self.built.parameters)
+    def batch(self) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(3)
         shape = self.graph.shapes[self.graph.inputs[0]].at(BATCH)
         x = rng.normal(size=shape).astype(np.float32)
         out = self.graph.shapes[self.graph.output].at(BATCH)
-        target = rng.integers(0, out[-1], out[:-1])
+        return x, rng.integers(0, out[-1], out[:-1])
+
+    def run(self, table: dict[str, Storage]) -> dict[str, np.ndarray]:
+        """All parameters after two updates, and the losses."""
+        executor = Executor(self.plan(table), self.built.parameters)
+        x, target = self.batch()
         losses = [executor.train_step(x, target, 0.1, update) for update in (1, 2)]
-        return {"loss": np.array(losses)} | {name: executor.parameter(name).copy() for name in self.built.parameters}
+        used = executor.candidate.memory.parameters
+        return {"loss": np.array(losses)} | {name: executor.parameter(name).copy() for name in used}
+
+    def run_native(self, table: dict[str, Storage], spill_dir: Path) -> dict[str, np.ndarray]:
+        """The same by the native session."""
+        plan = self.plan(table)
+        binary = encode(
+            bundle_id="0" * 64,
+            batch_size=BATCH,
+            micro_batch=self.micro_batch,
+            threads=self.search.settings.threads,
+            arena_bytes=plan.accounting.arena,
+            memory=plan.memory,
+            interface=read_interface(self.graph, self.built.manifest),
+            train=plan.train,
+            evaluate=plan.evaluate,
+        )
+        x, target = self.batch()
+        with Session(binary, spill_dir=spill_dir) as session:
+            for name in plan.memory.parameters:
+                session.write_parameter(name, self.built.parameters[name])
+            losses = [
+                session.train_step([x], target.astype(np.int32), learning_rate=0.1, update=update, seed=7)
+                for update in (1, 2)
+            ]
+            found = {name: session.read_parameter(name) for name in plan.memory.parameters}
+        return {"loss": np.array(losses)} | found
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -160,7 +193,18 @@ def test_razor_dense_recomputed_and_spilled_values_side_by_side(family: str) -> 
         assert_same(case.run(mixed), case.run(razor))
 
 
-@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_native_session_runs_repetitions_and_the_spill_file(family: str, tmp_path: Path) -> None:
+    case = Case(FAMILIES[family](), 2)
+    expected = case.run_native(case.table, tmp_path)
+    again = case.placed(case.table, recompute_levels(case.graph)[-1], "recompute")
+    # Spilled as well: checkpoints that are made again from, and what is in no segment.
+    rest = [name for name in candidates(case.graph) if name not in again or again[name].place == "memory"]
+    for table in (again, case.placed(again, rest, "spill"), case.placed(case.table, candidates(case.graph), "spill")):
+        assert_same(case.run_native(table, tmp_path), expected)
+
+
+@hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
 @given(networks(), st.randoms(use_true_random=False))
 def test_random_networks_with_random_places(built: Built, rng: random.Random) -> None:
     case = Case(built)
@@ -174,7 +218,7 @@ def test_random_networks_with_random_places(built: Built, rng: random.Random) ->
 def test_a_value_that_is_made_again_serves_all_readers_at_once() -> None:
     case = Case(transformer(True, depth=2))
     steps = case.plan(case.placed(case.table, recompute_levels(case.graph)[-1], "recompute")).train.steps
-    repeated = [step.label for step in steps if step.label.endswith(" again")]
+    repeated = [(step.label, *step.ints) for step in steps if step.label.endswith(" again")]
     assert repeated and len(repeated) == len(set(repeated))
 
 
