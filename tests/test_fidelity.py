@@ -71,7 +71,7 @@ def test_the_probe_changes_no_parameter_and_adds_micro_batches_up(bundle: Path) 
         Probe(bundle, sparsities=(0.9,), batch_size=128, threads=1, mem_budget=cap // 3)
     smallest = refused.value.smallest_budget + 400_000  # compressing takes scratch, too
     with Probe(bundle, sparsities=(0.9,), batch_size=128, threads=1, mem_budget=smallest) as probe:
-        assert probe.plans[0.0].micro_batch < 128
+        assert probe.predicted_peak_bytes <= smallest < cap  # in micro-batches, or with other levers
         parts = probe.run(batches)
     for name, sums in whole.parameters.items():
         assert parts.parameters[name][0.9].exact == pytest.approx(sums[0.9].exact, rel=1e-4)

@@ -147,7 +147,7 @@ def _measured_section(summary: Mapping[str, Any], memory: Sequence[Mapping[str, 
 
 def thinned(rows: Sequence[Any]) -> list[Any]:
     """At most about `POINTS` of the rows, evenly, the last one always."""
-    stride = -(-len(rows) // POINTS)
+    stride = max(1, -(-len(rows) // POINTS))
     kept = list(rows[::stride])
     if kept and kept[-1] is not rows[-1]:
         kept.append(rows[-1])
