@@ -85,7 +85,7 @@ class Fidelity:
     Attributes:
         razor: "centered" or "plain".
         batches: how many were measured; sums go over all of them.
-        batch_size, micro_batch: samples of a batch, and of those that passed at a time.
+        batch_size, micro_batch: samples of a batch, and how many of them passed at a time for the exact gradient.
         loss: mean over the batches.
         predicted_peak_bytes: resident memory that was planned for the process.
         parameters: name → sparsity → sums.
@@ -162,7 +162,7 @@ class Probe:
         data_bytes: int = 0,
         planned: Callable[[float], None] = lambda sparsity: None,
     ) -> None:
-        """Plans everything. The micro-batch is the largest with which exact gradients fit the cap.
+        """Plans everything, each with the largest micro-batch that fits the cap: gradients do not depend on it.
 
         Args:
             sparsities: what to compare with exact gradients, each above 0.
@@ -171,7 +171,7 @@ class Probe:
             planned: called when the plan of a sparsity is there.
 
         Raises:
-            BudgetError: exact gradients do not fit the cap.
+            BudgetError: exact gradients, or those at one of the sparsities, do not fit the cap.
             BundleError, UsageError: as `plan`.
         """
         if not sparsities or not all(0 < s < 1 for s in sparsities) or len(set(sparsities)) != len(sparsities):
@@ -197,8 +197,7 @@ class Probe:
         }
         self.plans: dict[float, Plan] = {}
         for sparsity in (0.0, *sparsities):
-            micro = self.plans[0.0].micro_batch if self.plans else None
-            self.plans[sparsity] = plan_in_child(self.bundle.path, sparsity=sparsity, micro_batch=micro, **arguments)
+            self.plans[sparsity] = plan_in_child(self.bundle.path, sparsity=sparsity, **arguments)
             planned(sparsity)
         self._sessions: dict[tuple[float, int | None], Session] = {}
 

@@ -93,7 +93,11 @@ def fit(
         for epoch in range(trainer.position[0], epochs):
             for batch in train.batches(epoch, trainer.position[1]):
                 rate = trainer.current_lr
-                result.last_loss = trainer.step(batch.inputs, batch.targets)
+                try:
+                    result.last_loss = trainer.step(batch.inputs, batch.targets)
+                except MemoryCapError as error:  # before anything changed
+                    result.alarm, result.interrupted = error, True
+                    break
                 trainer.position = (epoch, batch.done)
                 result.steps += 1
                 result.samples += len(batch.targets)
@@ -118,8 +122,7 @@ def fit(
                 events.between_steps()
                 if trainer.plan is not plan and out is not None:
                     _write_plan(trainer, out)
-                result.alarm = trainer.memory_alarm()
-                if events.should_stop() or result.alarm is not None:
+                if events.should_stop():
                     result.interrupted = True
                     break
                 if out is not None and save_every and trainer.update % save_every == 0:
@@ -137,10 +140,6 @@ def fit(
             if log is not None:
                 log.write("epoch", trainer.update, **figures)
             events.on_epoch(figures)
-            result.alarm = trainer.memory_alarm() if epoch + 1 < epochs else None  # evaluation may have raised it
-            if result.alarm is not None:
-                result.interrupted = True
-                break
         if result.interrupted and out is not None:
             trainer.save(out, **extra)
     finally:

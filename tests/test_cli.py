@@ -22,7 +22,7 @@ from edge_razor.cli import main
 from edge_razor.cli.progress import Progress
 from tests.bundles import write_linear_bundle
 
-COMMANDS = ("export", "info", "plan", "train", "eval", "to-onnx", "to-torch", "demo")
+COMMANDS = ("export", "info", "plan", "train", "fidelity", "eval", "to-onnx", "to-torch", "demo")
 
 
 @pytest.fixture

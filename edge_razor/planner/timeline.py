@@ -95,6 +95,8 @@ class _Arena:
             step.kernel in _LOSSES or step.kernel == "fill" or any(s.kind == "gradients" for s in reads.values())
         )
         kind = "gradients" if after_loss and from_gradient else "activations"
+        if step.kernel == "spill_read":  # kept in a file until here
+            kind = "kept"
         names = KERNELS[step.kernel].names
         scratch = step.scratch
         for position, operand in enumerate(step.operands):

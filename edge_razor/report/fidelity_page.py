@@ -9,7 +9,7 @@ from edge_razor.units import format_bytes
 
 from .chart import Chart, Series, number
 from .markup import Markup, element, page
-from .run_page import loss_floor, smoothed
+from .run_page import loss_range, smoothed
 from .tables import Column, section, table, tiles
 
 __all__ = ["fidelity_page"]
@@ -66,9 +66,7 @@ def _by_sparsity(fidelity: Fidelity) -> Markup:
         "sparsity",
         high=max(1.08 * min(highest, 3.0), 0.01),
     )
-    cosine = Chart(
-        "Cosine", "1: the same direction.", x, "sparsity", low=min(0.0, lowest) if lowest < 0.5 else 0.5, high=1
-    )
+    cosine = Chart("Cosine", "1: the same direction.", x, "sparsity", low=1 - max(1.15 * (1 - lowest), 0.01), high=1)
     note = "Gradient error orders sparsities of one razor form; it does not compare one form with another."
     return section("Gradients by sparsity", note, error.lines(errors), cosine.lines(cosines))
 
@@ -99,14 +97,14 @@ def _curves(curves: Mapping[float, Sequence[float]]) -> Markup:
         name = "exact" if not sparsity else f"sparsity {sparsity:g}"
         lines.append(Series(name, color, list(losses), faint=True))
         lines.append(Series(name, color, smoothed(losses)))
-    values = [v for losses in curves.values() for v in losses]
+    low, high = loss_range([v for losses in curves.values() for v in losses])
     chart = Chart(
         "Training loss",
         "From the same weights, on the same batches in the same order; strong lines are means over a twentieth of all.",
         steps,
         "step",
-        low=loss_floor(values),
-        high=1.03 * max(values),
+        low=low,
+        high=high,
         heading="h2",
     )
     return section(None, None, chart.lines(lines))

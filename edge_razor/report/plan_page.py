@@ -28,6 +28,9 @@ _NAMES = {
 }
 
 
+_KEPT_AS = {"recompute": "made again", "spill": "in the spill file"}  # what is not in memory, by its place
+
+
 def plan_page(name: str, summary: Mapping[str, Any], plan: bytes) -> str:
     """HTML of a plan.
 
@@ -52,6 +55,8 @@ def settings_text(summary: Mapping[str, Any]) -> str:
     """What was planned, in one line."""
     batch, micro, sparsity = summary["batch_size"], summary["micro_batch"], summary["sparsity"]
     exact = "kept exactly" if not sparsity else f"{summary['razor']} razor at sparsity {sparsity:g}"
+    if summary.get("choices") is not None:
+        exact = f"storage chosen for each value, {sparsity:.0%} of the packed elements dropped" if sparsity else exact
     parts = (
         f"batch {batch}" + (f" in micro-batches of {micro}" if micro != batch else ""),
         exact,
@@ -188,11 +193,11 @@ def kept_section(summary: Mapping[str, Any]) -> Markup | None:
         cells: list[tuple[object, float | None] | str] = [
             str(row["layer"]),
             str(row["operator"]),
-            str(row["form"]).replace("_", " "),
+            _KEPT_AS.get(row.get("place", "memory"), str(row["form"]).replace("_", " ")),
             ("–" if sparsity is None else f"{sparsity:.3g}", sparsity),
             (format_bytes(row["bytes"]), row["bytes"]),
             (format_bytes(row["dense_bytes"]), row["dense_bytes"]),
-            (f"{row['dense_bytes'] / max(row['bytes'], 1):.1f}×", row["dense_bytes"] / max(row["bytes"], 1)),
+            _smaller(row),
             (f"{row['samples']} × {row['rows']} × {row['cols']}", row["samples"] * elements),
         ]
         if harmful:
@@ -204,3 +209,10 @@ def kept_section(summary: Mapping[str, Any]) -> Markup | None:
         f"{len(kept)} values that the backward pass needs take {format_bytes(total)} together. A click on a head sorts."
     )
     return section("Kept for the backward pass", note, table(columns, rows, sorted_by=5 if harmful else 4))
+
+
+def _smaller(row: Mapping[str, Any]) -> tuple[str, float | None]:
+    if not row["bytes"]:
+        return "–", None
+    factor = row["dense_bytes"] / row["bytes"]
+    return f"{factor:.1f}×", factor

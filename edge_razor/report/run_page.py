@@ -16,7 +16,7 @@ from .markup import Markup, page
 from .plan_page import kept_section, memory_section, settings_text
 from .tables import pairs, section, tiles
 
-__all__ = ["loss_floor", "run_page", "smoothed"]
+__all__ = ["loss_range", "run_page", "smoothed"]
 
 POINTS = 600  # of a curve; more could not be told apart on a screen
 
@@ -102,7 +102,7 @@ def _training_section(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mappi
     if not checked:
         curves.pop()
     values = [*losses, *checked.values()]
-    low, high = loss_floor(values), 1.03 * max([*values, 1e-9])
+    low, high = loss_range(values)
     loss = Chart("Loss", "Mean over each batch before its update.", places, "step", low=low, high=high)
     drawn = [loss.lines(curves)]
     rates = [e.get("recent_samples_per_second", e["samples_per_second"]) for e in steps]
@@ -147,17 +147,20 @@ def _measured_section(summary: Mapping[str, Any], memory: Sequence[Mapping[str, 
 
 def thinned(rows: Sequence[Any]) -> list[Any]:
     """At most about `POINTS` of the rows, evenly, the last one always."""
-    stride = -(-len(rows) // POINTS)
+    stride = max(1, -(-len(rows) // POINTS))
     kept = list(rows[::stride])
     if kept and kept[-1] is not rows[-1]:
         kept.append(rows[-1])
     return kept
 
 
-def loss_floor(values: Sequence[float]) -> float:
-    """Where the axis of a loss begins: at 0, unless the curve would then be a flat line on top."""
+def loss_range(values: Sequence[float]) -> tuple[float, float]:
+    """The axis of a loss: from 0, unless the curve would then be a flat line on top."""
     low, high = min(values), max(values)
-    return max(0.0, low - 0.15 * (high - low)) if 0 < high - low < 0.6 * high else 0.0
+    span = high - low
+    if 0 < span < 0.6 * high:
+        return max(0.0, low - 0.15 * span), high + 0.1 * span
+    return min(0.0, low), max(1.05 * high, 1e-9)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
