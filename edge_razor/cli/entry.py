@@ -1,6 +1,7 @@
 """Entry point: dispatches to the commands and turns every error into one or two lines and an exit status.
 
-0 done, 2 usage, 3 the cap cannot be met or was nearly passed, 4 bad model, data or checkpoint; 130 after an interrupt, as shells expect.
+0 done, 2 usage, 3 the cap cannot be met or was nearly passed, 4 bad model, data or checkpoint; 130 after an interrupt,
+as shells expect.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(exit.code or 0)
     except BudgetError as error:
         status = _fail(str(error).partition("; with ")[0], error.exit_status)
-        if error.table:
+        if len(error.table) > 1:
             from .plan import show_refusal
 
             show_refusal(error)

@@ -24,7 +24,7 @@ from .storage import Form, keep_count
 __all__ = ["cache_directory", "calibrate", "device_rates"]
 
 SWITCH = "EDGE_RAZOR_CALIBRATION"
-_VERSION = 1  # of the cache file and of what the rates mean
+_VERSION = 2  # of the cache file and of what the rates mean
 _REPEATS = 5
 _SPARSE, _LESS_SPARSE = 0.95, 0.7
 
@@ -108,7 +108,7 @@ def calibrate(threads: int) -> dict[str, float]:
     shapes = {
         "product": [_conv(1, 56, 96, 96, 1, 1), _conv(1, 16, 384, 384, 1, 1)],
         "convolution": [_conv(1, 28, 64, 64, 3, 1)],
-        "depthwise": [_conv(1, 56, 96, 96, 3, 96)],
+        "depthwise": [_conv(2, 56, 96, 96, 3, 96)],
     }
     for name, convs in shapes.items():
         steps = [bench.convolution(conv) for conv in convs]
@@ -117,19 +117,13 @@ def calibrate(threads: int) -> dict[str, float]:
         rates[name] = work / max(spent, 1e-6)
         steps = [bench.weight_gradient(conv, None) for conv in convs]
         rates[f"weight {name}"] = sum(map(step_multiply_adds, steps)) / sum(map(bench.seconds, steps))
-        for number, conv in enumerate(convs):
-            sparse, less = (bench.weight_gradient(conv, s) for s in (_SPARSE, _LESS_SPARSE))
-            few, many = step_multiply_adds(sparse), step_multiply_adds(less)
-            fast, slow = bench.seconds(sparse), bench.seconds(less)
-            value = (slow - fast) / max(many - few, 1)  # seconds a kept multiply-add
-            value = min(max(value, 0.1 * fast / few), 0.9 * fast / few)
-            if name == "product":
-                if number == 0:
-                    rates["razor value"] = 1 / value
-                    rates["razor block"] = step_multiply_adds(bench.convolution(conv)) / 64 / (fast - value * few)
-                continue
-            block = step_multiply_adds(bench.convolution(conv)) / 64 / rates["razor block"]
-            rates[f"razor {name}"] = few / max(fast - block, 0.1 * fast)
+        pairs = [[bench.weight_gradient(conv, s) for s in (_SPARSE, _LESS_SPARSE)] for conv in convs]
+        few, many = (sum(step_multiply_adds(pair[i]) for pair in pairs) for i in (0, 1))
+        fast, slow = (sum(bench.seconds(pair[i]) for pair in pairs) for i in (0, 1))
+        # Seconds of a multiply-add with a kept value: between a tenth and nine tenths of the whole, if noise says else.
+        value = min(max((slow - fast) / (many - few), 0.1 * fast / few), 0.9 * fast / few)
+        rates[f"razor value {name}"] = 1 / value
+        rates[f"razor block {name}"] = work / 64 / (fast - value * few)
     sizes = [1, 196, 196, 6, 6, 64, 0, 0, 0]
     tokens = 4 * 196 * 384
     for kernel, ints, count in (("attention", sizes, 4), ("attention_grad", [*sizes, 0, 0, 0], 7)):
@@ -137,7 +131,7 @@ def calibrate(threads: int) -> dict[str, float]:
         operands = [*given[:3], None, None, *given[3:]]
         step = Step(kernel, "", ints, [0.125, 0.0], operands)
         rates[kernel] = step_multiply_adds(step) / bench.seconds(step)
-    packing = bench.pack(3136, 96, _SPARSE)
+    packing = bench.pack(1, 3136, 96, _SPARSE)
     source = packing.operands[0]
     assert source is not None
     rates["pack bytes"] = source.bytes / bench.seconds(packing)
@@ -171,15 +165,15 @@ class _Bench:
         x, w, y = self.buffers(4 * n * ih * iw * ic, 4 * kh * kw * ic // group * oc, 4 * n * oh * ow * oc)
         return Step("conv", "", [*conv, 0, 0], [0.0, 0.0], [x, w, None, None, y, None])
 
-    def pack(self, rows: int, cols: int, sparsity: float) -> Step:
+    def pack(self, samples: int, rows: int, cols: int, sparsity: float) -> Step:
         from edge_razor.runtime import packed_bytes
 
         keep = keep_count(rows * cols, sparsity)
-        size = packed_bytes(Form.RAZOR_CENTERED, 1, rows, cols, keep)
-        (x,) = self.buffers(4 * rows * cols)
+        size = packed_bytes(Form.RAZOR_CENTERED, samples, rows, cols, keep)
+        (x,) = self.buffers(4 * samples * rows * cols)
         out = Buffer("", size)
         self.arrays[out] = np.zeros(size, np.uint8)
-        return Step("pack", "", [int(Form.RAZOR_CENTERED), 1, rows, cols, keep], [], [x, out])
+        return Step("pack", "", [int(Form.RAZOR_CENTERED), samples, rows, cols, keep], [], [x, out])
 
     def weight_gradient(self, conv: list[int], sparsity: float | None) -> Step:
         """From a dense operand, or one in razor form."""
@@ -188,7 +182,7 @@ class _Bench:
         if sparsity is None:
             (x,) = self.buffers(4 * n * ih * iw * ic)
             return Step("conv_grad_weight", "", [*conv, 0, 0], [], [x, dy, g])
-        packing = self.pack(ih * iw, ic, sparsity)
+        packing = self.pack(n, ih * iw, ic, sparsity)
         self.seconds(packing, 1)
         return Step(
             "conv_grad_weight", "", [*conv, int(Form.RAZOR_CENTERED), packing.ints[4]], [], [packing.operands[1], dy, g]

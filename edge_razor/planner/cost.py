@@ -27,10 +27,14 @@ DEFAULT_RATES: Mapping[str, float] = {
     "weight product": 25e9,  # weight gradient of a dense operand
     "weight convolution": 12e9,
     "weight depthwise": 3e9,
-    "razor value": 20e9,  # weight gradient of a razor form: multiply-adds with the values kept
-    "razor block": 3e9,  # … and with block means and masks: dense multiply-adds / 64
-    "razor convolution": 10e9,  # the same of k×k taps
-    "razor depthwise": 3e9,
+    # Weight gradient of a razor form: multiply-adds with the values kept, and with block means and masks: dense
+    # multiply-adds / 64.
+    "razor value product": 20e9,
+    "razor block product": 3e9,
+    "razor value convolution": 15e9,
+    "razor block convolution": 3e9,
+    "razor value depthwise": 2e9,
+    "razor block depthwise": 0.1e9,
     "attention": 12e9,
     "attention_grad": 10e9,
     "pack bytes": 2e9,  # of the float32 operand
@@ -94,9 +98,8 @@ def step_seconds(step: Step, rates: Rates) -> float:
         if step.ints[_CONV_SHAPE] in (Form.DENSE, Form.BF16):
             return seconds + step_multiply_adds(dense) / rate[f"weight {_shape_class(step)}"]
         shape = _shape_class(step)
-        values = "razor value" if shape == "product" else f"razor {shape}"
-        seconds += step_multiply_adds(step) / rate[values]
-        return seconds + step_multiply_adds(dense) / 64 / rate["razor block"]
+        seconds += step_multiply_adds(step) / rate[f"razor value {shape}"]
+        return seconds + step_multiply_adds(dense) / 64 / rate[f"razor block {shape}"]
     if step.kernel in ("conv", "conv_grad_input"):
         return seconds + step_multiply_adds(step) / rate[_shape_class(step)] + step_bytes(step) / (4 * rate["bytes"])
     if step.kernel in ("attention", "attention_grad"):

@@ -159,9 +159,14 @@ class HarmModel:
                 first, second = reach.get(name, (nothing, nothing))
                 reach[name] = (first | own, second | onward)
         return {
-            name: Fed(tuple(sorted(own)), sum(self.share[p] for p in own), sum(self.share[p] for p in onward - own))
+            name: Fed(tuple(sorted(own)), self._shared(own), self._shared(onward - own))
             for name, (own, onward) in reach.items()
         }
+
+    def _shared(self, names: frozenset[str]) -> float:
+        return math.fsum(
+            self.share[name] for name in names
+        )  # whatever the set's order, which is another in each process
 
     def harm(self, choice: Choice, fed: Fed) -> float:
         """Expected squared relative error of the whole gradient if `choice` keeps the value that feeds `fed`."""

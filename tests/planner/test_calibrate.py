@@ -47,7 +47,7 @@ def test_a_device_is_measured_once_for_each_number_of_threads(cache: Path, count
     assert counted == [1, 2] and len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 1, "rates": {}}', "nan", "other device", "binary"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 2, "rates": {}}', "nan", "other device", "binary"])
 def test_a_damaged_cache_is_measured_again(cache: Path, counted: list[int], damage: str) -> None:
     module.device_rates(1)
     (path,) = cache.iterdir()
