@@ -18,6 +18,7 @@ from edge_razor.errors import (
     EdgeRazorError,
     NonFiniteError,
     PlanError,
+    RunLockedError,
     UnsupportedOpError,
     UsageError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "NonFiniteError",
     "Plan",
     "PlanError",
+    "RunLockedError",
     "Trainer",
     "UnsupportedOpError",
     "UsageError",

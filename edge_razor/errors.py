@@ -13,6 +13,7 @@ __all__ = [
     "EdgeRazorError",
     "NonFiniteError",
     "PlanError",
+    "RunLockedError",
     "UnsupportedOpError",
     "UsageError",
 ]
@@ -56,6 +57,10 @@ class PlanError(EdgeRazorError):
 
 class CheckpointError(EdgeRazorError):
     """A checkpoint is missing, damaged, or belongs to another bundle."""
+
+
+class RunLockedError(EdgeRazorError):
+    """Another process is training in the run directory."""
 
 
 class DataError(EdgeRazorError):

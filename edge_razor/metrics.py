@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,35 @@ __all__ = ["MetricsLog", "correct_count", "loss_sum"]
 class MetricsLog:
     """Appends to a run's `metrics.jsonl`. Every line has `event` ("step", "epoch", …) and `update`."""
 
-    def __init__(self, path: Path, resume_at: int | None = None) -> None:
-        """`resume_at`: drop what was logged after that update; None: start an empty file."""
-        kept = []
-        if resume_at is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["update"] <= resume_at:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
-                    continue
+    def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
+        """`resume_at`: (update, epoch) at which the run goes on: what was logged later, and will be again, is dropped;
+        None: start an empty file."""
         with replacing(path) as file:
-            file.write("".join(kept).encode())
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            if resume_at is not None and path.exists():
+                with open(path, "rb") as old:  # line by line: the log of a long run is larger than the cap may allow
+                    file.writelines(line for line in old if _is_before(line, *resume_at))
+        self._file = open(path, "ab")  # noqa: SIM115
 
     def write(self, event: str, update: int, **values: Any) -> None:
         """Appends one line and hands it to the operating system."""
-        self._file.write(json.dumps({"event": event, "update": update, **values}) + "\n")
+        self._file.write((json.dumps({"event": event, "update": update, **values}) + "\n").encode())
         self._file.flush()
+
+    def sync(self) -> None:
+        """Makes what was written durable: a checkpoint that is newer must not survive alone."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_before(line: bytes, update: int, epoch: int) -> bool:
+    try:
+        entry = json.loads(line)
+        is_epoch = entry["event"] == "epoch"
+        return line.endswith(b"\n") and entry["update"] <= update and not (is_epoch and entry["epoch"] >= epoch)
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
+        return False
 
 
 def loss_sum(

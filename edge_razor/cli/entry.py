@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,15 @@ from edge_razor.errors import EdgeRazorError
 __all__ = ["main"]
 
 INTERRUPTED = 130
+_NO_SPACE = "; free some space and start again (train: with --resume; what was saved before is whole)"
+_REMEDIES = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: "; raise the limit on file sizes (ulimit -f), or choose another place",
+    errno.EROFS: "; choose a directory that can be written",
+    errno.EACCES: "; change its permissions, or choose another place",
+    errno.EIO: "; the disk fails: check it (dmesg), and start again elsewhere",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,14 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(exit.code or 0)
     except EdgeRazorError as error:
         return _fail(str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", getattr(error, "exit_status", INTERRUPTED))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing to report, and nobody to report it to
         return 0
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{name}{error.strerror or error}", 4)
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        return _fail(f"{name}{error.strerror or error}{remedy}", 4)
     except MemoryError:
         return _fail("out of memory: the system refused an allocation; lower --mem-budget or --batch-size", 3)
     except ModuleNotFoundError as error:

@@ -78,10 +78,14 @@ class Progress:
             text += f", validation loss {validation['loss']:.4f}"
             if validation["accuracy"] is not None:
                 text += f", accuracy {validation['accuracy']:.2%}"
+        self.message(text)
+
+    def message(self, text: str) -> None:
+        """Shows a line of text."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:
-            print(text)
+            print(text, flush=True)
 
 
 def _clock(seconds: float) -> str:
