@@ -206,7 +206,7 @@ _ERRORS: dict[int, type[Exception]] = {
     1: UsageError,
     2: PlanError,
     3: BundleError,
-    4: EdgeRazorError,
+    4: MemoryError,
     5: NonFiniteError,
     6: OSError,
 }
@@ -216,7 +216,7 @@ def check(status: int) -> None:
     """Raises what a status other than ``ER_OK`` stands for, with the library's message.
 
     Raises:
-        UsageError, PlanError, BundleError, NonFiniteError, EdgeRazorError (out of memory), OSError (I/O).
+        UsageError, PlanError, BundleError, NonFiniteError, MemoryError, OSError (I/O).
     """
     if status:
         message = library().er_last_error().decode("utf-8", "replace")

@@ -83,7 +83,7 @@ class Session:
 
     Raises:
         PlanError: the plan is truncated, altered, of another version, or inconsistent.
-        EdgeRazorError: memory or threads cannot be had.
+        MemoryError: memory or threads cannot be had.
     """
 
     def __init__(self, plan: bytes, share: Session | None = None) -> None:

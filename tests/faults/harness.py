@@ -21,7 +21,7 @@ from edge_razor.errors import CheckpointError
 from tests.bundles import write_linear_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-FAIL, KILL, POWER_KEEPS_NAMES, POWER_UNDOES_NAMES = range(4)  # shim.c
+FAIL, KILL, POWER_KEEPS_NAMES, POWER_UNDOES_NAMES, POWER_AND_LYING_DISK = range(5)  # shim.c
 
 
 def build_shim(directory: Path) -> Path:
@@ -49,7 +49,7 @@ class Fault:
     least_bytes: int = 0
 
     def __str__(self) -> str:
-        what = ("fails", "is a kill", "loses power", "loses power and names")[self.action]
+        what = ("fails", "is a kill", "loses power", "loses power and names", "loses power, no sync")[self.action]
         return f"{self.kind} {self.n} {what} ({errno.errorcode[self.error]}{', sticky' if self.sticky else ''})"
 
 
@@ -72,7 +72,18 @@ class Harness:
         if main(["plan", str(bundle), "-o", str(plan), *options]):
             raise Broken("the workload cannot be planned")
         self.arguments = ["train", str(bundle), "--data", str(directory / "data.npz"), "--out", str(self.run)]
-        self.arguments += ["--plan", str(plan), "--epochs", "2", "--lr", "0.1", "--log-every", "1", "--val-split", "0.2"]
+        self.arguments += [
+            "--plan",
+            str(plan),
+            "--epochs",
+            "2",
+            "--lr",
+            "0.1",
+            "--log-every",
+            "1",
+            "--val-split",
+            "0.2",
+        ]
         self.arguments += ["--checkpoint-every", "3", "--schedule", "linear", "--optimizer", "adamw"]
         environment = {**os.environ, "LD_PRELOAD": str(build_shim(directory)), "OPENBLAS_NUM_THREADS": "1"}
         self.server = subprocess.Popen(

@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 enum kind { WRITE, FSYNC, RENAME, OPEN, MMAP, ALLOC, UNLINK, MKDIR, KINDS };
-enum action { FAIL = 0, KILL = 1, POWER_KEEPS_NAMES = 2, POWER_UNDOES_NAMES = 3 };
+enum action { FAIL = 0, KILL = 1, POWER_KEEPS_NAMES = 2, POWER_UNDOES_NAMES = 3, POWER_AND_LYING_DISK = 4 };
 #define ANY KINDS /* counts every call on files */
 #define NOTES 512
 
@@ -82,7 +82,7 @@ static void parent_of(const char* path, char* out) {
 }
 
 static void note_sync(int fd) {
-  if (action < POWER_KEEPS_NAMES) return;
+  if (action < POWER_KEEPS_NAMES || action == POWER_AND_LYING_DISK) return;
   struct stat status, other;
   if (fstat(fd, &status)) return;
   const int i = find_dirty(fd);
