@@ -119,10 +119,10 @@ def main() -> None:
         shutil.rmtree(directory)
     header = ("fault", "run", "faults", "run went on", "refused with one clear error", "died", "promises broken")
     body = f"""A run of 8 steps in 2 epochs with evaluation, AdamW, a checkpoint every 3 steps, two kept. The fault
-comes at the first such call, at the second, and so on until a run passes untouched. After each: there is a whole checkpoint if
-there was one before, and the resumed run ends with the same checkpoint file, byte for byte, and the same metrics as a
-run that was never disturbed. Losing power takes half of the data that were not synced, and undoes, or does not, the
-changes of directories that were not synced (docs/checkpoints.md).
+comes at the first such call, at the second, and so on until a run passes untouched. After each: there is a whole
+checkpoint if there was one before, and the resumed run ends with the same checkpoint file, byte for byte, and the same
+metrics as a run that was never disturbed. Losing power takes half of the data that were not synced, and undoes, or
+does not, the changes of directories that were not synced (docs/checkpoints.md).
 
 {markdown_table(header, rows)}
 """
