@@ -130,9 +130,9 @@ def main() -> None:
             )
     header = ("run", "steps", "resident memory, MB", "difference, kB", "threads", "open files")
     parts = ("first", *(f"{tenth}0 %" for tenth in range(1, 10)), "last")
-    body = f"""`edge-razor train` with evaluation and a checkpoint after each epoch and every 500 steps. Lowest to highest
-after the first tenth of the steps; threads and files as seen from outside, 50 times a second (the thread that reads
-data comes and goes with each epoch).
+    body = f"""`edge-razor train` with evaluation and a checkpoint after each epoch and every 500 steps. Lowest to
+highest after the first tenth of the steps; threads and files as seen from outside, 50 times a second (the thread that
+reads data comes and goes with each epoch).
 
 {markdown_table(header, rows)}
 Resident memory in the course of the run, MB:
