@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from benchmarks.common import markdown_table, write_result
 from benchmarks.models import LANGUAGE, NAMES, bundle
