@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.faults.harness import (
     FAILURES,
     KILL,
     POWER_KEEPS_NAMES,
+    POWER_UNDOES_NAMES,
     Broken,
     Fault,
     Harness,
@@ -31,13 +34,58 @@ from tests.faults.harness import (
     sweep,
 )
 
-DEATH_NAMES = {KILL: "kill -9 at the call", POWER_KEEPS_NAMES: "power lost: unsynced data"}
+DEATH_NAMES = {
+    KILL: "kill -9 at the call",
+    POWER_KEEPS_NAMES: "power lost: unsynced data",
+    POWER_UNDOES_NAMES: "power lost: unsynced data and names",
+}
 
 
-def row(what: str, start: str, figures: Sweep) -> tuple[Any, ...]:
-    print(what, start, figures, flush=True)
+Row = tuple[str, str, Sweep]  # what happens, to a new or a resumed run, and how it ended
+
+
+def cells(what: str, start: str, figures: Sweep) -> tuple[Any, ...]:
     faults = figures.survived + figures.refused + figures.died
     return (what, start, faults, figures.survived, figures.refused, figures.died, len(figures.problems))
+
+
+def in_harness(measure: Callable[[Harness], list[Row]]) -> list[Row]:
+    directory = harness_directory()
+    harness = Harness(directory)
+    try:
+        return measure(harness)
+    finally:
+        harness.close()
+        shutil.rmtree(directory)
+
+
+def starts(harness: Harness) -> tuple[tuple[str, Path | None], ...]:
+    return (("new", None), ("resumed", stopped_run(harness, harness.directory)))
+
+
+def noted(what: str, start: str, figures: Sweep) -> Row:
+    print(what, start, figures, flush=True)
+    return what, start, figures
+
+
+def allocation_rows(harness: Harness, step: int) -> list[Row]:
+    fault = Fault("alloc", 1, errno.ENOMEM)
+    return [noted("allocation: ENOMEM", name, sweep(harness, fault, start, step)) for name, start in starts(harness)]
+
+
+def other_rows(harness: Harness, options: argparse.Namespace) -> list[Row]:
+    rows = []
+    for name, start in starts(harness):
+        for kind, error, sticky in FAILURES:
+            figures = sweep(harness, Fault(kind, 1, error, sticky), start)
+            rows.append(noted(f"{kind}: {errno.errorcode[error]}{', and ever after' if sticky else ''}", name, figures))
+        for action in DEATHS:
+            figures = sweep(harness, Fault("any", 1, action=action), start)
+            rows.append(noted(DEATH_NAMES[action], name, figures))
+    forked, whole = kills(harness, options.kills, random.Random(options.seed), options.processes)
+    rows.append(noted("kill -9 at a random moment", "both", forked))
+    rows.append(noted("kill -9 of a whole process", "new", whole))
+    return rows
 
 
 def kills(harness: Harness, count: int, generator: random.Random, processes: int) -> tuple[Sweep, Sweep]:
@@ -90,33 +138,11 @@ def main() -> None:
     parser.add_argument("--allocation-step", type=int, default=1, help="every how manieth allocation fails")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    directory = harness_directory()
-    harness = Harness(directory)
-    rows, problems = [], []
-    try:
-        stopped = stopped_run(harness, directory)
-        starts: tuple[tuple[str, Path | None], ...] = (("new", None), ("resumed", stopped))
-        for name, start in starts:
-            for kind, error, sticky in FAILURES:
-                figures = sweep(harness, Fault(kind, 1, error, sticky), start)
-                rows.append(
-                    row(f"{kind}: {errno.errorcode[error]}{', and ever after' if sticky else ''}", name, figures)
-                )
-                problems += figures.problems
-            figures = sweep(harness, Fault("alloc", 1, errno.ENOMEM), start, options.allocation_step)
-            rows.append(row("allocation: ENOMEM", name, figures))
-            problems += figures.problems
-            for action in DEATHS:
-                figures = sweep(harness, Fault("any", 1, action=action), start)
-                rows.append(row(DEATH_NAMES.get(action, "power lost: unsynced data and names"), name, figures))
-                problems += figures.problems
-        forked, whole = kills(harness, options.kills, random.Random(options.seed), options.processes)
-        rows.append(row("kill -9 at a random moment", "both", forked))
-        rows.append(row("kill -9 of a whole process", "new", whole))
-        problems += [*forked.problems, *whole.problems]
-    finally:
-        harness.close()
-        shutil.rmtree(directory)
+    with ThreadPoolExecutor(2) as pool:  # each with a harness of its own
+        allocations = pool.submit(in_harness, lambda harness: allocation_rows(harness, options.allocation_step))
+        rest = pool.submit(in_harness, lambda harness: other_rows(harness, options))
+        rows = [*rest.result(), *allocations.result()]
+    problems = [problem for _, _, figures in rows for problem in figures.problems]
     header = ("fault", "run", "faults", "run went on", "refused with one clear error", "died", "promises broken")
     body = f"""A run of 8 steps in 2 epochs with evaluation, AdamW, a checkpoint every 3 steps, two kept. The fault
 comes at the first such call, at the second, and so on until a run passes untouched. After each: there is a whole
@@ -124,7 +150,7 @@ checkpoint if there was one before, and the resumed run ends with the same check
 metrics as a run that was never disturbed. Losing power takes half of the data that were not synced, and undoes, or
 does not, the changes of directories that were not synced (docs/checkpoints.md).
 
-{markdown_table(header, rows)}
+{markdown_table(header, [cells(*row) for row in rows])}
 """
     if problems:
         body += "Broken promises:\n\n" + "\n".join(f"- {problem}" for problem in problems[:50]) + "\n\n"
