@@ -62,6 +62,17 @@ def test_every_length_is_exact(name: str, tokens: int, bundles: Callable[[str], 
     assert error <= 2e-4, f"{worst} is off by {error:.1e}"
 
 
+def test_a_short_batch_is_exact(bundles: Callable[[str], Path]) -> None:
+    """Its missing samples have no key in their mask, whose mean is 0/0; nothing of that may reach a gradient."""
+    inputs, target = batch("mean_pooled", 3)
+    loss, expected = torch_gradients(MODELS["mean_pooled"]("sdpa"), inputs, target)
+    with trainer_of(bundles("mean_pooled")) as trainer:
+        ours, found = moves(trainer, inputs, target)
+    assert ours == pytest.approx(loss, rel=1e-5)
+    error, worst = errors(found, expected)
+    assert error <= 2e-4, f"{worst} is off by {error:.1e}"
+
+
 def test_lengths_take_turns_on_one_set_of_parameters(bundles: Callable[[str], Path]) -> None:
     """Padding changes nothing, so that the same texts in any bucket train the same model."""
     inputs, target = batch("mean_pooled", 4)
