@@ -114,7 +114,7 @@ def kills(harness: Harness, count: int, generator: random.Random, processes: int
     harness.clear()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - begin
-    for _ in range(processes):
+    while whole.died < processes:
         harness.clear()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         time.sleep(generator.uniform(0.4, 1) * seconds)  # the first part of it is imports

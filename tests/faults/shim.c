@@ -32,7 +32,7 @@ struct state { /* shared with forked processes */
 };
 static struct state* state;
 static char directory[PATH_MAX];
-static char notes[200];     /* where overwritten and unlinked files stay until the change is synced */
+static char notes[200]; /* where overwritten and unlinked files stay until the change is synced */
 static int kind = -1, error, sticky, action;
 static long nth, least_bytes;
 static _Thread_local int inside; /* a call of our own */
@@ -176,8 +176,7 @@ static int fd_in_directory(int fd) {
 
 /* What to arm: kind -1 counts only. `at_least`: smaller allocations do not count. Begins counting from zero. */
 void fault_arm(int what, long number, int with, int stays, int how, long at_least, const char* where) {
-  if (!state)
-    state = mmap(NULL, sizeof *state, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (!state) state = mmap(NULL, sizeof *state, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   memset((void*)state, 0, sizeof *state);
   kind = what, nth = number, error = with, sticky = stays, action = how, least_bytes = at_least;
   snprintf(directory, sizeof directory, "%s", where);
@@ -192,7 +191,7 @@ void fault_state(long* out) {
 
 /* ---- The calls ---- */
 
-#define REAL(name) \
+#define REAL(name)               \
   static __typeof__(&name) real; \
   if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
