@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,41 @@ class MetricsLog:
             if resume_at is not None and path.exists():
                 with open(path, "rb") as old:  # line by line: the log of a long run is larger than the cap may allow
                     file.writelines(line for line in old if _is_before(line, *resume_at))
-        self._file = open(path, "ab")  # noqa: SIM115
+        self._path = path
+        # Unbuffered: a buffer that a full disk refused would be written, and refused, once more when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, event: str, update: int, **values: Any) -> None:
-        """Appends one line and hands it to the operating system."""
-        self._file.write((json.dumps({"event": event, "update": update, **values}) + "\n").encode())
-        self._file.flush()
+        """Appends one line and hands it to the operating system.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        rest = memoryview((json.dumps({"event": event, "update": update, **values}) + "\n").encode())
+        with self._naming():
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
-        """Makes what was written durable: a checkpoint that is newer must not survive alone."""
-        os.fsync(self._file.fileno())
+        """Makes what was written durable: a checkpoint that is newer must not survive alone.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        with self._naming():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Errors of an open file do not say which."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
 
 def _is_before(line: bytes, update: int, epoch: int) -> bool:
