@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from edge_razor.checkpointing import Every
 from edge_razor.data.loader import Batch
-from edge_razor.errors import DataError
+from edge_razor.errors import DataError, MemoryCapError
 from edge_razor.memory import peak_rss_bytes, rss_bytes
 from edge_razor.run_directory import RunDirectory
 from edge_razor.throttle import Throttle
@@ -37,14 +37,16 @@ class Events:
     on_step: Callable[[dict[str, Any]], None] = lambda figures: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda figures: None
     on_message: Callable[[str], None] = lambda text: None
+    between_steps: Callable[[], None] = lambda: None
     should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True)
 class FitResult:
-    """Figures of a finished or interrupted run."""
+    """Figures of a finished or interrupted run. `alarm`: memory grew close to the cap, which ended it."""
 
     interrupted: bool = False
+    alarm: MemoryCapError | None = None
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0  # without pauses
@@ -78,7 +80,8 @@ def fit(
         checkpoint_every: steps or seconds between checkpoints, beside the one after each epoch.
         keep: how many checkpoints stay.
         throttle: pauses between steps and batches of an evaluation; a checkpoint is written when one begins.
-        events: callbacks: figures of each step and each epoch, messages, and whether to stop (asked between batches).
+        events: callbacks: figures of each step and each epoch, messages; after each step a place to change the
+            trainer's budget; and whether to stop (asked between batches).
         extra: JSON-able values to keep in the checkpoint.
 
     Raises:
@@ -95,12 +98,14 @@ def fit(
             run = stack.enter_context(RunDirectory(out, trainer, checkpoint_every, keep, extra or {}))
         try:
             _epochs(trainer, train, epochs, validation, run, log_every, throttle, events, result)
-        except (_Stopped, DataError) as error:
+        except (_Stopped, MemoryCapError, DataError) as error:  # each between two steps
             result.interrupted = True
             if run is not None:
                 run.save()
             if isinstance(error, DataError):
                 raise
+            if isinstance(error, MemoryCapError):
+                result.alarm = error
     result.peak_rss_bytes = peak_rss_bytes()
     return result
 
@@ -123,6 +128,7 @@ def _epochs(
     if throttle is not None:
         throttle.start()
     start = time.perf_counter()
+    logged, logged_at = 0, 0.0  # samples and seconds at the last logged step
 
     def check() -> None:
         if events.should_stop():
@@ -161,9 +167,19 @@ def _epochs(
             }
             if throttle is not None:
                 figures["paused_seconds"] = round(result.paused_seconds, 3)
+            spill = trainer.spill_info()
+            if spill.file_bytes:
+                figures["spill_written_bytes"] = spill.written_bytes
+                figures["spill_waited_seconds"] = round(spill.waited_seconds, 3)
             events.on_step(figures)
             if run is not None and (trainer.update % log_every == 0 or trainer.update == 1):
-                run.log.write("step", trainer.update, **figures)
+                recent = (result.samples - logged) / (result.seconds - logged_at)
+                run.log.write("step", trainer.update, **figures, recent_samples_per_second=recent)
+                logged, logged_at = result.samples, result.seconds
+            plan = trainer.plan
+            events.between_steps()
+            if trainer.plan is not plan and run is not None:
+                run.write_plan()
             check()
             if run is not None:
                 run.save_if_due()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_razor.checkpointing import Every
+from edge_razor.memory import peak_rss_bytes
 from edge_razor.metrics import MetricsLog
 from edge_razor.run_lock import run_lock
 from edge_razor.tensors import make_directory, remove_leftovers, replacing
@@ -42,11 +43,11 @@ class RunDirectory:
             make_directory(self.path)
             stack.enter_context(run_lock(self.path))
             remove_leftovers(self.path)
-            with replacing(self.path / "plan.json") as file:
-                file.write((json.dumps(trainer.plan.summary, indent=2) + "\n").encode())
+            self.write_plan()
             resume_at = (trainer.update, trainer.position[0]) if trainer.update else None
             self.log = MetricsLog(self.path / "metrics.jsonl", resume_at)
             stack.callback(self.log.close)
+            stack.push(self._log_memory)
             if trainer.update == 0:
                 self.save()  # shows that the disk takes it, and a good checkpoint exists whatever happens
             if self._every is not None:
@@ -54,8 +55,23 @@ class RunDirectory:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _log_memory(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The last line of a run's part, unless the disk refused one before."""
+        if kind is None or not issubclass(kind, OSError):
+            samples = self._trainer.guard.history()
+            self.log.write("memory", self._trainer.update, peak_rss_bytes=peak_rss_bytes(), samples=samples)
+
+    def write_plan(self) -> None:
+        """Writes plan.json: at the beginning, and when the plan was changed.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with replacing(self.path / "plan.json") as file:
+            file.write((json.dumps(self._trainer.plan.summary, indent=2) + "\n").encode())
 
     def save_if_due(self) -> None:
         """Saves after a step if it is time to."""

@@ -60,7 +60,7 @@ def make(bundle: Path, made: Plan) -> Trainer:
 def logged(out: Path) -> list[list[Any]]:
     keys = ("event", "update", "epoch", "loss", "lr", "validation")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(key) for key in keys] for line in lines]
+    return [[line.get(key) for key in keys] for line in lines if line["event"] != "memory"]
 
 
 class StopAfter:

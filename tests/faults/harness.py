@@ -149,7 +149,7 @@ class Harness:
         """The newest checkpoint's file, and the metrics without what depends on the machine."""
         keys = ("event", "update", "epoch", "loss", "lr", "validation")
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
-        metrics = [[line.get(key) for key in keys] for line in lines]
+        metrics = [[line.get(key) for key in keys] for line in lines if line["event"] != "memory"]
         return checkpoint_files(self.run)[0].read_bytes(), metrics
 
     def check(self, what: object, answer: dict[str, Any], must_exist: bool) -> None:
