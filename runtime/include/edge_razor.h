@@ -94,6 +94,13 @@ ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t sl
                                 uint64_t elements);
 ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data,
                                uint64_t elements);
+/* Copies elements first … first + elements − 1 (torch order) of a parameter, or of its optimizer state tensor `slot`;
+ * slot = ER_PARAMETER means the parameter itself. So a file is written and read through a buffer of any size. */
+#define ER_PARAMETER 0xffffffffu
+ER_API er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
+                                uint64_t elements);
+ER_API er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
+                               uint64_t elements);
 /* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the
  * right shape; other tensors are ignored. Saving writes `path` in place; the caller renames. */
 ER_API er_status er_weights_load(er_session* session, const char* path);
