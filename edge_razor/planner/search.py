@@ -289,7 +289,7 @@ class Search:
     @cached_property
     def levels(self) -> list[Level]:
         """Nothing, then sets of values to make again, and if allowed what to put into the spill file."""
-        again = recompute_levels(self.graph)
+        again = [frozenset[str](), *filter(None, recompute_levels(self.graph))]
         step = max(1.0, (len(again) - 1) / (MAX_LEVELS - 1))
         levels = [Level("recompute", again[round(i * step)]) for i in range(min(len(again), MAX_LEVELS))]
         if self.settings.spill:

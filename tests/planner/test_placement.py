@@ -20,7 +20,7 @@ from .networks import Built, Network
 from .verifier import meaning, verify
 
 
-def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centered") -> Candidate:
+def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centered", limit: float = 1.05) -> Candidate:
     """Plans one candidate and checks schedule and placement of both programs."""
     search = Search(graph_of(built), settings(razor=razor))
     candidate = search.candidate(sparsity, micro_batch)
@@ -32,7 +32,7 @@ def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centere
     expected = meaning([*plain.steps, *updates], plain.inputs)
     assert meaning(candidate.train.steps, candidate.train.inputs) == expected
     assert len(expected) == len(search.graph.gradients)
-    assert arena <= 1.05 * max(candidate.peak_live, 1)
+    assert arena <= limit * max(candidate.peak_live, 1)
     return candidate
 
 
@@ -40,7 +40,7 @@ def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centere
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
 @pytest.mark.parametrize("micro_batch", [8, 1])
 def test_mobile_network(mobile: tuple[Network, Built], sparsity: float, micro_batch: int, razor: str) -> None:
-    check(mobile[1], sparsity, micro_batch, razor)
+    check(mobile[1], sparsity, micro_batch, razor, 1.03)
 
 
 @st.composite
