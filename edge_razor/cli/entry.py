@@ -1,6 +1,7 @@
 """Entry point: dispatches to the commands and turns every error into one or two lines and an exit status.
 
-0 done, 2 usage, 3 the cap cannot be met or was nearly passed, 4 bad model, data or checkpoint; 130 after an interrupt, as shells expect.
+0 done, 2 usage, 3 the cap cannot be met or was nearly passed, 4 bad model, data or checkpoint; 130 after an interrupt,
+as shells expect.
 """
 
 from __future__ import annotations
