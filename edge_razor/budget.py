@@ -79,8 +79,8 @@ def _cgroup_headroom(root: Path, held: int) -> Iterator[tuple[str, int]]:
     """(what it is, bytes left) for every memory cgroup with a limit that this process is in.
 
     File pages that were not used lately count in a group's usage, but the kernel drops them before it refuses memory.
-    Library pages that another group has paid for count in this process's resident memory alone (`held`); a cap above the
-    group's limit would be of no use all the same.
+    Library pages that another group has paid for count in this process's resident memory (`held`) alone; a cap above
+    the group's limit would be of no use all the same.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
