@@ -37,8 +37,7 @@ def torch_gradients(x: np.ndarray, y: np.ndarray, sparsity: float, form: str) ->
     return {name: p.grad.numpy().astype(np.float64) for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("form", ["centered", "plain"])
-@pytest.mark.parametrize("samples", [4, 3])
+@pytest.mark.parametrize(("form", "samples"), [("centered", 4), ("plain", 3)])
 def test_errors_are_those_of_the_definition(bundle: Path, form: str, samples: int) -> None:
     x, y = small_data(samples)
     with Probe(bundle, sparsities=(0.5, 0.9), razor=form, batch_size=4, threads=2) as probe:
