@@ -109,6 +109,10 @@ def fit(
                     "samples_per_second": result.samples / result.seconds,
                     "rss_bytes": rss_bytes(),
                 }
+                spill = trainer.spill_info()
+                if spill.file_bytes:
+                    figures["spill_written_bytes"] = spill.written_bytes
+                    figures["spill_waited_seconds"] = round(spill.waited_seconds, 3)
                 events.on_step(figures)
                 if log is not None and (trainer.update % log_every == 0 or trainer.update == 1):
                     recent = (result.samples - logged) / (result.seconds - logged_at)

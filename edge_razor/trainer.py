@@ -25,10 +25,11 @@ from edge_razor.manifest import IGNORE_INDEX
 from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
-from edge_razor.runtime import Session, abi_version
+from edge_razor.runtime import Session, SpillInfo, abi_version
 from edge_razor.schedule import Schedule
 from edge_razor.tensors import TensorSpec
 from edge_razor.to_peft import merged
+from edge_razor.units import format_bytes
 
 __all__ = ["Trainer", "bundle_of", "check_bundle"]
 
@@ -76,6 +77,11 @@ class Trainer:
         micro_batch: int | None = None,
         plan: Plan | None = None,
         data_bytes: int | None = None,
+        prefer: str = "balanced",
+        allow_freeze: int = 0,
+        harm: str | os.PathLike[str] | None = None,
+        choices: Mapping[str, Any] | None = None,
+        spill_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         """Plans (in a child process) unless a plan is given, opens the session and loads the bundle's weights.
 
@@ -84,7 +90,7 @@ class Trainer:
             mem_budget: cap on the resident memory of this process: bytes, "128MB" or "512MiB"; "auto": what is free now
                 less a margin (`edge_razor.budget`); None: no cap.
             batch_size: samples of a full batch; `step` takes 1 … batch_size.
-            sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": the least that fits.
+            sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": chosen for each value.
             razor: "centered" or "plain".
             optimizer: "sgd" (momentum, nesterov, weight_decay) or "adamw" (betas, eps, weight_decay), as in torch.
             lr: base learning rate.
@@ -95,9 +101,17 @@ class Trainer:
             plan: a plan made ahead for this bundle; then everything that it fixes is taken from it, and
                 `mem_budget`, `batch_size`, `sparsity`, `razor`, the optimizer and `threads` are ignored.
             data_bytes: what the caller's data will hold while training; None: one float32 batch.
+            prefer: with sparsity "auto": "balanced" takes the least error of the gradient that the cap allows, "exact"
+                none, "fast" the least time.
+            allow_freeze: so many early layers may stay untrained if the cap asks for it.
+            harm: harm table of `edge-razor fidelity`; None: usual errors of each form.
+            choices: `plan.summary["choices"]` of an earlier plan, to be taken again; checkpoints have it.
+            spill_dir: directory for the file in which a plan may keep tensors until the backward pass; None: no plan
+                that does is made or taken. The file has no name, so that nothing is left behind.
 
         Raises:
             BudgetError, BundleError, PlanError, UsageError.
+            OSError: the spill file cannot be made, or the disk has no room for it.
         """
         if not (np.isfinite(lr) and lr >= 0):
             raise UsageError(f"learning rate must be a number, 0 or more, not {lr}")
@@ -130,10 +144,15 @@ class Trainer:
             "micro_batch": micro_batch,
             "base_bytes": rss_bytes(),
             "data_bytes": data_bytes,
+            "prefer": prefer,
+            "allow_freeze": allow_freeze,
+            "harm": None if harm is None else os.fspath(harm),
+            "spill": spill_dir is not None,
         }
+        self._spill_dir = spill_dir
         if plan is None:
             budget = resolve_budget(mem_budget)
-            plan = plan_in_child(self.bundle.path, mem_budget=budget.bytes, **self._planning)
+            plan = plan_in_child(self.bundle.path, mem_budget=budget.bytes, choices=choices, **self._planning)
         self.lr = lr
         self.seed = seed
         self.update = 0
@@ -148,9 +167,14 @@ class Trainer:
 
     def _open(self, plan: Plan) -> None:
         """Opens the sessions of a plan; parameters and state are zero."""
-        session = Session(plan.binary)
+        session = Session(plan.binary, spill_dir=self._spill_dir)
         try:
-            self._shorter = {tokens: Session(data, session) for tokens, data in plan.buckets.items()}
+            spilled = session.spill_info().file_bytes
+            if spilled and self._spill_dir is None:
+                raise UsageError(f"the plan keeps {format_bytes(spilled)} in a file: give spill_dir (--spill-dir DIR)")
+            self._shorter = {
+                tokens: Session(data, session, spill_dir=self._spill_dir) for tokens, data in plan.buckets.items()
+            }
         except BaseException:
             session.close()
             raise
@@ -181,6 +205,12 @@ class Trainer:
         return tuple(name for name, p in self._parameters.items() if p.trainable)
 
     @property
+    def _saved(self) -> list[str]:
+        """What a checkpoint holds: also what the present plan has frozen, which an earlier one may have trained."""
+        allowed = set(self.bundle.manifest.trainable)
+        return [name for name, p in self._parameters.items() if p.trainable or name in allowed]
+
+    @property
     def classes(self) -> int | None:
         """Number of classes for cross-entropy, else None."""
         return self.bundle.manifest.class_count
@@ -207,6 +237,7 @@ class Trainer:
         Raises:
             UsageError: wrong shape, type or label, or NaN or infinity in the inputs; nothing was changed.
             NonFiniteError: the loss became NaN or infinite; the update was not made.
+            OSError: the spill file cannot be written or read: go on from the last checkpoint.
             MemoryCapError: memory grew close to the cap, beyond the plan; nothing was changed: save and end, or
                 set another budget.
         """
@@ -382,7 +413,9 @@ class Trainer:
         return {
             "batch_size": self.plan.batch_size,
             "micro_batch": self.plan.micro_batch,
-            "sparsity": self.plan.sparsity,
+            "sparsity": self.plan.sparsity if summary["choices"] is None else "auto",
+            "choices": summary["choices"],
+            "prefer": summary["prefer"],
             "razor": summary["razor"],
             "optimizer": optimizer["name"],
             "lr": self.lr,
@@ -405,7 +438,7 @@ class Trainer:
             OSError: the disk is full or not writable; the old checkpoint stays.
         """
         specs: dict[str, TensorSpec] = {}
-        for name in self.trainable:
+        for name in self._saved:
             specs[name] = TensorSpec(np.dtype("<f4"), tuple(self._parameters[name].shape))
         for name in self.trainable:
             for slot in self._state_names(name):
@@ -455,18 +488,19 @@ class Trainer:
         """
         check_bundle(checkpoint, self.bundle)
         names = {name for name in checkpoint.tensors if not name.startswith("optimizer/")}
-        if names != set(self.trainable):
-            other = sorted(names ^ set(self.trainable))[0]
+        if names != set(self._saved):
+            other = sorted(names ^ set(self._saved))[0]
             raise CheckpointError(f"{checkpoint.path}: trains other parameters than the bundle ({other!r})")
         try:
             update = int(checkpoint.state["update"])
             epoch, batch = (int(v) for v in checkpoint.state["position"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path}: has no valid step or data position; it is damaged") from error
-        for name in self.trainable:
+        for name in self._saved:
             self._session.write_parameter(name, checkpoint.read(name))
             for index, slot in enumerate(self._state_names(name)):
-                self._session.write_state(name, index, checkpoint.read(f"optimizer/{slot}/{name}"))
+                if f"optimizer/{slot}/{name}" in checkpoint.tensors:  # not if the parameter was frozen then
+                    self._session.write_state(name, index, checkpoint.read(f"optimizer/{slot}/{name}"))
         self.update = update
         self.position = (epoch, batch)
         asked = checkpoint.state.get("asked")
@@ -511,6 +545,10 @@ class Trainer:
     def peak_rss_bytes(self) -> int:
         """Highest resident memory of this process so far."""
         return peak_rss_bytes()
+
+    def spill_info(self) -> SpillInfo:
+        """Size of the spill file, and the bytes that were written to it and read back so far; 0 if there is none."""
+        return self._session.spill_info()
 
     def profile(self, enabled: bool) -> None:
         """Starts (counting from zero) or stops timing of every step of the plan."""

@@ -167,8 +167,18 @@ def _add_planning(parser: _Parser) -> None:
     add(
         "--sparsity",
         default="auto",
-        help="share of each kept activation dropped, or auto (default): the least that fits",
+        help="share of each kept activation dropped, or auto (default): chosen for each, see --prefer",
     )
+    add(
+        "--prefer",
+        default="balanced",
+        choices=("exact", "balanced", "fast"),
+        help="no error of the gradient; the least that fits (default); or the least time within a bound",
+    )
+    add(
+        "--allow-freeze", type=_at_least(int, 0), default=0, metavar="N", help="so many early layers may stay untrained"
+    )
+    add("--harm", type=Path, metavar="FILE", help="harm table of 'fidelity' (default: usual errors of each form)")
     add("--razor", default="centered", choices=("centered", "plain"), help="how they are kept (default centered)")
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
     add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
@@ -183,6 +193,7 @@ def _add_plan(parser: _Parser) -> None:
     parser.add_argument(
         "--micro-batch", type=_COUNT, metavar="N", help="samples at a time (default: the most that fits)"
     )
+    parser.add_argument("--spill", action="store_true", help="kept values may lie in a file ('train --spill-dir')")
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write the plan as a page: memory, arena, kept values"
@@ -216,6 +227,7 @@ def _add_train(parser: _Parser) -> None:
     flag("--random-crop", "crop training images at random places")
     flag("--skip-bad", "leave unreadable samples out and count them")
     add("--plan", dest="plan_file", type=Path, metavar="FILE", help="plan of 'plan -o'; fixes batch size to threads")
+    add("--spill-dir", type=Path, metavar="DIR", help="let the plan keep tensors in a file there until they are needed")
     flag("--resume", "go on from the checkpoint in the run directory")
     add("--save-every", type=_COUNT, metavar="STEPS", help="checkpoints beside the one after each epoch")
     add("--log-every", type=_COUNT, default=10, metavar="STEPS", help="lines of metrics.jsonl (default 10)")
@@ -311,13 +323,16 @@ def _info(o: argparse.Namespace) -> None:
     run(o.bundle)
 
 
-_PLANNING = ("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay")
+_PLANNING = (
+    *("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay"),
+    *("prefer", "allow_freeze", "harm"),
+)
 
 
 def _plan(o: argparse.Namespace) -> None:
     from .plan import run
 
-    names = (*_PLANNING, "mem_budget", "micro_batch", "threads")
+    names = (*_PLANNING, "mem_budget", "micro_batch", "threads", "spill")
     run(o.bundle, o.output, o.html, o.as_json, {name: getattr(o, name) for name in names})
 
 
@@ -328,7 +343,7 @@ def _train(o: argparse.Namespace) -> int:
     settings = {name: getattr(o, name) for name in names}
     out = o.out or Path("runs") / o.bundle.name.removesuffix(".razor")
     data = ("bundle", "data", "mem_budget", "threads", "epochs", "val_split", "flip", "random_crop", "skip_bad")
-    run_names = ("plan_file", "resume", "save_every", "log_every", "profile")
+    run_names = ("plan_file", "spill_dir", "resume", "save_every", "log_every", "profile")
     options = {name: getattr(o, name) for name in (*data, *run_names)}
     return run(RunOptions(out=out, settings=settings, given=frozenset(o.given), text=_text(o), **options))
 

@@ -58,6 +58,7 @@ class RunOptions:
     random_crop: bool
     skip_bad: bool
     plan_file: Path | None
+    spill_dir: Path | None
     resume: bool
     save_every: int | None
     log_every: int
@@ -121,6 +122,7 @@ def run(options: RunOptions) -> int:
         threads=options.threads,
         plan=plan,
         data_bytes=data_bytes,
+        spill_dir=options.spill_dir,
         **settings,
     )
     alarm = None
@@ -268,6 +270,12 @@ def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitRe
     predicted, budget = trainer.plan.predicted_peak_bytes, trainer.plan.summary["mem_budget"]
     cap = "" if budget is None else f", cap {format_bytes(budget)}"
     print(f"peak resident memory: {format_bytes(result.peak_rss_bytes)} (predicted {format_bytes(predicted)}{cap})")
+    spill = trainer.spill_info()
+    if spill.file_bytes:
+        print(
+            f"spill file: {format_bytes(spill.written_bytes)} written, {format_bytes(spill.read_bytes)} read, "
+            f"waited {spill.waited_seconds:.1f} s for it"
+        )
     if options.profile:
         _show_profile(trainer)
 

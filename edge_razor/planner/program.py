@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["KERNELS", "Buffer", "Program", "Region", "Signature", "Step", "touches"]
+__all__ = ["KERNELS", "Buffer", "Places", "Program", "Region", "Signature", "Step", "touches"]
 
 ALIGNMENT = 64  # bytes; every offset in a plan is a multiple
 
@@ -93,6 +93,9 @@ KERNELS: dict[str, Signature] = {
     "cross_entropy": _signature("logits target dlogits?!", (2, 0)),
     "mse": _signature("prediction target dprediction?!", (2, 0)),
     "bce_logits": _signature("prediction target dprediction?!", (2, 0)),
+    "spill_write": _signature("X"),
+    "spill_read": _signature("X!"),
+    "spill_wait": _signature("X"),
     "sgd": _signature("param! grad momentum?! accumulator?!"),
     "adamw": _signature("param! grad m! v! accumulator?!"),
 }
@@ -100,13 +103,17 @@ KERNELS: dict[str, Signature] = {
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """One kernel call. Operands are whole buffers, in the order of the kernel table, scratch last."""
+    """One kernel call. Operands are whole buffers, in the order of the kernel table, scratch last.
+
+    `backward` says that the step comes after the loss; it is not part of the plan file.
+    """
 
     kernel: str
     label: str
     ints: list[int]
     floats: list[float]
     operands: list[Buffer | None]
+    backward: bool = False
 
     @property
     def layer(self) -> str:
@@ -137,6 +144,19 @@ class Step:
         return self.operands[-1] if signature.scratch and len(self.operands) > signature.operands else None
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Forward buffers that are not simply kept in memory until the backward pass reads them.
+
+    `again`: made again then. `checkpoints`: what that may start from, beside whatever the backward pass reads and the
+    network's inputs. `spilled`: in the spill file in between.
+    """
+
+    again: frozenset[Buffer] = frozenset()
+    checkpoints: frozenset[Buffer] = frozenset()
+    spilled: frozenset[Buffer] = frozenset()
+
+
 @dataclass(slots=True)
 class Program:
     """Steps in execution order. `inputs` are filled before the first step, `outputs` are read after the last."""
@@ -144,6 +164,7 @@ class Program:
     steps: list[Step]
     inputs: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
+    places: Places = Places()
 
 
 def touches(steps: Iterable[Step]) -> dict[Buffer, list[int]]:

@@ -185,6 +185,21 @@ er_status er_predict(er_session* session, const er_array* inputs, uint64_t sampl
   });
 }
 
+er_status er_spill_open(er_session* session, const char* directory) {
+  return guard([&] {
+    if (!session || !directory) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    if (!*directory) return fail(ER_INVALID_ARGUMENT, "the spill directory is empty text");
+    session->open_spill(directory);
+    return ER_OK;
+  });
+}
+
+er_status er_spill_read_info(const er_session* session, er_spill_info* info) {
+  if (!session || !info) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  session->spill_info(info);
+  return ER_OK;
+}
+
 er_status er_profile(er_session* session, int enabled) {
   if (!session) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
   session->profile(enabled != 0);

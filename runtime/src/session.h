@@ -5,6 +5,7 @@
 
 #include "layout.h"
 #include "plan.h"
+#include "spill_file.h"
 
 namespace er {
 
@@ -28,6 +29,7 @@ struct Regions {
   Regions(const Plan& plan);
   Pages arena, params, state;
   ThreadPool pool;
+  std::unique_ptr<SpillFile> spill;  // goes first: its thread works on the arena
 };
 
 class Session {
@@ -47,6 +49,8 @@ class Session {
                        float* loss);
   er_status predict(const er_array* inputs, uint64_t samples, float* const* outputs);
 
+  void open_spill(const char* directory);  // throws Error with ER_IO
+  void spill_info(er_spill_info* info) const;
   er_resident resident() const {
     return {regions_->arena.resident(), regions_->params.resident(), regions_->state.resident()};
   }
@@ -71,6 +75,8 @@ class Session {
   er_status check_labels(const er_array& labels, uint64_t samples, uint64_t* counted) const;
   void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
   er_status run(std::vector<Step>& steps);
+  er_status run_steps(std::vector<Step>& steps);
+  er_status transfer(const Step& step);
 
   const Plan plan_;
   const std::shared_ptr<Regions> regions_;
@@ -78,6 +84,9 @@ class Session {
   std::vector<er_operand> operands_;  // of all steps; calls point into it
   std::vector<Step> train_, eval_;
   std::vector<Port> inputs_, outputs_;
+  std::vector<Transfer> transfers_;  // one a slot of the spill file
+  bool spill_open_ = false;          // with room for this plan
+  bool broken_ = false;              // a step ended halfway
   bool profiling_ = false;
 };
 
