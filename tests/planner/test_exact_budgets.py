@@ -51,22 +51,25 @@ def test_gradients_at_ten_budgets_are_the_unplanned_ones(family: str, tmp_path: 
     built = FAMILIES[family]()
     bundle = write(built, tmp_path / "model.razor")
 
+    spill = family == "bert"  # one family that may use the spill file, too
+
     def planned(budget: int | None, **more: object) -> Plan:
         return plan(bundle, mem_budget=budget, batch_size=BATCH, base_bytes=0, threads=2, **more)  # type: ignore[arg-type]
 
     unlimited = planned(None, sparsity=0)
     with pytest.raises(BudgetError) as refused:
-        planned(1, prefer="exact")
+        planned(1, prefer="exact", spill=spill)
     smallest, largest = refused.value.smallest_budget, unlimited.predicted_peak_bytes
     assert smallest < largest
     dense = {unlimited.micro_batch: gradients(unlimited, built, tmp_path)}
-    ways = set()
+    ways, spilled = set(), False
     for budget in np.linspace(smallest, largest, BUDGETS).astype(int).tolist():
-        made = planned(budget, prefer="exact")
+        made = planned(budget, prefer="exact", spill=spill)
         assert made.predicted_peak_bytes <= budget and made.sparsity == 0
         micro = made.micro_batch
         ways.add((micro, made.summary["recompute_level"]))
         found = gradients(made, built, tmp_path)
+        spilled |= any(row.get("place") == "spill" for row in made.summary["kept"])
         if micro not in dense:
             dense[micro] = gradients(planned(None, sparsity=0, micro_batch=micro), built, tmp_path)
         for name, expected in dense[micro].items():
@@ -74,4 +77,4 @@ def test_gradients_at_ten_budgets_are_the_unplanned_ones(family: str, tmp_path: 
         for name, expected in dense[BATCH].items():  # other micro-batches add up in another order
             tolerance = 1e-5 * max(float(np.abs(expected).max()), 1e-3)
             np.testing.assert_allclose(found[name], expected, rtol=0, atol=tolerance, err_msg=f"{name} at {budget}")
-    assert len(ways) > 1
+    assert len(ways) > 1 and spilled == spill
