@@ -14,7 +14,8 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,8 +104,31 @@ class Bundle:
         Raises:
             BundleError: no such tensor, or the file was truncated after the bundle was opened.
         """
-        try:
+        with self._errors(name):
             return self._weights.read(name)
+
+    def spec(self, name: str) -> TensorSpec:
+        """What weights.safetensors says of a tensor.
+
+        Raises:
+            BundleError: no such tensor.
+        """
+        with self._errors(name):
+            return self.tensors[name]
+
+    def read_parts(self, name: str, buffer: np.ndarray) -> Iterator[np.ndarray]:
+        """One tensor part by part: `edge_razor.tensors.TensorFile.parts`.
+
+        Raises:
+            BundleError: as `read_tensor`.
+        """
+        with self._errors(name):
+            yield from self._weights.parts(name, buffer)
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except KeyError:
             raise BundleError(f"{self.path}: weights.safetensors has no tensor {name!r}") from None
         except (ValueError, OSError) as error:

@@ -36,6 +36,7 @@ def plan(
     batch_size: int = 8,
     sparsity: float | str = "auto",
     razor: str = "centered",
+    attention: str = "recompute",
     optimizer: str = "sgd",
     momentum: float = 0.9,
     nesterov: bool = False,
@@ -60,6 +61,8 @@ def plan(
         batch_size: samples of one optimizer update.
         sparsity: share of each packed value that is dropped, or "auto": chosen for each value.
         razor: "centered" or "plain".
+        attention: "recompute" its probabilities from Q, K and V in the backward pass, or keep the largest
+            "probabilities" of each query, at the same sparsity.
         optimizer, momentum, nesterov, betas, eps, weight_decay: as torch.optim.SGD and AdamW define them.
         threads: worker threads; None: one for each processor that this process may use.
         micro_batch: samples at a time, a divisor of batch_size; None: the largest that fits.
@@ -98,6 +101,7 @@ def plan(
         sparsity=None if sparsity == "auto" else float(sparsity),
         micro_batch=micro_batch,
         razor=razor,
+        attention=attention,
         optimizer=rule,
         threads=threads,
         process_bytes=measure_base() if base_bytes is None else base_bytes,

@@ -51,7 +51,7 @@ def _changes(search: Search) -> Iterator[tuple[str, Graph, Settings]]:
     if settings.sparsity is not None and settings.sparsity < SPARSITY_GRID[-1] and settings.prefer != "exact":
         yield f"sparsity {SPARSITY_GRID[-1]}", graph, replace(settings, sparsity=SPARSITY_GRID[-1])
     if settings.prefer == "exact":
-        yield "prefer balanced", graph, replace(settings, prefer="balanced", sparsity=None)
+        yield "prefer balanced", graph, replace(settings, prefer="balanced", sparsity=None, attention="recompute")
     if settings.micro_batch is not None and settings.micro_batch > 1:
         yield "micro-batch auto", graph, replace(settings, micro_batch=None)
     if settings.batch_size > 1:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from edge_razor.errors import PlanError, UsageError
 
 from .accounting import Accounting
+from .attention_storage import ATTENTION, keep_probabilities
 from .context import parameter_perms
 from .cost import Rates, program_seconds
 from .graph import Graph
@@ -69,6 +70,7 @@ class Settings:
     harm: HarmTable | None = None
     rates: Rates | None = None
     spill: bool = False
+    attention: str = "recompute"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.threads < 1 or self.data_bytes < 0 or self.process_bytes < 0:
@@ -76,6 +78,10 @@ class Settings:
                 f"batch size {self.batch_size} and threads {self.threads} must be at least 1, "
                 f"data bytes {self.data_bytes} and base bytes {self.process_bytes} at least 0"
             )
+        if self.attention not in ATTENTION:
+            raise UsageError(f"attention must be {' or '.join(ATTENTION)}, not {self.attention!r}")
+        if self.attention == "probabilities" and self.sparsity is None:
+            raise UsageError("attention probabilities are kept at one sparsity for all values: give it, such as 0.9")
         if self.batch_size > 2**20 or self.threads > 1024:
             raise UsageError(f"batch size {self.batch_size} or threads {self.threads} is not sensible")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
@@ -150,6 +156,8 @@ class Candidate:
             storage = search.storage(Structure(micro_batch, level), choices)
         elif storage is None:
             storage = choose_storage(search.graph, micro_batch, sparsity or 0.0, settings.razor)
+        if settings.attention == "probabilities" and sparsity and not level:
+            storage = keep_probabilities(search.graph, storage, micro_batch, sparsity, settings.razor)
         self.storage: dict[str, Storage] = storage
         self.choices: dict[str, Choice] = dict(choices or {})
         self.memory: Memory = search.memory(settings.batch_size // micro_batch)

@@ -27,6 +27,7 @@ def summarize(decision: Decision, bundle_id: str, budget: int | None, tried: int
         "micro_batch": best.micro_batch,
         "sparsity": best.sparsity if best.sparsity is not None else _dropped(best),
         "razor": settings.razor,
+        "attention": settings.attention,
         "prefer": settings.prefer,
         "harm": best.harm,
         "gradient_error": sqrt(best.harm),

@@ -94,6 +94,13 @@ ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t sl
                                 uint64_t elements);
 ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data,
                                uint64_t elements);
+/* Copies elements first … first + elements − 1 (torch order) of a parameter, or of its optimizer state tensor `slot`;
+ * slot = ER_PARAMETER means the parameter itself. So a file is written and read through a buffer of any size. */
+#define ER_PARAMETER 0xffffffffu
+ER_API er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
+                                uint64_t elements);
+ER_API er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
+                               uint64_t elements);
 /* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the
  * right shape; other tensors are ignored. Saving writes `path` in place; the caller renames. */
 ER_API er_status er_weights_load(er_session* session, const char* path);
@@ -141,8 +148,8 @@ ER_API er_status er_profile_read(const er_session* session, uint32_t index, er_p
 
 /* ---- For planners, tests and tools ---- */
 
-/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. 0 if
- * the arguments are invalid. */
+/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. Form 4
+ * is a matrix [rows, cols] a sample of which each row keeps `keep` values. 0 if the arguments are invalid. */
 ER_API uint64_t er_packed_bytes(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep);
 /* Writes the dense tensor that a kept tensor stands for. */
 ER_API er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep,

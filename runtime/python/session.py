@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 
@@ -12,7 +13,17 @@ import numpy as np
 
 from edge_razor.errors import UsageError
 
-from ._library import CArray, CInfo, CProfileEntry, CResident, CSpillInfo, CTensorInfo, check, library
+from ._library import (
+    PARAMETER,
+    CArray,
+    CInfo,
+    CProfileEntry,
+    CResident,
+    CSpillInfo,
+    CTensorInfo,
+    check,
+    library,
+)
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.int32)}
 _CODES = {np.dtype(np.float32): 0, np.dtype(np.int32): 1, np.dtype(np.uint8): 2}
@@ -97,7 +108,7 @@ class Session:
 
     Raises:
         PlanError: the plan is truncated, altered, of another version, or inconsistent.
-        EdgeRazorError: memory or threads cannot be had.
+        MemoryError: memory or threads cannot be had.
         OSError: the spill file cannot be made, or the disk has no room for it.
     """
 
@@ -196,6 +207,44 @@ class Session:
         parameter = self._find(name, slot)
         value = self._tensor(parameter, value)
         check(self._library.er_state_write(self._open(), parameter.index, slot, value.ctypes.data, value.size))
+
+    def read_parts(self, name: str, slot: int | None, buffer: np.ndarray) -> Iterator[np.ndarray]:
+        """A parameter (slot None) or its optimizer state tensor ``slot``, part by part in torch's order.
+
+        Args:
+            buffer: float32 [n], n ≥ 1. What is yielded lies in it, and holds until the next part is asked for.
+
+        Raises:
+            UsageError: there is no such parameter or slot.
+        """
+        parameter = self._find(name, slot)
+        total = math.prod(parameter.shape)
+        code = PARAMETER if slot is None else slot
+        for first in range(0, total, buffer.size):
+            part = buffer[: total - first]
+            check(self._library.er_range_read(self._open(), parameter.index, code, first, part.ctypes.data, part.size))
+            yield part
+
+    def write_parts(self, name: str, slot: int | None, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+        """Replaces a parameter (slot None) or its optimizer state tensor ``slot`` by a tensor of ``shape`` in parts,
+        float32, in torch's order.
+
+        Raises:
+            UsageError: there is no such parameter or slot, or it has another shape, or the parts are more or fewer.
+        """
+        parameter = self._find(name, slot)
+        if shape != parameter.shape:
+            raise UsageError(f"parameter '{name}' is float32 {parameter.shape}, not {shape}")
+        first, total = 0, math.prod(shape)
+        code = PARAMETER if slot is None else slot
+        for given in parts:
+            if given.dtype != np.float32:
+                raise UsageError(f"parameter '{name}' is float32 {shape}, not {given.dtype}")
+            part = np.ascontiguousarray(given)
+            check(self._library.er_range_write(self._open(), parameter.index, code, first, part.ctypes.data, part.size))
+            first += part.size
+        if first != total:
+            raise UsageError(f"parameter '{name}' has {total} elements, not {first}")
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Reads every parameter from a safetensors file, 64 KB at a time; other tensors in it are ignored.

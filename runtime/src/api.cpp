@@ -44,6 +44,23 @@ er_status check_state(const er_session* session, uint32_t index, uint32_t slot, 
   return ER_OK;
 }
 
+// Checks the arguments of the calls that copy a part of one tensor; `tensor` is where it begins.
+er_status check_range(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, const void* data,
+                      uint64_t elements, float** tensor) {
+  if (!session || !data) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const std::vector<PlanParam>& params = session->plan().params;
+  if (index >= params.size()) return no_item("parameter", index, params.size());
+  const PlanParam& param = params[index];
+  if (slot != ER_PARAMETER && slot >= param.state_offsets.size())
+    return no_item("state tensor", slot, param.state_offsets.size());
+  if (first > param.elements || elements > param.elements - first)
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has %llu elements, not %llu from %llu on", param.name.c_str(),
+                static_cast<unsigned long long>(param.elements), static_cast<unsigned long long>(elements),
+                static_cast<unsigned long long>(first));
+  *tensor = slot == ER_PARAMETER ? session->param(index) : session->state(index, slot);
+  return ER_OK;
+}
+
 Layout param_layout(const er_session* session, uint32_t index) {
   const PlanParam& param = session->plan().params[index];
   return make_layout(static_cast<int>(param.shape.size()), param.shape.data(), param.perm.data(), false);
@@ -151,6 +168,22 @@ er_status er_state_write(er_session* session, uint32_t index, uint32_t slot, con
 er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data, uint64_t elements) {
   if (const er_status status = check_state(session, index, slot, data, elements)) return status;
   copy_out(param_layout(session, index), 0, elements, session->state(index, slot), data);
+  return ER_OK;
+}
+
+er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
+                         uint64_t elements) {
+  float* tensor;
+  if (const er_status status = check_range(session, index, slot, first, data, elements, &tensor)) return status;
+  copy_in(param_layout(session, index), first, elements, data, tensor);
+  return ER_OK;
+}
+
+er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
+                        uint64_t elements) {
+  float* tensor;
+  if (const er_status status = check_range(session, index, slot, first, data, elements, &tensor)) return status;
+  copy_out(param_layout(session, index), first, elements, tensor, data);
   return ER_OK;
 }
 

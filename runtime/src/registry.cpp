@@ -17,6 +17,7 @@ namespace er::ER_ISA {
   X(layer_norm)        \
   X(attention)         \
   X(embedding)         \
+  X(select_position)   \
   X(matmul)            \
   X(dropout)           \
   X(loss)              \

@@ -206,11 +206,11 @@ void Session::bind(const er_array* arrays, size_t count, bool train, uint64_t fi
     regions_->pool.split(plan_.micro_batch, 1, [&](int64_t begin, int64_t end, int) {
       for (uint64_t s = static_cast<uint64_t>(begin); s < static_cast<uint64_t>(end); s++) {
         uint8_t* sample = to + s * elements * 4;
-        const uint8_t* from =
-            static_cast<const uint8_t*>(array.data) + (first + s) * elements * kTypeBytes[array.dtype];
-        if (s >= valid)
-          std::memset(sample, 0, elements * 4);
-        else if (array.dtype == kUint8)
+        // Rows past the valid ones get a zero gradient, but 0 times what a model makes of zeros may be NaN (a mean over
+        // a mask without any key): they repeat the last valid sample.
+        const uint64_t source = first + std::min(s, valid - 1);
+        const uint8_t* from = static_cast<const uint8_t*>(array.data) + source * elements * kTypeBytes[array.dtype];
+        if (array.dtype == kUint8)
           bind_sample<uint8_t, float>(layout, from, sample,
                                       [&](uint8_t x, uint64_t c) { return x * in.mul[c] + in.add[c]; });
         else if (array.dtype == kInt32)
