@@ -3,7 +3,7 @@
 Each buffer is live from its first to its last step; buffers that live at the same time must not overlap. Finding the
 smallest arena is NP-hard; placing buffers one by one, largest first, each into the smallest gap that holds it, comes
 within a few percent of the lower bound (the maximum of live bytes). Beside that order, others are tried: by lifetime,
-by area, and step by step from the fullest (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net
+and step by step from the fullest (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net
 Inference", 2020); in the best of them the buffer that ends highest is moved forward while that helps.
 """
 
@@ -20,6 +20,7 @@ __all__ = ["Lifetime", "lifetimes", "live_bytes", "place"]
 _NO_GAP = np.iinfo(np.int64).max
 GOOD_ENOUGH = 1.005  # of the lower bound: stop searching
 MAX_ROUNDS = 60
+LARGE = (16, 32)  # a buffer of at least such a part of the lower bound is large
 IMPROVED = 3  # orders, those that begin best
 
 
@@ -69,11 +70,13 @@ def place(lives: list[Lifetime], enough: int = 0) -> int:
     starts = np.array([life.start for life in lives], np.int64)
     ends = np.array([life.end for life in lives], np.int64)
     spans = ends - starts + 1
+    fullest = _by_fullest_step(live, spans, starts, ends)
     orders = [
         np.lexsort((starts, -sizes)),
-        _by_fullest_step(live, spans, starts, ends),
+        fullest,
+        # The few large buffers first, so that small ones do not part the room that those need.
+        *(fullest[np.argsort(sizes[fullest] * part < live.max(), kind="stable")] for part in LARGE),
         np.lexsort((-sizes, -spans)),
-        np.lexsort((starts, -sizes * spans)),
         _by_fullest_step(live, sizes, starts, ends),
     ]
     best = (int(sizes.sum()) + 1, starts)
