@@ -67,6 +67,7 @@ class Trainer:
         threads: int | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
+        frozen_weights: str = "fp32",
         plan: Plan | None = None,
         data_bytes: int | None = None,
     ) -> None:
@@ -84,6 +85,8 @@ class Trainer:
             threads: worker threads; None: one for each processor that this process may use.
             seed: of dropout.
             micro_batch: samples that pass at a time; None: the planner's choice.
+            frozen_weights: how weights that do not train are held: "fp32" (read in the bundle's file), "bf16" or
+                "int8" (in memory, rounded; what is written in the end adds to the bundle's own float32).
             plan: a plan made ahead for this bundle; then everything that it fixes is taken from it, and
                 `mem_budget`, `batch_size`, `sparsity`, `razor`, the optimizer and `threads` are ignored.
             data_bytes: what the caller's data will hold while training; None: one float32 batch.
@@ -116,6 +119,7 @@ class Trainer:
                 weight_decay=weight_decay,
                 threads=threads,
                 micro_batch=micro_batch,
+                frozen_weights=frozen_weights,
                 base_bytes=rss_bytes(),
                 data_bytes=data_bytes,
             )
@@ -129,8 +133,9 @@ class Trainer:
         self._session = Session(plan.binary)
         self._shorter = {tokens: Session(data, self._session) for tokens, data in plan.buckets.items()}
         self._parameters = self._session.parameters()
-        for name in self._parameters:
-            self._session.write_parameter(name, self.bundle.read_tensor(name))
+        self._replaced: set[str] = set()  # frozen parameters that are not the bundle's any more
+        self._session.load_weights(*self.bundle.weights_place)
+        self.bundle.check_unchanged()
 
     # ---- What is trained ----
 
@@ -256,7 +261,11 @@ class Trainer:
         return merged(self.bundle, stored, self._read_stored)
 
     def _read_stored(self, name: str) -> np.ndarray:
-        return self._session.read_parameter(name) if name in self._parameters else self.bundle.read_tensor(name)
+        """A tensor as it is now; a frozen one as the bundle has it, which the session may hold rounded."""
+        parameter = self._parameters.get(name)
+        if parameter is None or not parameter.trainable and name not in self._replaced:
+            return self.bundle.read_tensor(name)
+        return self._session.read_parameter(name)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """All tensors under the names and in the layout and order of the user's torch state dict (copies)."""
@@ -279,6 +288,10 @@ class Trainer:
                 raise UsageError(f"{name!r} has shape {list(array.shape)}, the model needs {list(parameter.shape)}")
             chosen[name] = array
         for name, array in chosen.items():
+            if not self._parameters[name].trainable:
+                if name not in self._replaced and np.array_equal(array, self.bundle.read_tensor(name)):
+                    continue  # it stays where it is, perhaps in the bundle's file
+                self._replaced.add(name)
             self._session.write_parameter(name, array)
         lora = self.bundle.manifest.lora
         for layer in lora.layers.values() if lora is not None else ():  # what was loaded is the sum already
@@ -295,6 +308,7 @@ class Trainer:
             "micro_batch": self.plan.micro_batch,
             "sparsity": self.plan.sparsity,
             "razor": summary["razor"],
+            "frozen_weights": summary["frozen_weights"],
             "optimizer": optimizer["name"],
             "lr": self.lr,
             **{key: optimizer[key] for key in ("momentum", "nesterov", "weight_decay", "betas", "eps")},

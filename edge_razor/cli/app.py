@@ -162,6 +162,12 @@ def _add_planning(parser: _Parser) -> None:
         help="share of each kept activation dropped, or auto (default): the least that fits",
     )
     add("--razor", default="centered", choices=("centered", "plain"), help="how they are kept (default centered)")
+    add(
+        "--frozen-weights",
+        default="fp32",
+        choices=("fp32", "bf16", "int8"),
+        help="weights that do not train: read in the bundle (fp32, default), or rounded in memory",
+    )
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
     add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
     parser.add_argument("--nesterov", action=_WrittenFlag, help="SGD: Nesterov momentum")
@@ -278,7 +284,10 @@ def _info(o: argparse.Namespace) -> None:
     run(o.bundle)
 
 
-_PLANNING = ("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay")
+_PLANNING = (
+    *("batch_size", "sparsity", "razor", "frozen_weights"),
+    *("optimizer", "momentum", "nesterov", "weight_decay"),
+)
 
 
 def _plan(o: argparse.Namespace) -> None:

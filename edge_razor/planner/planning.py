@@ -39,6 +39,7 @@ def plan(
     weight_decay: float = 0.0,
     threads: int | None = None,
     micro_batch: int | None = None,
+    frozen_weights: str = "fp32",
     base_bytes: int | None = None,
     data_bytes: int = 0,
 ) -> Plan:
@@ -53,6 +54,7 @@ def plan(
         optimizer, momentum, nesterov, betas, eps, weight_decay: as torch.optim.SGD and AdamW define them.
         threads: worker threads; None: one for each processor that this process may use.
         micro_batch: samples at a time, a divisor of batch_size; None: the largest that fits.
+        frozen_weights: weights that do not train: "fp32" (read in the bundle's file), "bf16" or "int8" (in memory).
         base_bytes: resident bytes of the process that will train, after its imports; None: measured in a fresh process.
         data_bytes: what the data pipeline will hold.
 
@@ -86,6 +88,7 @@ def plan(
         blas_bytes=BLAS_BYTES_PER_THREAD * threads,
         growth_bytes=GROWTH_BYTES,
         data_bytes=data_bytes,
+        frozen_weights=frozen_weights,
     )
     return plan_graph(training, manifest, settings, budget, buckets)
 
@@ -109,8 +112,9 @@ def plan_graph(
     graph = read_graph(training, output["name"])
     interface = read_interface(graph, manifest)
     shorter = {tokens: (read_graph(data, output["name"]), stated) for tokens, (data, stated) in (buckets or {}).items()}
-    perms = _share_parameters([graph, *(other for other, _ in shorter.values())])
-    search = Search(graph, settings, perms)
+    relatives = [graph, *(other for other, _ in shorter.values())]
+    _share_parameters(relatives)
+    search = Search(graph, settings, relatives)
     best = search.best(budget)
     if best is None:
         assert budget is not None
@@ -133,22 +137,21 @@ def plan_graph(
 
     plans = {}
     for tokens, (other, stated) in shorter.items():
-        candidate = Search(other, settings, perms).candidate(best.sparsity, best.micro_batch)
+        candidate = Search(other, settings, relatives).candidate(best.sparsity, best.micro_batch)
         if candidate.accounting.arena > arena:
             raise BundleError(f"training-{tokens}.onnx needs more memory than training.onnx; export the model again")
         plans[tokens] = encoded(candidate, read_interface(other, stated))
     return Plan(encoded(best, interface), _summary(search.graph, settings, best, bundle_id, budget), plans)
 
 
-def _share_parameters(graphs: Sequence[Graph]) -> dict[str, tuple[int, ...] | None]:
-    """Gives every graph the initializers of all, in one order, so that their parameters and states lie alike; returns
-    how they are stored.
+def _share_parameters(graphs: Sequence[Graph]) -> None:
+    """Gives every graph the initializers of all, in one order, so that their parameters and states lie alike.
 
     Raises:
         BundleError: two graphs state one name with different shapes, or train different parameters.
     """
     if len(graphs) == 1:
-        return {}
+        return
     first = graphs[0]
     union: dict[str, Initializer] = {}
     perms: dict[str, tuple[int, ...] | None] = {}
@@ -163,7 +166,6 @@ def _share_parameters(graphs: Sequence[Graph]) -> dict[str, tuple[int, ...] | No
                 raise BundleError(f"the training graphs of the bundle disagree on {name!r}; export the model again")
     for graph in graphs:
         graph.initializers = {**union, **{k: v for k, v in graph.initializers.items() if k not in union}}
-    return perms
 
 
 def _refusal(search: Search, budget: int) -> BudgetError:
@@ -200,6 +202,8 @@ def _summary(graph: Graph, settings: Settings, best: Candidate, bundle_id: str, 
         },
         "arena_bytes": accounting.arena,
         "live_bytes": best.peak_live,
+        "frozen_weights": settings.frozen_weights,
+        "mapped_bytes": best.memory.mapped_bytes,
         "params_bytes": best.memory.params_bytes,
         "state_bytes": best.memory.state_bytes,
         "trainable": list(graph.gradients),

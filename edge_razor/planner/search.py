@@ -7,16 +7,18 @@ is the only one tried.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from edge_razor.errors import PlanError, UsageError
 
 from .accounting import Accounting
-from .context import parameter_perms
+from .context import ParamForm, parameter_perms
+from .frozen import FROZEN_WEIGHTS, frozen_forms
 from .graph import Graph
 from .lower import check_operators, lower_inference, lower_training
-from .optimizer import Memory, Optimizer, lay_out_parameters
+from .optimizer import Memory, Optimizer, lay_out_parameters, table_rows
 from .place import Lifetime, lifetimes, live_bytes, place
 from .program import Program
 from .schedule import schedule_inference, schedule_training
@@ -42,8 +44,11 @@ class Settings:
     blas_bytes: int
     growth_bytes: int
     data_bytes: int
+    frozen_weights: str = "fp32"
 
     def __post_init__(self) -> None:
+        if self.frozen_weights not in FROZEN_WEIGHTS:
+            raise UsageError(f"frozen weights must be {', '.join(FROZEN_WEIGHTS)}, not {self.frozen_weights!r}")
         if self.batch_size < 1 or self.threads < 1 or self.data_bytes < 0 or self.process_bytes < 0:
             raise UsageError(
                 f"batch size {self.batch_size} and threads {self.threads} must be at least 1, "
@@ -91,6 +96,7 @@ class Candidate:
             growth=settings.growth_bytes,
             data=settings.data_bytes,
             parameters=self.memory.params_bytes,
+            mapped=self.memory.mapped_bytes,
             optimizer_state=self.memory.state_bytes - self.memory.accumulator_bytes,
             accumulators=self.memory.accumulator_bytes,
             arena=arena,
@@ -117,23 +123,42 @@ class Search:
     """All candidates of one graph under one set of settings."""
 
     def __init__(
-        self, graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None] | None = None
+        self,
+        graph: Graph,
+        settings: Settings,
+        relatives: Sequence[Graph] = (),
     ) -> None:
-        """`perms`: parameters that shall have a place though this graph does not use them, and how they are stored."""
+        """`relatives`: graphs of the same model for other sizes of samples, that of the longest first, with which this
+        one shares parameters and their state: all are laid out alike.
+        """
         if not graph.gradients:
             raise PlanError("nothing to train: the bundle's training graph has no gradient outputs")
         check_operators(graph)
         self.settings = settings
         self.graph = graph.restricted(None)
         self.inference = graph.inference()
-        self.perms = (perms or {}) | parameter_perms(self.graph) | parameter_perms(self.inference)
+        graphs = [part for g in relatives or (graph,) for part in (g.restricted(None), g.inference())]
+        perms: dict[str, tuple[int, ...] | None] = {}
+        for part in graphs:
+            perms |= parameter_perms(part)
+        self.forms, self.perms = frozen_forms(graphs, perms, settings.frozen_weights)
+        self.tables = table_rows(graphs[0], self.perms)
         self._memory: dict[bool, Memory] = {}
         self._candidates: dict[tuple[float, int], Candidate] = {}
 
     def memory(self, micro_batches: int) -> Memory:
         key = self.settings.optimizer.accumulates(micro_batches)
         if key not in self._memory:
-            self._memory[key] = lay_out_parameters(self.graph, self.perms, self.settings.optimizer, micro_batches)
+            settings = self.settings
+            self._memory[key] = lay_out_parameters(
+                self.graph,
+                self.perms,
+                settings.optimizer,
+                settings.batch_size,
+                micro_batches,
+                self.tables,
+                self.forms,
+            )
         return self._memory[key]
 
     def candidate(self, sparsity: float, micro_batch: int) -> Candidate:
@@ -186,6 +211,8 @@ class Search:
         if settings.batch_size > 1:
             smaller = replace(settings, batch_size=1, micro_batch=None, sparsity=settings.sparsities[-1])
             variants.append(("batch size 1", self.graph, smaller))
+        if settings.frozen_weights != "int8" and any(form != ParamForm.FLOAT for form in self.forms.values()):
+            variants.append(("frozen weights int8", self.graph, replace(settings, frozen_weights="int8")))
         if len(self.graph.gradients) > 2:
             head = self.graph.restricted(_last_layer(self.graph))
             fewest = replace(settings, micro_batch=None, sparsity=settings.sparsities[-1])

@@ -78,7 +78,9 @@ ER_API er_status er_param_info(const er_session* session, uint32_t index, er_ten
 ER_API er_status er_input_info(const er_session* session, uint32_t index, er_tensor_info* info);
 ER_API er_status er_output_info(const er_session* session, uint32_t index, er_tensor_info* info);
 
-/* Copies a parameter in or out, torch layout; elements must match. */
+/* Copies a parameter in or out, torch layout; elements must match. Writing one that the plan has in the weights file
+ * gives it memory of its own, which the plan does not count; one that the plan stores in bf16 or int8 is rounded to
+ * that. */
 ER_API er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements);
 ER_API er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements);
 /* Copies optimizer state tensor `slot` of a parameter in or out, torch layout. */
@@ -87,8 +89,14 @@ ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t sl
 ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data,
                                uint64_t elements);
 /* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the
- * right shape; other tensors are ignored. Saving writes `path` in place; the caller renames. */
+ * right shape; other tensors are ignored. Parameters that the plan has in the weights file are mapped read-only and
+ * read there from then on: the file must stay as it is (replacing it by a rename is fine). A step or prediction after
+ * its size or modification time has changed fails with ER_BAD_FILE; cutting it short while a step runs kills the
+ * process (SIGBUS). Saving writes `path` in place; the caller renames. */
 ER_API er_status er_weights_load(er_session* session, const char* path);
+/* The same for a safetensors file that lies in another: `bytes` bytes from `offset` on, such as a stored zip member. If
+ * its tensors are not aligned to 4 bytes there, they are copied to memory instead of being read in place. */
+ER_API er_status er_weights_load_at(er_session* session, const char* path, uint64_t offset, uint64_t bytes);
 ER_API er_status er_weights_save(const er_session* session, const char* path);
 
 /* One batch in the caller's memory. */

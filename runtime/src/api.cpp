@@ -125,14 +125,19 @@ er_status er_output_info(const er_session* session, uint32_t index, er_tensor_in
 }
 
 er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements) {
-  if (const er_status status = check_copy(session, index, data, elements)) return status;
-  copy_in(param_layout(session, index), 0, elements, data, session->param(index));
-  return ER_OK;
+  return guard([&] {
+    if (const er_status status = check_copy(session, index, data, elements)) return status;
+    session->write_param(index, data);
+    return ER_OK;
+  });
 }
 
 er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements) {
   if (const er_status status = check_copy(session, index, data, elements)) return status;
-  copy_out(param_layout(session, index), 0, elements, session->param(index), data);
+  const StoredParam param = session->param(index);
+  if (!param.data)
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file", param.param.name.c_str());
+  param.read(0, elements, data);
   return ER_OK;
 }
 
@@ -149,9 +154,13 @@ er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot
 }
 
 er_status er_weights_load(er_session* session, const char* path) {
+  return er_weights_load_at(session, path, 0, UINT64_MAX);
+}
+
+er_status er_weights_load_at(er_session* session, const char* path, uint64_t offset, uint64_t bytes) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
-    load_weights(session->plan(), session->params(), path);
+    load_weights(*session, std::make_unique<WeightsFile>(path, offset, bytes));
     return ER_OK;
   });
 }
@@ -159,7 +168,7 @@ er_status er_weights_load(er_session* session, const char* path) {
 er_status er_weights_save(const er_session* session, const char* path) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
-    save_weights(session->plan(), session->params(), path);
+    save_weights(*session, path);
     return ER_OK;
   });
 }

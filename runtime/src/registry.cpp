@@ -20,7 +20,8 @@ namespace er::ER_ISA {
   X(matmul)            \
   X(dropout)           \
   X(loss)              \
-  X(optimizer)
+  X(optimizer)         \
+  X(optimizer_rows)
 
 #define ER_DECLARE(family) extern const Kernel family##_kernels[];
 ER_FAMILIES(ER_DECLARE)
