@@ -138,7 +138,9 @@ def lay_out_parameters(
             states = tuple(claim(f"state {i} of {name}", size, Region.STATE) for i in range(optimizer.states))
             if optimizer.accumulates(micro_batches):
                 before = sizes[Region.STATE]
-                added = row_set_bytes(*initializer.shape, row_capacity) if row_capacity else size
+                added = (
+                    row_set_bytes(initializer.shape[0], initializer.shape[1], row_capacity) if row_capacity else size
+                )
                 accumulator = claim(f"accumulator of {name}", added, Region.STATE)
                 accumulators += sizes[Region.STATE] - before
         perm = perms[name] or tuple(range(len(initializer.shape)))
