@@ -81,6 +81,7 @@ def main() -> None:
             {
                 "losses": losses,
                 "seconds_a_step": median(seconds[1:] or seconds),
+                "fastest_step": min(seconds),
                 "peak_rss_bytes": peak_rss_bytes(),
                 "predicted_peak_bytes": summary["predicted_peak_bytes"],
                 "arena_bytes": summary["arena_bytes"],

@@ -23,11 +23,13 @@ LINEAR = {
     "linear_deep": Case(1, 9, 1, 1100, 24),  # several depth blocks
     "linear_row": Case(1, 1, 1, 129, 65),
     "linear_one": Case(1, 5, 1, 1, 1),
-    "winograd": Case(2, 13, 12, 40, 36, (3, 3), (1, 1), (1, 1, 1, 1)),
-    "winograd_wide": Case(1, 16, 17, 64, 100, (3, 3), (1, 1), (1, 1, 1, 1)),
 }
-OTHERS = {name: case for name, case in CASES.items() if not (case.group == case.ic == case.oc and case.group > 1)}
-ALL = {**LINEAR, **OTHERS}
+# The way from a weight's element to the product is what the forms change: one case of each kernel's path suffices.
+OTHERS = (
+    *("pointwise_strided", "first_layer", "k3_deep", "stride_above_kernel", "mixed_strides", "dilated_strided"),
+    *("one_channel", "winograd_odd", "winograd_chunks", "winograd_asymmetric", "groups", "groups_odd", "groups_wide"),
+)
+ALL = {**LINEAR, **{name: CASES[name] for name in OTHERS}}
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -71,7 +73,7 @@ def check_case(case: Case, form: int, threads: int) -> None:
     room = scratch("conv", ints, [0.0, 0.0], threads)
     kernel_run("conv", ints, [0.0, 0.0], [x, data, scale, shift, out, None, room], threads)
     assert_close(out, y * scale + shift)
-    for factor in (None, scale):
+    for factor in (None, scale) if threads == 3 else (None,):
         into = np.full(dx.shape, np.nan, np.float32)
         ints = [*case.ints, 0, 0, 0, 0, form]
         room = scratch("conv_grad_input", ints, [0.0, 0.0], threads)
@@ -83,7 +85,7 @@ def check_case(case: Case, form: int, threads: int) -> None:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("name", ALL)
 def test_is_the_product_with_the_expanded_weight(name: str, form: int) -> None:
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         check_case(ALL[name], form, threads)
 
 
@@ -152,7 +154,7 @@ def test_depthwise_weights_have_one_form() -> None:
         kernel_run("conv", [*case.ints, 0, 0, 1], [0.0, 0.0], [x, w, None, None, dy.copy(), None, None])
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2"])  # avx512 is what all of this runs with where there is one
 def test_every_instruction_set_passes(isa: str) -> None:
     probe = "import sys; from edge_razor.runtime import isa; sys.exit(0 if isa() == sys.argv[1] else 9)"
     environment = {**os.environ, "EDGE_RAZOR_ISA": isa}
@@ -160,7 +162,7 @@ def test_every_instruction_set_passes(isa: str) -> None:
         pytest.skip("already under a chosen instruction set")
     if subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True).returncode:
         pytest.skip(f"this machine has no {isa}")
-    selected = "linear or winograd or bits or embedding or rows or dense"
+    selected = "linear or winograd_odd or groups or bits or embedding or rows or adamw"
     files = [__file__, str(Path(__file__).with_name("test_row_sets.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", selected]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
