@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from edge_razor.errors import BundleError, PlanError, UsageError
+from edge_razor.errors import BundleError, EdgeRazorError, PlanError, UsageError
 from edge_razor.planner.program import KERNELS
 from edge_razor.runtime import Session, kernel_scratch
 from tests.kernels.test_weight_forms import stored
 
-from .plan_writer import encode, linear_plan, up64
+from .plan_writer import encode, linear_plan, seal, up64
 
 FEATURES, OUTPUTS = 6, 5
 MAPPED = 4
@@ -211,3 +213,75 @@ def test_no_kernel_gets_a_written_operand_that_cannot_be_written(kernel: str) ->
             Session(encode(plan))
         reads = index < signature.operands and index not in signature.writes
         assert ("in the weights file, which is never written" in str(refused.value)) != reads, index
+
+
+def rows_plan() -> dict[str, Any]:
+    """`linear_plan` on the rows of a table [9, features] that trains, with the row set of its gradient."""
+    plan = linear_plan(batch=2, micro=2)
+    arena, params = plan["arena_bytes"], plan["params_bytes"]
+    x = plan["train"][0]["operands"][0]
+    ids, rows = (1, arena, 8), (1, arena + 64, 64 + 4 * 2 * FEATURES)
+    table, state = (2, params, 4 * 9 * FEATURES), (3, plan["state_bytes"], 4 * 9 * FEATURES)
+    plan["arena_bytes"] += 64 + up64(rows[2])
+    plan["params_bytes"] += up64(table[2])
+    plan["state_bytes"] += up64(state[2])
+    plan["params"].append(
+        {
+            "name": "table",
+            "trainable": 1,
+            "shape": [9, FEATURES],
+            "perm": [0, 1],
+            "offset": params,
+            "states": [state[1]],
+        }
+    )
+    plan["inputs"][0] |= {
+        "dtype": 1,
+        "shape": [2, 1],
+        "perm": [0, 1],
+        "train": arena,
+        "eval": arena,
+        "mul": [],
+        "add": [],
+    }
+
+    def step(kernel: str, ints: list[int], floats: list[float], *operands: tuple[int, int, int]) -> dict[str, Any]:
+        return {"kernel": kernel, "label": "table", "ints": ints, "floats": floats, "operands": list(operands)}
+
+    lookup = step("embedding", [2, 9, FEATURES, 0], [], ids, table, x)
+    gradient = step("embedding_grad_rows", [2, 9, FEATURES, 2, -1], [], ids, x, rows)
+    update = step("sgd_rows", [9, FEATURES, 2, 0, 0], [0.9, 0.1], table, rows, state, (0, 0, 0))
+    plan["train"] = [lookup, *plan["train"], gradient, update]
+    plan["eval"] = [lookup, *plan["eval"]]
+    return plan
+
+
+@pytest.mark.parametrize("kind", ["in_file", "int8", "rows"])
+def test_altered_plans_with_a_right_checksum_are_refused_or_run(kind: str, tmp_path: Path) -> None:
+    """What passes every check must be safe to run, whatever it computes."""
+    payload = encode(rows_plan() if kind == "rows" else frozen_plan(FORMS[kind], micro=2))[24:]
+    safetensors.numpy.save_file({**weights(), "table": np.ones((9, FEATURES), np.float32)}, tmp_path / "w")
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng, ran = random.Random(seed), 0
+    for attempt in range(300):
+        bad = bytearray(payload)
+        for _ in range(rng.randint(1, 3) if attempt else 0):
+            at = rng.randrange(len(bad))
+            value = rng.choice([0, 1, 2, 3, 4, 8, 64, 127, 128, 255, 2**31, 2**32 - 1])
+            width = min(rng.choice([1, 4]), len(bad) - at)
+            bad[at : at + width] = struct.pack("<I", value)[:width]
+        try:
+            with Session(seal(bytes(bad))) as session:
+                if session.info.arena_bytes + session.info.params_bytes + session.info.state_bytes > 2**20:
+                    continue
+                session.load_weights(tmp_path / "w")
+                shapes = [(1, *port.shape[1:]) for port in session.inputs]
+                data = [np.ones(s, p.dtype) for s, p in zip(shapes, session.inputs, strict=True)]
+                target = np.zeros((1, *session.target.shape[1:]), session.target.dtype)
+                session.train_step(data, target, learning_rate=0.1, update=1)
+                session.predict(data)
+        except EdgeRazorError:
+            continue
+        ran += 1
+    assert ran > 0
