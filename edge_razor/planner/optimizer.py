@@ -160,8 +160,8 @@ def update_step(parameter: Parameter, gradient: Tensor, optimizer: Optimizer) ->
     if optimizer.name == "adamw":
         floats = [*optimizer.betas, optimizer.eps, optimizer.weight_decay]
         operands = [parameter.buffer, gradient.buffer, *parameter.states, parameter.accumulator]
-        return Step(f"adamw{rows}", label, ints, floats, operands)
+        return Step(f"adamw{rows}", label, ints, floats, operands, backward=True)
     momentum = parameter.states[0] if parameter.states else None
     ints, floats = [*ints, int(optimizer.nesterov)], [optimizer.momentum, optimizer.weight_decay]
     operands = [parameter.buffer, gradient.buffer, momentum, parameter.accumulator]
-    return Step(f"sgd{rows}", label, ints, floats, operands)
+    return Step(f"sgd{rows}", label, ints, floats, operands, backward=True)

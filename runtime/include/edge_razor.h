@@ -1,10 +1,10 @@
 /* edge-razor: the native training runtime. C ABI, version 1.
  *
  * A session executes a plan (docs/plan-format.md): it owns one arena, the parameters and the optimizer state, and
- * allocates nothing after er_session_create (er_weights_load and er_weights_save: the file's header, for the time of
- * the call). Every call returns a status; er_last_error() gives the message of the calling thread's last failure. No
- * call throws or aborts on bad input. Sizes are bytes unless a name says otherwise. All arrays are little-endian,
- * contiguous and row-major.
+ * allocates nothing after er_session_create and er_spill_open (er_weights_load and er_weights_save: the file's header,
+ * for the time of the call). Every call returns a status; er_last_error() gives the message of the calling thread's
+ * last failure. No call throws or aborts on bad input. Sizes are bytes unless a name says otherwise. All arrays are
+ * little-endian, contiguous and row-major.
  *
  * Threads: different sessions may be used from different threads at once. One session must not be used by two threads
  * at the same time. */
@@ -35,7 +35,9 @@ typedef enum er_status {
   ER_OUT_OF_MEMORY = 4,    /* the arena, parameters or state cannot be allocated */
   ER_NON_FINITE =
       5,    /* the loss or a packed activation is NaN or infinite; no parameter was changed by this micro-batch */
-  ER_IO = 6 /* the operating system refused a read or write; message has its reason */
+  ER_IO = 6 /* the operating system refused a read or write; message has its reason. From er_train_step: while writing
+               the spill file, no parameter was changed by this micro-batch; while reading it, the step is half done,
+               and every later er_train_step of the session fails */
 } er_status;
 
 typedef struct er_session er_session;
@@ -78,6 +80,13 @@ ER_API er_status er_param_info(const er_session* session, uint32_t index, er_ten
 ER_API er_status er_input_info(const er_session* session, uint32_t index, er_tensor_info* info);
 ER_API er_status er_output_info(const er_session* session, uint32_t index, er_tensor_info* info);
 
+typedef struct er_resident {
+  uint64_t arena, params, state;
+} er_resident;
+/* How many bytes of the session's memory are resident now: those that were touched and are not swapped out. Pages of a
+ * weights file that is read in place are not among them. */
+ER_API er_status er_session_resident(const er_session* session, er_resident* resident);
+
 /* Copies a parameter in or out, torch layout; elements must match. Writing one that the plan has in the weights file
  * gives it memory of its own, which the plan does not count; one that the plan stores in bf16 or int8 is rounded to
  * that. */
@@ -114,6 +123,19 @@ ER_API er_status er_train_step(er_session* session, const er_array* arrays, uint
 /* Forward pass in inference mode over any number of samples; `outputs` holds, for each plan output, a buffer of
  * samples × elements-a-sample float32 in the user's layout. */
 ER_API er_status er_predict(er_session* session, const er_array* inputs, uint64_t samples, float* const* outputs);
+
+/* For a plan that keeps tensors in a file between the forward and the backward pass: makes that file in `directory`,
+ * with room for all of them, and a thread that writes and reads it. Call it before the first er_train_step, which
+ * otherwise fails. The file has no name, so nothing is left behind. Sessions that share memory share the file, too, but
+ * each must call this. Does nothing for a plan that spills nothing. */
+ER_API er_status er_spill_open(er_session* session, const char* directory);
+
+typedef struct er_spill_info {
+  uint64_t file_bytes;                /* that the plan needs in the file; 0: it spills nothing */
+  uint64_t written_bytes, read_bytes; /* since the file was made, also by sessions that share it */
+  double waited_seconds;              /* that steps stood still for the file */
+} er_spill_info;
+ER_API er_status er_spill_read_info(const er_session* session, er_spill_info* info);
 
 typedef struct er_profile_entry {
   const char *kernel, *label; /* owned by the session */

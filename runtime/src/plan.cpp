@@ -80,6 +80,12 @@ bool only_reads(const char* kernel, size_t operand) {
   return false;
 }
 
+Spill spill_of(const std::string& kernel) {
+  if (kernel == "spill_write") return Spill::kWrite;
+  if (kernel == "spill_read") return Spill::kRead;
+  return kernel == "spill_wait" ? Spill::kWait : Spill::kNone;
+}
+
 class PlanReader {
  public:
   explicit PlanReader(ByteReader bytes) : bytes_(bytes) {}
@@ -105,6 +111,7 @@ class PlanReader {
     steps(plan_.eval);
     if (bytes_.left()) ER_BAD("the plan has %llu bytes after its end", ull(bytes_.left()));
     losses();
+    check_spills(plan_);
     return std::move(plan_);
   }
 
@@ -272,6 +279,7 @@ class PlanReader {
       for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step, o));
       check(step);
       if (step.kernel->scratch) scratch_apart(step);
+      step.spill = spill_of(kernel);
       step.loss = kernel == "cross_entropy" || kernel == "mse" || kernel == "bce_logits";
       steps.push_back(std::move(step));
     }

@@ -20,6 +20,7 @@ namespace er::ER_ISA {
   X(matmul)            \
   X(dropout)           \
   X(loss)              \
+  X(spill)             \
   X(optimizer)         \
   X(optimizer_rows)
 

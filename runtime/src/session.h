@@ -6,6 +6,7 @@
 #include "layout.h"
 #include "mapped_file.h"
 #include "plan.h"
+#include "spill_file.h"
 #include "stored.h"
 
 namespace er {
@@ -18,6 +19,7 @@ class Pages {
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
   uint8_t* data() const { return data_; }
+  uint64_t resident() const;  // bytes
 
  private:
   uint8_t* data_;
@@ -33,7 +35,8 @@ struct Regions {
   std::vector<uint8_t*> frozen;
   std::vector<std::unique_ptr<Pages>> copies;
   std::unique_ptr<WeightsFile> file;
-  uint64_t changes = 0;  // counts changes of `frozen`
+  uint64_t changes = 0;              // counts changes of `frozen`
+  std::unique_ptr<SpillFile> spill;  // goes first: its thread works on the arena
 };
 
 class Session {
@@ -62,6 +65,12 @@ class Session {
                        float* loss);
   er_status predict(const er_array* inputs, uint64_t samples, float* const* outputs);
 
+  void open_spill(const char* directory);  // throws Error with ER_IO
+  void spill_info(er_spill_info* info) const;
+  er_resident resident() const {
+    return {regions_->arena.resident(), regions_->params.resident(), regions_->state.resident()};
+  }
+
   void profile(bool enabled);
   bool profile_read(uint32_t index, er_profile_entry* entry) const;
 
@@ -83,6 +92,8 @@ class Session {
   void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
   er_status run(std::vector<Step>& steps);
   er_status find_frozen();
+  er_status run_steps(std::vector<Step>& steps);
+  er_status transfer(const Step& step);
 
   const Plan plan_;
   const std::shared_ptr<Regions> regions_;
@@ -92,6 +103,9 @@ class Session {
   uint64_t frozen_seen_ = 0;                                  // Regions::changes when they were last looked up
   std::vector<Step> train_, eval_;
   std::vector<Port> inputs_, outputs_;
+  std::vector<Transfer> transfers_;  // one a slot of the spill file
+  bool spill_open_ = false;          // with room for this plan
+  bool broken_ = false;              // a step ended halfway
   bool profiling_ = false;
 };
 
