@@ -79,6 +79,7 @@ class Trainer:
         threads: int | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
+        frozen_weights: str = "fp32",
         plan: Plan | None = None,
         data_bytes: int | None = None,
         prefer: str = "balanced",
@@ -103,6 +104,8 @@ class Trainer:
             threads: worker threads; None: one for each processor that this process may use.
             seed: of dropout.
             micro_batch: samples that pass at a time; None: the planner's choice.
+            frozen_weights: how weights that do not train are held: "fp32" (read in the bundle's file), "bf16" or
+                "int8" (in memory, rounded; what is written in the end adds to the bundle's own float32).
             plan: a plan made ahead for this bundle; then everything that it fixes is taken from it, and
                 `mem_budget`, `batch_size`, `sparsity`, `razor`, the optimizer and `threads` are ignored.
             data_bytes: what the caller's data will hold while training; None: one float32 batch.
@@ -132,6 +135,7 @@ class Trainer:
             made = plan.summary["optimizer"]
             batch_size, razor, threads = plan.batch_size, plan.summary["razor"], plan.threads
             attention = plan.summary.get("attention", "recompute")  # of a plan made before there was a choice
+            frozen_weights = plan.summary["frozen_weights"]
             optimizer, momentum, nesterov = made["name"], made["momentum"], made["nesterov"]
             betas, eps, weight_decay = made["betas"], made["eps"], made["weight_decay"]
         if data_bytes is None:
@@ -150,6 +154,7 @@ class Trainer:
             "weight_decay": weight_decay,
             "threads": threads,
             "micro_batch": micro_batch,
+            "frozen_weights": frozen_weights,
             "base_bytes": rss_bytes(),
             "data_bytes": data_bytes,
             "prefer": prefer,
@@ -168,16 +173,13 @@ class Trainer:
         self._damaged_checkpoints: tuple[Path, ...] = ()  # that the next `save` replaces
         self.data_resident: Callable[[], int] | None = None
         self._profiling = False
+        self._replaced: set[str] = set()  # frozen parameters that are not the bundle's any more
         self._open(plan)
-        buffer = np.empty(BUFFER_BYTES, np.uint8)
-        for name in self._parameters:
-            shape = self.bundle.spec(name).shape
-            self._session.write_parts(name, None, shape, self.bundle.read_parts(name, buffer))
         self.guard = MemoryGuard(plan.summary["mem_budget"], plan.predicted_peak_bytes)
         self._guard_stop = weakref.finalize(self, self.guard.stop)
 
     def _open(self, plan: Plan) -> None:
-        """Opens the sessions of a plan; parameters and state are zero."""
+        """Opens the sessions of a plan; parameters are the bundle's, and state is zero."""
         session = Session(plan.binary, spill_dir=self._spill_dir)
         try:
             spilled = session.spill_info().file_bytes
@@ -186,6 +188,8 @@ class Trainer:
             self._shorter = {
                 tokens: Session(data, session, spill_dir=self._spill_dir) for tokens, data in plan.buckets.items()
             }
+            session.load_weights(*self.bundle.weights_place)
+            self.bundle.check_unchanged()
         except BaseException:
             session.close()
             raise
@@ -220,6 +224,11 @@ class Trainer:
         """What a checkpoint holds: also what the present plan has frozen, which an earlier one may have trained."""
         allowed = set(self.bundle.manifest.trainable)
         return [name for name, p in self._parameters.items() if p.trainable or name in allowed]
+
+    @property
+    def _changing(self) -> set[str]:
+        """Parameters that may be others than the bundle's."""
+        return {*self.bundle.manifest.trainable, *self._replaced}
 
     @property
     def classes(self) -> int | None:
@@ -360,7 +369,7 @@ class Trainer:
         budget = resolve_budget(mem_budget)
         old = self.plan
         with tempfile.TemporaryDirectory(prefix=".edge-razor-", dir=scratch) as folder:
-            places = put_aside(self._session, Path(folder))
+            places = put_aside(self._session, Path(folder), self._changing)
             self._close_sessions()
             try:
                 self._open(plan_in_child(self.bundle.path, mem_budget=budget.bytes, **self._planning))
@@ -387,7 +396,10 @@ class Trainer:
         return merged(self.bundle, stored, self._read_stored)
 
     def _read_stored(self, name: str) -> np.ndarray:
-        return self._session.read_parameter(name) if name in self._parameters else self.bundle.read_tensor(name)
+        """A tensor as it is now; one that never trains as the bundle has it, which the session may hold rounded."""
+        if name not in self._parameters or name not in self._changing:
+            return self.bundle.read_tensor(name)
+        return self._session.read_parameter(name)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """All tensors under the names and in the layout and order of the user's torch state dict (copies)."""
@@ -410,6 +422,10 @@ class Trainer:
                 raise UsageError(f"{name!r} has shape {list(array.shape)}, the model needs {list(parameter.shape)}")
             chosen[name] = array
         for name, array in chosen.items():
+            if name not in self.bundle.manifest.trainable:
+                if name not in self._replaced and np.array_equal(array, self.bundle.read_tensor(name)):
+                    continue  # it stays where it is, perhaps in the bundle's file
+                self._replaced.add(name)
             self._session.write_parameter(name, array)
         lora = self.bundle.manifest.lora
         for layer in lora.layers.values() if lora is not None else ():  # what was loaded is the sum already
@@ -429,6 +445,7 @@ class Trainer:
             "prefer": summary["prefer"],
             "razor": summary["razor"],
             "attention": summary.get("attention", "recompute"),  # of a plan made before there was a choice
+            "frozen_weights": summary["frozen_weights"],
             "optimizer": optimizer["name"],
             "lr": self.lr,
             **{key: optimizer[key] for key in ("momentum", "nesterov", "weight_decay", "betas", "eps")},

@@ -186,6 +186,12 @@ def _add_planning(parser: _Parser) -> None:
         choices=("recompute", "probabilities"),
         help="what its backward pass works from: probabilities made again exactly (default), or the largest, kept",
     )
+    add(
+        "--frozen-weights",
+        default="fp32",
+        choices=("fp32", "bf16", "int8"),
+        help="weights that do not train: read in the bundle (fp32, default), or rounded in memory",
+    )
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
     add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
     parser.add_argument("--nesterov", action=_WrittenFlag, help="SGD: Nesterov momentum")
@@ -340,7 +346,8 @@ def _info(o: argparse.Namespace) -> None:
 
 
 _PLANNING = (
-    *("batch_size", "sparsity", "razor", "attention", "optimizer", "momentum", "nesterov", "weight_decay"),
+    *("batch_size", "sparsity", "razor", "attention", "frozen_weights"),
+    *("optimizer", "momentum", "nesterov", "weight_decay"),
     *("prefer", "allow_freeze", "harm"),
 )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from math import inf, isfinite, prod
 
-from .context import LINEAR_PERM, Lowering, Tensor, collapse
+from .context import LINEAR_PERM, Lowering, ParamForm, Tensor, collapse
 from .graph import Node
 from .lower_math import broadcast_strides
+from .optimizer import row_set_bytes
 from .program import Buffer
 from .storage import Form
 
 __all__ = ["RULES"]
+
+_TABLE_FORMS = {ParamForm.BF16: 2, ParamForm.INT8: 3}  # of `embedding`; 0 and 1 are float32, as it is and transposed
 
 
 def _used(lowering: Lowering, node: Node, index: int) -> Tensor | None:
@@ -167,6 +170,8 @@ def _table(node: Node, shape: tuple[int, ...], perm: tuple[int, ...] | None) -> 
 def _embedding(lowering: Lowering, node: Node) -> None:
     ids, w, y = lowering.tensor(node, 0), lowering.tensor(node, 1), lowering.output(node)
     table = _table(node, w.shape, w.perm)
+    if w.form in _TABLE_FORMS:
+        table[2] = _TABLE_FORMS[w.form]
     if y.elements != ids.elements * table[1]:
         node.fail(f"rows of {list(w.shape)} by indices {list(ids.shape)} do not give {list(y.shape)}")
     lowering.emit(node, "embedding", [ids.elements, *table], [], [_ids(lowering, node), w.buffer, y.buffer])
@@ -175,12 +180,29 @@ def _embedding(lowering: Lowering, node: Node) -> None:
 def _embedding_grad(lowering: Lowering, node: Node) -> None:
     ids, dy = lowering.tensor(node, 0), lowering.plain(node, 1)
     shape = tuple(node.integers("weight_shape"))
+    if node.output(0) in lowering.row_gradients:
+        _embedding_grad_rows(lowering, node, ids, dy, shape)
+        return
     g = lowering.output(node, perm=_stored_as(lowering, node))
     table = _table(node, g.shape, g.perm)
     if shape != g.shape or dy.elements != ids.elements * table[1]:
         node.fail(f"dY {list(dy.shape)} of indices {list(ids.shape)} does not fit {list(g.shape)}")
     ints = [ids.elements, *table, node.integer("padding_idx", -1)]
     lowering.emit(node, "embedding_grad", ints, [], [_ids(lowering, node), dy.buffer, g.buffer])
+
+
+def _embedding_grad_rows(lowering: Lowering, node: Node, ids: Tensor, dy: Tensor, shape: tuple[int, ...]) -> None:
+    """The gradient as a row set: no buffer as large as the table."""
+    value = node.output(0)
+    stated = lowering.graph.shape(value, node).at(lowering.samples)
+    vocabulary, cols, _ = _table(node, stated, None)
+    if shape != stated or dy.elements != ids.elements * cols:
+        node.fail(f"dY {list(dy.shape)} of indices {list(ids.shape)} does not fit {list(stated)}")
+    capacity = min(ids.elements, vocabulary)
+    rows = Buffer(value, row_set_bytes(vocabulary, cols, capacity))
+    lowering.tensors[value] = Tensor(rows, stated, None, capacity)
+    ints = [ids.elements, vocabulary, cols, capacity, node.integer("padding_idx", -1)]
+    lowering.emit(node, "embedding_grad_rows", ints, [], [_ids(lowering, node), dy.buffer, rows])
 
 
 def _stored_as(lowering: Lowering, node: Node) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from math import sqrt
 from edge_razor.errors import Advice, BudgetError
 from edge_razor.units import format_bytes
 
+from .context import ParamForm
 from .graph import Graph
 from .search import SPARSITY_GRID, Candidate, Search, Settings, searches, trained_layers
 
@@ -61,6 +62,8 @@ def _changes(search: Search) -> Iterator[tuple[str, Graph, Settings]]:
     elif settings.optimizer.momentum:
         plain = replace(settings.optimizer, momentum=0.0, nesterov=False)
         yield "momentum 0", graph, replace(settings, optimizer=plain)
+    if settings.frozen_weights != "int8" and any(form != ParamForm.FLOAT for form in search.forms.values()):
+        yield "frozen weights int8", graph, replace(settings, frozen_weights="int8")
     layers = trained_layers(search.whole.restricted(None))
     half = len(layers) // 2
     if settings.allow_freeze < half:

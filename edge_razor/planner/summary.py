@@ -50,6 +50,8 @@ def summarize(decision: Decision, bundle_id: str, budget: int | None, tried: int
         },
         "arena_bytes": accounting.arena,
         "live_bytes": best.peak_live,
+        "frozen_weights": settings.frozen_weights,
+        "mapped_bytes": best.memory.mapped_bytes,
         "params_bytes": best.memory.params_bytes,
         "state_bytes": best.memory.state_bytes,
         "trainable": list(search.graph.gradients),

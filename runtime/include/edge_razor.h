@@ -83,10 +83,13 @@ ER_API er_status er_output_info(const er_session* session, uint32_t index, er_te
 typedef struct er_resident {
   uint64_t arena, params, state;
 } er_resident;
-/* How many bytes of the session's memory are resident now: those that were touched and are not swapped out. */
+/* How many bytes of the session's memory are resident now: those that were touched and are not swapped out. Pages of a
+ * weights file that is read in place are not among them. */
 ER_API er_status er_session_resident(const er_session* session, er_resident* resident);
 
-/* Copies a parameter in or out, torch layout; elements must match. */
+/* Copies a parameter in or out, torch layout; elements must match. Writing one that the plan has in the weights file
+ * gives it memory of its own, which the plan does not count; one that the plan stores in bf16 or int8 is rounded to
+ * that. */
 ER_API er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements);
 ER_API er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements);
 /* Copies optimizer state tensor `slot` of a parameter in or out, torch layout. */
@@ -95,15 +98,22 @@ ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t sl
 ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data,
                                uint64_t elements);
 /* Copies elements first … first + elements − 1 (torch order) of a parameter, or of its optimizer state tensor `slot`;
- * slot = ER_PARAMETER means the parameter itself. So a file is written and read through a buffer of any size. */
+ * slot = ER_PARAMETER means the parameter itself. So a file is written and read through a buffer of any size. A frozen
+ * parameter that is not float32 in memory can be read so, but is only written whole (er_param_write). */
 #define ER_PARAMETER 0xffffffffu
 ER_API er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
                                 uint64_t elements);
 ER_API er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
                                uint64_t elements);
 /* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the
- * right shape; other tensors are ignored. Saving writes `path` in place; the caller renames. */
+ * right shape; other tensors are ignored. Parameters that the plan has in the weights file are mapped read-only and
+ * read there from then on: the file must stay as it is (replacing it by a rename is fine). A step or prediction after
+ * its size or modification time has changed fails with ER_BAD_FILE; cutting it short while a step runs kills the
+ * process (SIGBUS). Saving writes `path` in place; the caller renames. */
 ER_API er_status er_weights_load(er_session* session, const char* path);
+/* The same for a safetensors file that lies in another: `bytes` bytes from `offset` on, such as a stored zip member. If
+ * its tensors are not aligned to 4 bytes there, they are copied to memory instead of being read in place. */
+ER_API er_status er_weights_load_at(er_session* session, const char* path, uint64_t offset, uint64_t bytes);
 ER_API er_status er_weights_save(const er_session* session, const char* path);
 
 /* One batch in the caller's memory. */

@@ -130,6 +130,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_range_write": (u32, (void_p, u32, u32, u64, void_p, u64)),
     "er_range_read": (u32, (void_p, u32, u32, u64, void_p, u64)),
     "er_weights_load": (u32, (void_p, char_p)),
+    "er_weights_load_at": (u32, (void_p, char_p, u64, u64)),
     "er_weights_save": (u32, (void_p, char_p)),
     "er_train_step": (u32, (void_p, POINTER(CArray), u32, f32, u64, u64, POINTER(f32))),
     "er_predict": (u32, (void_p, POINTER(CArray), u64, POINTER(void_p))),

@@ -235,6 +235,11 @@ class Session:
         parameter = self._find(name, slot)
         if shape != parameter.shape:
             raise UsageError(f"parameter '{name}' is float32 {parameter.shape}, not {shape}")
+        if (
+            slot is None and not parameter.trainable
+        ):  # its scales, or its copy of what lies in a file, belong to the whole
+            whole = np.concatenate([np.ravel(np.array(part)) for part in parts] or [np.empty(0, np.float32)])
+            return self.write_parameter(name, whole.reshape(shape))
         first, total = 0, math.prod(shape)
         code = PARAMETER if slot is None else slot
         for given in parts:
@@ -246,15 +251,25 @@ class Session:
         if first != total:
             raise UsageError(f"parameter '{name}' has {total} elements, not {first}")
 
-    def load_weights(self, path: str | os.PathLike[str]) -> None:
+    def load_weights(self, path: str | os.PathLike[str], start: int = 0, size: int | None = None) -> None:
         """Reads every parameter from a safetensors file, 64 KB at a time; other tensors in it are ignored.
+
+        Parameters that the plan has in the weights file are mapped read-only and read there from then on, so it must
+        stay as it is. (Replacing it by a rename is fine.) A step or prediction after its size or modification time has
+        changed raises BundleError.
+
+        Args:
+            path: the file.
+            start, size: bytes of it that are the safetensors file (a stored zip member); None: to the end. If its
+                tensors are not aligned to 4 bytes there, they are copied instead of mapped.
 
         Raises:
             BundleError: the file is damaged, or lacks a parameter, or has it in another shape or dtype. No parameter
                 has changed, unless the file was cut short while it was read.
             OSError: it cannot be read.
         """
-        check(self._library.er_weights_load(self._open(), os.fsencode(path)))
+        size = 2**64 - 1 if size is None else size
+        check(self._library.er_weights_load_at(self._open(), os.fsencode(path), start, size))
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Writes every parameter to a safetensors file, in place: write to a temporary name and rename.

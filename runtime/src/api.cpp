@@ -44,9 +44,9 @@ er_status check_state(const er_session* session, uint32_t index, uint32_t slot, 
   return ER_OK;
 }
 
-// Checks the arguments of the calls that copy a part of one tensor; `tensor` is where it begins.
+// Checks the arguments of the calls that copy a part of one tensor.
 er_status check_range(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, const void* data,
-                      uint64_t elements, float** tensor) {
+                      uint64_t elements) {
   if (!session || !data) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
   const std::vector<PlanParam>& params = session->plan().params;
   if (index >= params.size()) return no_item("parameter", index, params.size());
@@ -57,7 +57,6 @@ er_status check_range(const er_session* session, uint32_t index, uint32_t slot, 
     return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has %llu elements, not %llu from %llu on", param.name.c_str(),
                 static_cast<unsigned long long>(param.elements), static_cast<unsigned long long>(elements),
                 static_cast<unsigned long long>(first));
-  *tensor = slot == ER_PARAMETER ? session->param(index) : session->state(index, slot);
   return ER_OK;
 }
 
@@ -148,14 +147,19 @@ er_status er_output_info(const er_session* session, uint32_t index, er_tensor_in
 }
 
 er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements) {
-  if (const er_status status = check_copy(session, index, data, elements)) return status;
-  copy_in(param_layout(session, index), 0, elements, data, session->param(index));
-  return ER_OK;
+  return guard([&] {
+    if (const er_status status = check_copy(session, index, data, elements)) return status;
+    session->write_param(index, data);
+    return ER_OK;
+  });
 }
 
 er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements) {
   if (const er_status status = check_copy(session, index, data, elements)) return status;
-  copy_out(param_layout(session, index), 0, elements, session->param(index), data);
+  const StoredParam param = session->param(index);
+  if (!param.data)
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file", param.param.name.c_str());
+  param.read(0, elements, data);
   return ER_OK;
 }
 
@@ -173,24 +177,41 @@ er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot
 
 er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
                          uint64_t elements) {
-  float* tensor;
-  if (const er_status status = check_range(session, index, slot, first, data, elements, &tensor)) return status;
-  copy_in(param_layout(session, index), first, elements, data, tensor);
+  if (const er_status status = check_range(session, index, slot, first, data, elements)) return status;
+  if (slot != ER_PARAMETER) {
+    copy_in(param_layout(session, index), first, elements, data, session->state(index, slot));
+    return ER_OK;
+  }
+  const StoredParam param = session->param(index);
+  if (param.param.form != kFloat)  // its scales, or the copy of what lies in the file, belong to the whole
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' is frozen and not float32 in memory: write it whole",
+                param.param.name.c_str());
+  param.write(first, elements, data);
   return ER_OK;
 }
 
 er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
                         uint64_t elements) {
-  float* tensor;
-  if (const er_status status = check_range(session, index, slot, first, data, elements, &tensor)) return status;
-  copy_out(param_layout(session, index), first, elements, tensor, data);
+  if (const er_status status = check_range(session, index, slot, first, data, elements)) return status;
+  if (slot != ER_PARAMETER) {
+    copy_out(param_layout(session, index), first, elements, session->state(index, slot), data);
+    return ER_OK;
+  }
+  const StoredParam param = session->param(index);
+  if (!param.data)
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file", param.param.name.c_str());
+  param.read(first, elements, data);
   return ER_OK;
 }
 
 er_status er_weights_load(er_session* session, const char* path) {
+  return er_weights_load_at(session, path, 0, UINT64_MAX);
+}
+
+er_status er_weights_load_at(er_session* session, const char* path, uint64_t offset, uint64_t bytes) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
-    load_weights(session->plan(), session->params(), path);
+    load_weights(*session, std::make_unique<WeightsFile>(path, offset, bytes));
     return ER_OK;
   });
 }
@@ -198,7 +219,7 @@ er_status er_weights_load(er_session* session, const char* path) {
 er_status er_weights_save(const er_session* session, const char* path) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
-    save_weights(session->plan(), session->params(), path);
+    save_weights(*session, path);
     return ER_OK;
   });
 }

@@ -22,7 +22,8 @@ namespace er::ER_ISA {
   X(dropout)           \
   X(loss)              \
   X(spill)             \
-  X(optimizer)
+  X(optimizer)         \
+  X(optimizer_rows)
 
 #define ER_DECLARE(family) extern const Kernel family##_kernels[];
 ER_FAMILIES(ER_DECLARE)

@@ -83,14 +83,16 @@ Regions::Regions(const Plan& plan)
     : arena(plan.arena_bytes),
       params(plan.params_bytes),
       state(plan.state_bytes),
-      pool(static_cast<int>(plan.threads)) {}
+      pool(static_cast<int>(plan.threads)),
+      frozen(plan.params.size()),
+      copies(plan.params.size()) {}
 
 namespace {
 
 std::shared_ptr<Regions> shared_regions(const Plan& plan, const Plan& base, const std::shared_ptr<Regions>& regions) {
   const auto same = [](const PlanParam& a, const PlanParam& b) {
-    return a.name == b.name && a.trainable == b.trainable && a.shape == b.shape && a.perm == b.perm &&
-           a.offset == b.offset && a.state_offsets == b.state_offsets;
+    return a.name == b.name && a.trainable == b.trainable && a.form == b.form && a.shape == b.shape &&
+           a.perm == b.perm && a.offset == b.offset && a.state_offsets == b.state_offsets;
   };
   if (plan.params_bytes != base.params_bytes || plan.state_bytes != base.state_bytes ||
       !std::equal(plan.params.begin(), plan.params.end(), base.params.begin(), base.params.end(), same))
@@ -127,13 +129,17 @@ Session::Session(Plan plan, std::shared_ptr<Regions> regions)
 }
 
 std::vector<Session::Step> Session::prepare(const std::vector<PlanStep>& steps) {
-  uint8_t* const regions[] = {nullptr, regions_->arena.data(), regions_->params.data(), regions_->state.data()};
+  uint8_t* const regions[] = {nullptr, regions_->arena.data(), regions_->params.data(), regions_->state.data(),
+                              nullptr};
   std::vector<Step> out;
   out.reserve(steps.size());
   for (const PlanStep& step : steps) {
     const er_operand* first = operands_.data() + operands_.size();
-    for (const PlanOperand& o : step.operands)
-      operands_.push_back({o.region == kNone ? nullptr : regions[o.region] + o.offset, o.bytes});
+    for (const PlanOperand& o : step.operands) {
+      uint8_t* const region = regions[o.region];
+      if (o.region == kMapped) frozen_operands_.emplace_back(operands_.size(), o.offset);
+      operands_.push_back({region ? region + o.offset : nullptr, o.bytes});
+    }
     const Call call{step.ints.data(),
                     static_cast<uint32_t>(step.ints.size()),
                     step.floats.data(),
@@ -222,6 +228,56 @@ void Session::bind(const er_array* arrays, size_t count, bool train, uint64_t fi
   }
 }
 
+void Session::write_param(uint32_t index, const float* user) {
+  const PlanParam& p = plan_.params[index];
+  if (p.form == kInFile && !regions_->copies[index]) {
+    regions_->copies[index] = std::make_unique<Pages>(stored_bytes(p));
+    regions_->frozen[index] = regions_->copies[index]->data();
+    regions_->changes++;
+  }
+  const StoredParam stored = param(index);
+  if (stored.needs_scales()) {
+    for (uint64_t i = 0; i < p.elements; i++)
+      if (!std::isfinite(user[i]))
+        throw Error{ER_INVALID_ARGUMENT,
+                    text("parameter '%.200s' is stored in int8, which has no NaN or infinity", p.name.c_str())};
+    stored.begin_scales();
+    stored.scan(0, p.elements, user);
+    stored.end_scales();
+  }
+  stored.write(0, p.elements, user);
+}
+
+void Session::set_frozen(std::vector<uint8_t*> places, std::vector<std::unique_ptr<Pages>> copies,
+                         std::unique_ptr<WeightsFile> file) {
+  regions_->frozen = std::move(places);
+  regions_->copies = std::move(copies);
+  regions_->file = std::move(file);
+  regions_->changes++;
+}
+
+// Gives the steps the parameters of the weights file, wherever they are now.
+er_status Session::find_frozen() {
+  if (frozen_operands_.empty()) return ER_OK;
+  if (regions_->file && !regions_->file->unchanged())
+    return fail(ER_BAD_FILE,
+                "%.400s was changed while a session reads its weights there; copy a whole one there and "
+                "start again",
+                regions_->file->path().c_str());
+  if (frozen_seen_ == regions_->changes) {
+    if (frozen_seen_) return ER_OK;
+    return fail(ER_INVALID_ARGUMENT, "no weights file has been loaded, and the plan reads parameters there");
+  }
+  for (const auto& [operand, index] : frozen_operands_) {
+    if (!regions_->frozen[index])
+      return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file",
+                  plan_.params[index].name.c_str());
+    operands_[operand].data = regions_->frozen[index];
+  }
+  frozen_seen_ = regions_->changes;
+  return ER_OK;
+}
+
 void Session::open_spill(const char* directory) {
   if (!plan_.spill_bytes) return;
   if (!regions_->spill) regions_->spill = std::make_unique<SpillFile>(directory);
@@ -298,6 +354,7 @@ er_status Session::train_step(const er_array* arrays, uint32_t samples, float le
   uint64_t counted = 0;
   if (plan_.inputs.back().dtype == kInt32)
     if (const er_status status = check_labels(arrays[inputs_.size() - 1], samples, &counted)) return status;
+  if (const er_status status = find_frozen()) return status;
   const uint32_t micro = plan_.micro_batch;
   // Micro-batches without a valid sample do not run; the optimizer updates at the last one that does.
   const uint32_t count = (samples + micro - 1) / micro;
@@ -317,6 +374,7 @@ er_status Session::predict(const er_array* inputs, uint64_t samples, float* cons
   if (eval_.empty()) return fail(ER_INVALID_ARGUMENT, "the plan has no evaluation part");
   const size_t count = inputs_.size() - 1;
   if (const er_status status = check_arrays(inputs, count, samples)) return status;
+  if (const er_status status = find_frozen()) return status;
   for (size_t o = 0; o < outputs_.size(); o++)
     if (!outputs[o]) return fail(ER_INVALID_ARGUMENT, "output '%.200s' is NULL", plan_.outputs[o].name.c_str());
   const uint64_t micro = plan_.micro_batch;
