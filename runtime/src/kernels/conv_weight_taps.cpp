@@ -59,7 +59,12 @@ TapSet tap_set(int64_t first, int64_t taps, int64_t stride, int64_t dilation) {
 
 struct Class {
   TapSet y, x;
-  int rows() const { return y.rows_at_once(0, columns()); }  // of the largest walk
+  // Of the largest walks. The last columns may be walked with more rows than the first: two where three are too many.
+  int rows() const {
+    int most = 1;
+    each_walk([&](int64_t, int64_t, int rows, int) { most = std::max(most, rows); });
+    return most;
+  }
   int columns() const { return x.columns_at_once(0); }
   // each(i, j, rows, columns): walks that serve all taps, the first of each being the class's i-th, j-th.
   template <class Each>
