@@ -151,6 +151,7 @@ def _run(options: RunOptions, stop: Stop) -> int:
         show_accounting(trainer.plan.summary)
         print(f"\n{len(training)} training samples, {len(held_out)} for validation, {steps} steps")
         if trainer.position[0] >= recipe["epochs"]:
+            put_in_order(options.out, trainer.update, trainer.position[0])
             print(f"{options.out}: all {recipe['epochs']} epochs are done; nothing is left to train")
             return 0
         ring = BatchRing(source, batch_size)

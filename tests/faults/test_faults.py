@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_once_there_is_space(
     assert answer["status"] == 0
     for file in checkpoint_files(small_disk)[1:]:
         file.unlink()
-    for file in (*checkpoint_files(small_disk), small_disk / "metrics.jsonl"):
+    for file in (*checkpoint_files(small_disk), small_disk / "metrics.jsonl", small_disk / "report.html"):
         file.unlink()
     filler = small_disk / "other-data"
     filler.write_bytes(bytes(48 << 10))
