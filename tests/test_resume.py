@@ -211,6 +211,21 @@ def test_a_resumed_run_keeps_threads_and_cap_unless_told_otherwise(bundle: Path,
     assert settings("--epochs", "3", "--threads", "2", "--mem-budget", str(cap + 1_000_000)) == (2, cap + 1_000_000)
 
 
+def test_a_finished_run_that_was_killed_at_its_very_end_is_put_in_order(
+    bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ["train", str(bundle), "--data", str(data), "--out", str(run), "--epochs", "1"]
+    assert main(command) == 0
+    log = run / "metrics.jsonl"
+    whole, checkpoints = log.read_bytes(), [file.read_bytes() for file in checkpoint_files(run)]
+    with log.open("ab") as file:
+        file.write(b'{"event": "memory", "u')
+    assert main([*command, "--resume"]) == 0
+    assert log.read_bytes() == whole
+    assert [file.read_bytes() for file in checkpoint_files(run)] == checkpoints
+
+
 def test_a_data_set_that_has_grown_is_said(
     bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

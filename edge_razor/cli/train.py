@@ -23,6 +23,7 @@ from edge_razor.data.text import TextOptions
 from edge_razor.errors import CheckpointError, MemoryCapError, UsageError
 from edge_razor.fit import Events, FitResult, fit
 from edge_razor.planner import Plan
+from edge_razor.run_directory import put_in_order
 from edge_razor.run_lock import run_lock
 from edge_razor.runtime import isa
 from edge_razor.schedule import Schedule
