@@ -91,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
             "plan",
             _plan,
             "Place every byte of training under a cap, and show what the cap is spent on.",
-            "edge-razor plan model.razor --mem-budget 128MB --batch-size 8",
+            "edge-razor plan model.razor --mem-budget 128MB --batch-size 8\n"
+            "  edge-razor plan model.razor --device raspberry-pi-4 -o model.plan",
         )
     )
     _add_train(
@@ -176,6 +177,8 @@ def _add_plan(parser: _Parser) -> None:
         "--micro-batch", type=_COUNT, metavar="N", help="samples at a time (default: the most that fits)"
     )
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
+    parser.add_argument("--device", metavar="NAME", help="plan for this device: its memory and cores are the defaults")
+    parser.add_argument("--devices", type=Path, metavar="JSON", help="your own devices beside the known (docs/devices.md)")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the summary as JSON")
 
 
@@ -282,10 +285,15 @@ _PLANNING = ("batch_size", "sparsity", "razor", "optimizer", "momentum", "nester
 
 
 def _plan(o: argparse.Namespace) -> None:
+    from edge_razor.devices import find_device
+
     from .plan import run
 
     names = (*_PLANNING, "mem_budget", "micro_batch", "threads")
-    run(o.bundle, o.output, o.as_json, {name: getattr(o, name) for name in names})
+    if o.devices is not None and o.device is None:
+        raise UsageError("--devices adds devices to choose from: name one with --device")
+    device = None if o.device is None else find_device(o.device, o.devices)
+    run(o.bundle, o.output, o.as_json, {name: getattr(o, name) for name in names}, device)
 
 
 def _train(o: argparse.Namespace) -> int:

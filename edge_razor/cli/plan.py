@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_razor.bundle import Bundle
+from edge_razor.devices import Device
 from edge_razor.planner import plan
 from edge_razor.units import format_bytes
 
@@ -18,15 +19,29 @@ __all__ = ["run", "show_accounting"]
 SHOWN_VALUES = 12
 
 
-def run(bundle: Path, output: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+def run(
+    bundle: Path, output: Path | None, as_json: bool, options: dict[str, Any], device: Device | None = None
+) -> None:
+    assumptions = None
+    if device is not None:
+        assumptions = device.assumptions(options["mem_budget"], options["threads"])
+        options = options | {
+            "mem_budget": device.free if options["mem_budget"] is None else options["mem_budget"],
+            "threads": options["threads"] or device.cores,
+            "base_bytes": device.base_rss,
+        }
     with Bundle(bundle) as opened:  # one float32 batch of the caller's, as the trainer counts it by default
         sample = sum(prod(spec.shape) for spec in opened.manifest.inputs)
     result = plan(bundle, data_bytes=4 * options["batch_size"] * sample, **options)
+    if assumptions is not None:
+        result.summary["assumed"] = assumptions
     if output is not None:
         result.save(output)
     if as_json:
         print(json.dumps(result.summary, indent=2))
         return
+    if assumptions is not None:
+        print(f"assumed {assumptions}\n")
     show_accounting(result.summary)
     kept = result.summary["kept"]
     if kept:
@@ -50,7 +65,7 @@ def run(bundle: Path, output: Path | None, as_json: bool, options: dict[str, Any
         if len(kept) > SHOWN_VALUES:
             print(f"… and {len(kept) - SHOWN_VALUES} smaller ones (--json shows all)")
     if output is not None:
-        print(f"\nwrote {output}")
+        print(f"\nwrote {', '.join(str(path) for path in result.files(output))}")
 
 
 def show_accounting(summary: dict[str, Any]) -> None:

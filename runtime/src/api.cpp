@@ -61,7 +61,7 @@ er_status create(const void* plan, size_t plan_bytes, const er_session* base, er
     *session = nullptr;
     if (*isa_problem()) return fail(ER_INVALID_ARGUMENT, "%s", isa_problem());
     Plan checked = read_plan(plan, plan_bytes);
-    scipy_openblas_set_num_threads(1);  // the pool's threads call it; it must not start its own
+    blas_single_threaded();
     *session = base ? new er_session(std::move(checked), *base) : new er_session(std::move(checked));
     return ER_OK;
   });
@@ -126,24 +126,28 @@ er_status er_output_info(const er_session* session, uint32_t index, er_tensor_in
 
 er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements) {
   if (const er_status status = check_copy(session, index, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   copy_in(param_layout(session, index), 0, elements, data, session->param(index));
   return ER_OK;
 }
 
 er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements) {
   if (const er_status status = check_copy(session, index, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   copy_out(param_layout(session, index), 0, elements, session->param(index), data);
   return ER_OK;
 }
 
 er_status er_state_write(er_session* session, uint32_t index, uint32_t slot, const float* data, uint64_t elements) {
   if (const er_status status = check_state(session, index, slot, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   copy_in(param_layout(session, index), 0, elements, data, session->state(index, slot));
   return ER_OK;
 }
 
 er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data, uint64_t elements) {
   if (const er_status status = check_state(session, index, slot, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   copy_out(param_layout(session, index), 0, elements, session->state(index, slot), data);
   return ER_OK;
 }
@@ -151,6 +155,7 @@ er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot
 er_status er_weights_load(er_session* session, const char* path) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     load_weights(session->plan(), session->params(), path);
     return ER_OK;
   });
@@ -159,6 +164,7 @@ er_status er_weights_load(er_session* session, const char* path) {
 er_status er_weights_save(const er_session* session, const char* path) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     save_weights(session->plan(), session->params(), path);
     return ER_OK;
   });
@@ -168,6 +174,7 @@ er_status er_train_step(er_session* session, const er_array* arrays, uint32_t sa
                         uint64_t update, uint64_t seed, float* loss) {
   return guard([&] {
     if (!session || !arrays || !loss) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     return session->train_step(arrays, samples, learning_rate, update, seed, loss);
   });
 }
@@ -175,18 +182,21 @@ er_status er_train_step(er_session* session, const er_array* arrays, uint32_t sa
 er_status er_predict(er_session* session, const er_array* inputs, uint64_t samples, float* const* outputs) {
   return guard([&] {
     if (!session || !inputs || !outputs) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     return session->predict(inputs, samples, outputs);
   });
 }
 
 er_status er_profile(er_session* session, int enabled) {
   if (!session) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
   session->profile(enabled != 0);
   return ER_OK;
 }
 
 er_status er_profile_read(const er_session* session, uint32_t index, er_profile_entry* entry) {
   if (!session || !entry) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
   if (session->profile_read(index, entry)) return ER_OK;
   const Plan& plan = session->plan();
   return no_item("step", index, plan.train.size() + plan.eval.size());

@@ -5,6 +5,7 @@
 
 #include "layout.h"
 #include "plan.h"
+#include "turns.h"
 
 namespace er {
 
@@ -27,6 +28,7 @@ struct Regions {
   Regions(const Plan& plan);
   Pages arena, params, state;
   ThreadPool pool;
+  Turns turns;  // one call at a time
 };
 
 class Session {
@@ -34,6 +36,10 @@ class Session {
   explicit Session(Plan plan);
   // Works on the regions of `base`, whose plan must lay parameters and state out in the same way.
   Session(Plan plan, const Session& base);
+
+  using Turn = std::lock_guard<Turns>;
+  // Held by every call that reads or writes the regions.
+  Turns& turns() const { return regions_->turns; }
 
   const Plan& plan() const { return plan_; }
   float* params() const { return reinterpret_cast<float*>(regions_->params.data()); }
@@ -45,6 +51,7 @@ class Session {
   er_status train_step(const er_array* arrays, uint32_t samples, float learning_rate, uint64_t update, uint64_t seed,
                        float* loss);
   er_status predict(const er_array* inputs, uint64_t samples, float* const* outputs);
+  er_status evaluate(const er_array* arrays, uint64_t samples, er_evaluation* result);
 
   void profile(bool enabled);
   bool profile_read(uint32_t index, er_profile_entry* entry) const;
@@ -64,6 +71,7 @@ class Session {
   std::vector<Step> prepare(const std::vector<PlanStep>& steps);
   er_status check_arrays(const er_array* arrays, size_t count, uint64_t samples) const;
   er_status check_labels(const er_array& labels, uint64_t samples, uint64_t* counted) const;
+  void bind_input(size_t input, const er_array& array, uint8_t* to, uint64_t first, uint64_t valid);
   void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
   er_status run(std::vector<Step>& steps);
 
@@ -73,6 +81,7 @@ class Session {
   std::vector<er_operand> operands_;  // of all steps; calls point into it
   std::vector<Step> train_, eval_;
   std::vector<Port> inputs_, outputs_;
+  const Pages target_;  // of an evaluated micro-batch; resident once evaluate() has run
   bool profiling_ = false;
 };
 

@@ -1,15 +1,12 @@
 #include "weights.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <map>
 
 #include "error.h"
+#include "file.h"
 #include "layout.h"
 #include "safetensors.h"
 
@@ -17,58 +14,6 @@ namespace er {
 namespace {
 
 constexpr uint64_t kChunk = 16384;  // elements; 64 KB on the stack
-
-[[noreturn]] void io_error(const char* verb, const char* path) {
-  throw Error{ER_IO, text("cannot %s %.400s: %s", verb, path, std::strerror(errno))};
-}
-
-class File {
- public:
-  File(const char* path, int flags, const char* verb) : path_(path), fd_(::open(path, flags | O_CLOEXEC, 0666)) {
-    if (fd_ < 0) io_error(verb, path);
-  }
-  ~File() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
-
-  uint64_t size() const {
-    struct stat status;
-    if (::fstat(fd_, &status)) io_error("read", path_);
-    if (!S_ISREG(status.st_mode)) throw Error{ER_IO, text("%.400s is not a regular file", path_)};
-    return static_cast<uint64_t>(status.st_size);
-  }
-  void read(void* data, size_t bytes, uint64_t offset) const {
-    for (char* at = static_cast<char*>(data); bytes;) {
-      const ssize_t n = ::pread(fd_, at, bytes, static_cast<off_t>(offset));
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) io_error("read", path_);
-      if (n == 0) throw Error{ER_BAD_FILE, text("%.400s is truncated", path_)};
-      at += n;
-      bytes -= static_cast<size_t>(n);
-      offset += static_cast<uint64_t>(n);
-    }
-  }
-  void write(const void* data, size_t bytes) const {
-    for (const char* at = static_cast<const char*>(data); bytes;) {
-      const ssize_t n = ::write(fd_, at, bytes);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) io_error("write", path_);
-      at += n;
-      bytes -= static_cast<size_t>(n);
-    }
-  }
-  void close() {
-    const int fd = fd_;
-    fd_ = -1;
-    if (::close(fd)) io_error("write", path_);
-  }
-
- private:
-  const char* path_;
-  int fd_;
-};
 
 std::string shape_text(const std::vector<uint64_t>& shape) {
   std::string out = "[";
@@ -129,7 +74,8 @@ void save_weights(const Plan& plan, const float* params, const char* path) {
     at += param.elements * 4;
   }
   const std::string header = write_safetensors_header(entries);
-  File file(path, O_WRONLY | O_CREAT | O_TRUNC, "write");
+  ReplacedFile replaced(path);
+  const File& file = replaced.file();
   file.write(header.data(), header.size());
   float chunk[kChunk];
   for (const PlanParam& param : plan.params) {
@@ -141,7 +87,7 @@ void save_weights(const Plan& plan, const float* params, const char* path) {
       file.write(chunk, count * 4);
     }
   }
-  file.close();
+  replaced.commit();
 }
 
 }  // namespace er
