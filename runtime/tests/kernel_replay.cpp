@@ -185,7 +185,7 @@ int main(int argc, char** argv) {
   if (argc != 2) stop("usage: kernel_replay CALLS");
   std::ifstream file(argv[1], std::ios::binary);
   if (!file) stop(std::string("cannot read ") + argv[1]);
-  Reader in(std::vector<char>(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()));
+  Reader in({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
   if (std::memcmp(in.take(8), "ERCALLS\n", 8)) stop("this is no file of kernel calls");
   std::map<std::string, Tally> tallies;
   while (!in.done()) replay(in, tallies);

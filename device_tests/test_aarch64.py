@@ -1,0 +1,169 @@
+"""The runtime on 64-bit Arm: cross-compiled, and run on emulated processors of the boards that it is for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from device_tests.toolchain import (
+    PROCESSORS,
+    ROOT,
+    SYSROOT,
+    build,
+    digits_bundle,
+    emulated,
+    openblas,
+    run,
+    unavailable,
+    which,
+)
+from edge_razor.runtime import library_path
+
+REASON = unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("aarch64")
+
+
+@pytest.fixture(scope="module")
+def installed(folder: Path) -> Path:
+    """A prefix with the library for aarch64, and the replay program in folder/build."""
+    library = openblas(folder / "openblas")
+    if library is None:
+        pytest.skip("needs the wheel of scipy-openblas32 for aarch64 from the package index")
+    build(folder / "build", library, "edge_razor", "kernel_replay", install=folder / "prefix")
+    return folder / "prefix"
+
+
+@pytest.fixture(scope="module")
+def calls(folder: Path) -> Path:
+    """Kernel calls of tests/kernels with what this machine's plain kernels made of them."""
+    path = folder / "calls.bin"
+    command = ["-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider", "-p", "device_tests.record_kernels"]
+    run(which("python") or "python", *command, "--record-kernels", path, EDGE_RAZOR_ISA="portable")
+    return path
+
+
+@pytest.fixture(scope="module")
+def replay_here(folder: Path) -> Path:
+    program, library = folder / "kernel_replay", library_path().parent
+    run("c++", "-std=c++17", "-O1", f"-I{ROOT}/runtime/include", ROOT / "runtime/tests/kernel_replay.cpp", f"-L{library}",
+        "-ledge_razor", f"-Wl,-rpath,{library}", "-o", program)  # fmt: skip
+    return program
+
+
+def documented_kernels() -> set[str]:
+    table = (ROOT / "docs/plan-format.md").read_text().split("### Table")[1].split("\n\n")[2]
+    return {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_every_kernel_gives_the_same_as_here(processor: str, installed: Path, calls: Path, folder: Path) -> None:
+    out = emulated(processor, folder / "build/kernel_replay", calls)
+    ran = set(re.findall(r"^(\w+) +\d+ +\S+ +\S+$", out, re.MULTILINE))
+    assert documented_kernels() <= ran
+    assert ", 0 wrong" in out
+
+
+@pytest.mark.parametrize("isa", ["portable", ""])
+def test_every_instruction_set_here_agrees(isa: str, calls: Path, replay_here: Path) -> None:
+    run(replay_here, calls, EDGE_RAZOR_ISA=isa)
+
+
+def test_the_replay_notices_a_wrong_result(calls: Path, replay_here: Path, tmp_path: Path) -> None:
+    """Any expected value that is changed by more than rounding is a wrong result."""
+    data = bytearray(calls.read_bytes())
+    at = data.rindex(b"softmax_grad")
+    for i in range(at + 200, len(data), 97):
+        data[i] ^= 0x10
+    (tmp_path / "calls.bin").write_bytes(data[:at] + data[at:])
+    done = subprocess.run([replay_here, tmp_path / "calls.bin"], capture_output=True, text=True)
+    assert done.returncode in (1, 2), done.stdout
+
+
+@pytest.fixture(scope="module")
+def program(installed: Path, folder: Path) -> Path:
+    """examples/embed_c for aarch64, through the installed CMake package."""
+    source, where = ROOT / "examples/embed_c", folder / "digits"
+    run("cmake", "-S", source, "-B", where, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={installed}",
+        f"-DCMAKE_TOOLCHAIN_FILE={ROOT}/runtime/cmake/aarch64-linux-gnu.cmake")  # fmt: skip
+    run("cmake", "--build", where)
+    return where / "digits"
+
+
+@pytest.fixture(scope="module")
+def program_here(folder: Path) -> Path:
+    library = library_path().parent
+    source = ROOT / "examples/embed_c/digits.c"
+    run("cc", "-O1", f"-I{ROOT}/runtime/include", source, f"-L{library}", "-ledge_razor", f"-Wl,-rpath,{library}",
+        "-o", folder / "digits_here")  # fmt: skip
+    return folder / "digits_here"
+
+
+def trained(train: list[str], weights: list[str], path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """Last line of the training, and the weights after it."""
+    env = {"OPENBLAS_NUM_THREADS": "1", "EDGE_RAZOR_ISA": "portable"}
+    done = subprocess.run(train, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    subprocess.run([*weights, str(path)], check=True, env=env)
+    return done.stdout.splitlines()[-1], safetensors.numpy.load_file(path)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_a_training_gives_the_same_as_here(
+    processor: str, program: Path, program_here: Path, folder: Path, tmp_path: Path
+) -> None:
+    if not (folder / "digits.razor").exists():
+        digits_bundle(folder)
+    files = [str(folder / "digits.plan"), str(folder / "digits.razor/weights.safetensors")]
+    emulator = [which("qemu-aarch64-static") or "", "-L", SYSROOT, "-cpu", processor, str(program)]
+
+    def both(updates: int) -> list[tuple[str, dict[str, np.ndarray]]]:
+        out = []
+        for name, command in (("arm", emulator), ("here", [str(program_here)])):
+            checkpoint = str(tmp_path / f"{name}{updates}")
+            train = [*command, "train", *files, checkpoint, str(updates)]
+            out.append(trained(train, [*command, "weights", *files, checkpoint], tmp_path / f"{name}.safetensors"))
+        return out
+
+    # A few updates: the same to rounding. Many: which activations are dropped can hang on a rounding, so that two
+    # trainings part a little, but both have learned the same.
+    (_, arm), (_, here) = both(5)
+    assert arm.keys() == here.keys()
+    for name, value in here.items():
+        assert np.abs(arm[name] - value).max() <= 1e-5 * np.abs(value).max(), name
+    (arm_line, _), (here_line, _) = both(300)
+    figures = [[float(x) for x in re.findall(r"[\d.]+", line)] for line in (arm_line, here_line)]
+    assert abs(figures[0][0] - figures[1][0]) <= 0.05 * figures[1][0], (arm_line, here_line)
+    assert min(figures[0][1], figures[1][1]) > 0.75
+
+
+def test_the_hot_kernels_are_vectorized(installed: Path) -> None:
+    """Fused multiply-adds of four floats, `fmla v.4s`, are there, and nearly no scalar ones."""
+    lines = run("aarch64-linux-gnu-objdump", "-d", "-C", "--no-show-raw-insn", installed / "lib/libedge_razor.so").stdout
+    vector: dict[str, int] = {}
+    scalar: dict[str, int] = {}
+    symbol = ""
+    for line in lines.splitlines():
+        if line.endswith(">:"):
+            symbol = line.split("<", 1)[1]
+        elif re.search(r"\tfml[as]\tv\d+\.4s", line):
+            vector[symbol] = vector.get(symbol, 0) + 1
+        elif "\tfmadd\ts" in line:
+            scalar[symbol] = scalar.get(symbol, 0) + 1
+
+    def count(table: dict[str, int], part: str) -> int:
+        return sum(n for name, n in table.items() if part in name)
+
+    for kernel in ("gemm_tile<", "some_pixels<", "tile_gradient", "layer_norm", "attention"):
+        assert count(vector, kernel) >= 4, f"{kernel}: {count(vector, kernel)} fmla v.4s"
+    for kernel in ("gemm_tile<", "some_pixels<"):
+        assert count(vector, kernel) > 50 * count(scalar, kernel), kernel
