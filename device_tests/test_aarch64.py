@@ -123,27 +123,27 @@ def test_a_training_gives_the_same_as_here(
 ) -> None:
     if not (folder / "digits.razor").exists():
         digits_bundle(folder)
-    files = [str(folder / "digits.plan"), str(folder / "digits.razor/weights.safetensors")]
+    weights = str(folder / "digits.razor/weights.safetensors")
     emulator = [which("qemu-aarch64-static") or "", "-L", SYSROOT, "-cpu", processor, str(program)]
 
-    def both(updates: int) -> list[tuple[str, dict[str, np.ndarray]]]:
+    def both(plan: str, updates: int) -> list[tuple[str, dict[str, np.ndarray]]]:
         out = []
         for name, command in (("arm", emulator), ("here", [str(program_here)])):
-            checkpoint = str(tmp_path / f"{name}{updates}")
-            train = [*command, "train", *files, checkpoint, str(updates)]
-            out.append(trained(train, [*command, "weights", *files, checkpoint], tmp_path / f"{name}.safetensors"))
+            files = [str(folder / plan), weights, str(tmp_path / f"{name}-{plan}")]
+            train = [*command, "train", *files, str(updates)]
+            out.append(trained(train, [*command, "weights", *files], tmp_path / f"{name}.safetensors"))
         return out
 
-    # A few updates: the same to rounding. Many: which activations are dropped can hang on a rounding, so that two
-    # trainings part a little, but both have learned the same.
-    (_, arm), (_, here) = both(5)
+    (_, arm), (_, here) = both("exact.plan", 20)
     assert arm.keys() == here.keys()
     for name, value in here.items():
         assert np.abs(arm[name] - value).max() <= 1e-5 * np.abs(value).max(), name
-    (arm_line, _), (here_line, _) = both(300)
+    # With razor, which activations are dropped and how they are rounded to int8 can hang on a float's last bit, so that
+    # two long trainings part a little; both have learned the same.
+    (arm_line, _), (here_line, _) = both("digits.plan", 300)
     figures = [[float(x) for x in re.findall(r"[\d.]+", line)] for line in (arm_line, here_line)]
     assert abs(figures[0][0] - figures[1][0]) <= 0.05 * figures[1][0], (arm_line, here_line)
-    assert min(figures[0][1], figures[1][1]) > 0.75
+    assert min(figures[0][1], figures[1][1]) > 0.8
 
 
 def test_the_hot_kernels_are_vectorized(installed: Path) -> None:

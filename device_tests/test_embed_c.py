@@ -47,7 +47,7 @@ def digits(program: Path, files: Path, command: str, checkpoint: Path, *argument
 def test_it_learns_and_a_resumed_run_ends_at_the_same_bits(program: Path, files: Path, tmp_path: Path) -> None:
     whole = digits(program, files, "train", tmp_path / "whole", "400")
     assert "resumed" not in whole
-    assert float(whole.split("accuracy")[1]) > 0.85
+    assert float(whole.split("accuracy")[1]) > 0.9
     digits(program, files, "train", tmp_path / "parts", "170")
     again = digits(program, files, "train", tmp_path / "parts", "400")
     assert "resumed after update 170" in again

@@ -76,7 +76,7 @@ def build(folder: Path, library: Path, *targets: str, install: Path | None = Non
 
 @functools.cache
 def digits_bundle(folder: Path) -> Path:
-    """The bundle of examples/embed_c and plans for it: digits.plan for two threads, one for one."""
+    """The bundle of examples/embed_c and plans for it: digits.plan at sparsity 0.9, exact.plan at 0."""
     import torch
 
     import edge_razor
@@ -88,5 +88,7 @@ def digits_bundle(folder: Path) -> Path:
         sys.path.pop(0)
     bundle = folder / "digits.razor"
     edge_razor.export(digits(), (torch.zeros(2, 1, 20, 20),), bundle)
-    edge_razor.plan(bundle, mem_budget=None, batch_size=16, sparsity=0.9, threads=2).save(folder / "digits.plan")
+    for name, sparsity in (("digits", 0.9), ("exact", 0.0)):
+        made = edge_razor.plan(bundle, mem_budget=None, batch_size=16, sparsity=sparsity, threads=2)
+        made.save(folder / f"{name}.plan")
     return bundle

@@ -43,7 +43,7 @@ static int32_t draw_digit(uint64_t index, float* image) {
   uint64_t state = index * 2654435761u + 12345;
   const int32_t digit = (int32_t)(next_random(&state) % kClasses);
   const int left = 2 + (int)(next_random(&state) % 9), top = 1 + (int)(next_random(&state) % 5);
-  for (int i = 0; i < kPixels; i++) image[i] = (float)(next_random(&state) % 1024) / 1024.0f - 0.5f;
+  for (int i = 0; i < kPixels; i++) image[i] = (float)(next_random(&state) % 1024) / 1024.0f * 0.6f - 0.3f;
   for (int s = 0; s < 7; s++) {
     if (lit[digit][s] == '0') continue;
     const int* box = segments[s];
@@ -143,7 +143,7 @@ static void train(er_session* session, const char* checkpoint, uint64_t last) {
   float loss = 0;
   while (update < last && !stop) {
     fill(&b, update * info.batch_size, info.batch_size); /* the place in the data follows from the update */
-    check(er_train_step(session, b.arrays, info.batch_size, 0.05f, update + 1, 0, &loss));
+    check(er_train_step(session, b.arrays, info.batch_size, 0.02f, update + 1, 0, &loss));
     update++;
     if (update % kCheckpointEvery == 0) {
       check(er_checkpoint_save(session, checkpoint, update, NULL, 0));
