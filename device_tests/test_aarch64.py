@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from device_tests.toolchain import (
     PROCESSORS,
     ROOT,
     SYSROOT,
-    build,
     digits_bundle,
     emulated,
     openblas,
@@ -22,6 +22,7 @@ from device_tests.toolchain import (
     unavailable,
     which,
 )
+from device_tests.wheel import build_wheel
 from edge_razor.runtime import library_path
 
 REASON = unavailable()
@@ -34,13 +35,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(folder: Path) -> Path:
-    """A prefix with the library for aarch64, and the replay program in folder/build."""
-    library = openblas(folder / "openblas")
+def wheel(folder: Path) -> Path:
+    """The wheel for aarch64; OpenBLAS for it is in folder/site beside it."""
+    library = openblas(folder / "site")
     if library is None:
         pytest.skip("needs the wheel of scipy-openblas32 for aarch64 from the package index")
-    build(folder / "build", library, "edge_razor", "kernel_replay", install=folder / "prefix")
-    return folder / "prefix"
+    return build_wheel(folder, library)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, folder: Path) -> Path:
+    """The directory edge_razor/runtime of an installation, with library, header and CMake package."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site/edge_razor/runtime"
+
+
+@pytest.fixture(scope="module")
+def replay(installed: Path, folder: Path) -> Path:
+    program = folder / "kernel_replay_aarch64"
+    run("aarch64-linux-gnu-g++", *compile_replay(installed, program))
+    return program
+
+
+def compile_replay(library: Path, program: Path) -> list[str | Path]:
+    source = ROOT / "runtime/tests/kernel_replay.cpp"
+    return ["-std=c++17", "-O1", f"-I{ROOT}/runtime/include", source, f"-L{library}", "-ledge_razor",
+            f"-Wl,-rpath,{library}", "-o", program]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +75,8 @@ def calls(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def replay_here(folder: Path) -> Path:
-    program, library = folder / "kernel_replay", library_path().parent
-    run("c++", "-std=c++17", "-O1", f"-I{ROOT}/runtime/include", ROOT / "runtime/tests/kernel_replay.cpp", f"-L{library}",
-        "-ledge_razor", f"-Wl,-rpath,{library}", "-o", program)  # fmt: skip
+    program = folder / "kernel_replay"
+    run("c++", *compile_replay(library_path().parent, program))
     return program
 
 
@@ -65,9 +85,19 @@ def documented_kernels() -> set[str]:
     return {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
 
 
+def test_the_wheel_is_for_aarch64_and_complete(wheel: Path, installed: Path) -> None:
+    assert wheel.name.endswith("-py3-none-linux_aarch64.whl")
+    for name in ("libedge_razor.so", "edge_razor.h", "cmake/edge_razor-config.cmake", "__init__.py", "session.py"):
+        assert (installed / name).is_file(), name
+    assert (installed.parent / "devices.json").is_file()
+    read = run("aarch64-linux-gnu-readelf", "-h", "-d", installed / "libedge_razor.so").stdout
+    assert "AArch64" in read and "scipy_openblas32/lib" in read
+    assert (installed / "libedge_razor.so").stat().st_size <= 1_500_000
+
+
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_every_kernel_gives_the_same_as_here(processor: str, installed: Path, calls: Path, folder: Path) -> None:
-    out = emulated(processor, folder / "build/kernel_replay", calls)
+def test_every_kernel_gives_the_same_as_here(processor: str, replay: Path, calls: Path) -> None:
+    out = emulated(processor, replay, calls)
     ran = set(re.findall(r"^(\w+) +\d+ +\S+ +\S+$", out, re.MULTILINE))
     assert documented_kernels() <= ran
     assert ", 0 wrong" in out
@@ -93,7 +123,7 @@ def test_the_replay_notices_a_wrong_result(calls: Path, replay_here: Path, tmp_p
 def program(installed: Path, folder: Path) -> Path:
     """examples/embed_c for aarch64, through the installed CMake package."""
     source, where = ROOT / "examples/embed_c", folder / "digits"
-    run("cmake", "-S", source, "-B", where, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={installed}",
+    run("cmake", "-S", source, "-B", where, "-G", "Ninja", f"-Dedge_razor_DIR={installed}/cmake",
         f"-DCMAKE_TOOLCHAIN_FILE={ROOT}/runtime/cmake/aarch64-linux-gnu.cmake")  # fmt: skip
     run("cmake", "--build", where)
     return where / "digits"
@@ -148,7 +178,7 @@ def test_a_training_gives_the_same_as_here(
 
 def test_the_hot_kernels_are_vectorized(installed: Path) -> None:
     """Fused multiply-adds of four floats, `fmla v.4s`, are there, and nearly no scalar ones."""
-    lines = run("aarch64-linux-gnu-objdump", "-d", "-C", "--no-show-raw-insn", installed / "lib/libedge_razor.so").stdout
+    lines = run("aarch64-linux-gnu-objdump", "-d", "-C", "--no-show-raw-insn", installed / "libedge_razor.so").stdout
     vector: dict[str, int] = {}
     scalar: dict[str, int] = {}
     symbol = ""

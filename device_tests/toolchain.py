@@ -29,11 +29,11 @@ def which(program: str) -> str | None:
     return shutil.which(program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
-def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command with the environment's own programs first; fails with its output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     settings = {**os.environ, "PATH": path, "OPENBLAS_NUM_THREADS": "1", **environment}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=settings)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=settings, cwd=cwd)
     assert done.returncode == 0, f"{command[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
     return done
 
@@ -61,17 +61,6 @@ def openblas(folder: Path) -> Path | None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder / "scipy_openblas32/lib/libscipy_openblas.so"
-
-
-def build(folder: Path, library: Path, *targets: str, install: Path | None = None, flags: str = "") -> None:
-    """Configures runtime/ for aarch64 in `folder` and builds targets; `install`: a prefix to install into."""
-    options = [f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}", f"-DOPENBLAS_LIBRARY={library}", "-DEDGE_RAZOR_WERROR=ON"]
-    if which("ccache"):
-        options.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
-    run("cmake", "-S", ROOT / "runtime", "-B", folder, "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}", *options)
-    run("cmake", "--build", folder, "--target", *targets)
-    if install is not None:
-        run("cmake", "--install", folder, "--prefix", install)
 
 
 @functools.cache
