@@ -5,10 +5,10 @@ python -m pytest tests/kernels -p device_tests.record_kernels --record-kernels c
 Of each test it keeps a few parameter sets, spread over all of them, and of these the first few calls of each kernel.
 Property-based tests are left out: their calls differ from run to run.
 
-The file: "ERCALLS\\n", then for each call (little-endian; vec<T> is u32 count + items): str kernel, vec<i64> ints, vec<f32>
-floats, u32 threads, the context (f32 u64 u64 u32 u32 u64 u64 u64 f64 u64), u32 status, f64 loss after, u32 operands; each
-operand u8 kind (0 absent, 1 input, 2 float32 output, 3 output of other bytes, 4 scratch), u64 bytes, the data before (kinds 1
-to 3) and after (2 and 3).
+The file: "ERCALLS\\n", then for each call (little-endian; vec<T> is u32 count + items): str kernel, vec<i64> ints,
+vec<f32> floats, u32 threads, the context (f32 u64 u64 u32 u32 u64 u64 u64 f64 u64), u32 status, f64 loss after, u32
+operands; each operand u8 kind (0 absent, 1 input, 2 float32 output, 3 output of other bytes, 4 scratch), u64 bytes, the
+data before (kinds 1 to 3) and after (2 and 3).
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ class Recorder:
         loss: float,
     ) -> None:
         out = [struct.pack("<I", len(name)), name.encode()]
-        out += [struct.pack(f"<I{len(ints)}q", len(ints), *ints), struct.pack(f"<I{len(floats)}f", len(floats), *floats)]
+        out += [
+            struct.pack(f"<I{len(ints)}q", len(ints), *ints),
+            struct.pack(f"<I{len(floats)}f", len(floats), *floats),
+        ]
         out.append(
             struct.pack(
                 "<IfQQIIQQQdQIdI",

@@ -42,9 +42,9 @@ def emulated(processor: str, program: Path, *arguments: str | Path, check: bool 
     """Standard output of an aarch64 program on that processor."""
     command = ["qemu-aarch64-static", "-L", SYSROOT, "-cpu", processor, str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
-    assert done.returncode == 0 or not check, f"{program.name} on {processor} ended with {done.returncode}:\n" + (
-        done.stdout + done.stderr
-    )[-4000:]
+    assert done.returncode == 0 or not check, (
+        f"{program.name} on {processor} ended with {done.returncode}:\n" + (done.stdout + done.stderr)[-4000:]
+    )
     return done.stdout
 
 

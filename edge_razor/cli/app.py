@@ -178,7 +178,9 @@ def _add_plan(parser: _Parser) -> None:
     )
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
     parser.add_argument("--device", metavar="NAME", help="plan for this device: its memory and cores are the defaults")
-    parser.add_argument("--devices", type=Path, metavar="JSON", help="your own devices beside the known (docs/devices.md)")
+    parser.add_argument(
+        "--devices", type=Path, metavar="JSON", help="your own devices beside the known (docs/devices.md)"
+    )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the summary as JSON")
 
 

@@ -3,10 +3,10 @@
 `Learner` is the part to copy. It works on what a workstation made ahead, a plan and the pretrained weights, so that the
 device needs numpy and edge-razor alone. README.md shows how to run it.
 
-Two native sessions execute the plan: one trains, the other predicts with the last good weights. A session's calls run one at
-a time, in order of arrival, and release the interpreter's lock. With a single session a prediction would wait for the
-training step that is running, and see weights that nobody has judged yet. The second costs its parameters and the part of
-the arena that inference touches.
+Two native sessions execute the plan: one trains, the other predicts with the last good weights. A session's calls run
+one at a time, in order of arrival, and release the interpreter's lock. With a single session a prediction would wait for
+the training step that is running, and see weights that nobody has judged yet. The second costs its parameters and the
+part of the arena that inference touches.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Learner:
             next_batch: the batch of update number u, from 1: inputs [n, …] float32, targets int32 or float32.
             held_out: judges the weights. Those that are served are replaced when the loss on it is lower.
             updates_a_round: updates between two judgements; each writes a checkpoint.
-            niceness: of the training thread, 0 … 19. The session's own worker threads, if the plan has more than one
-                thread, inherit it only if they are started by it: plan with --threads 1 to be sure.
+            niceness: of the training thread, 0 … 19. The worker threads of a plan for several threads keep the app's:
+                plan with --threads 1 for training that never competes with it.
         """
         self._checkpoint, self._served = run / "checkpoint", run / "served.safetensors"
         self._next_batch, self._held_out = next_batch, held_out

@@ -58,7 +58,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``accuracy`` is 0 … 1, or NaN for a loss that knows no right answer. ``weight`` counts what the means are over."""
+    """``accuracy`` is 0 … 1, or NaN for a loss without right answers. ``weight`` counts what the means are over."""
 
     loss: float
     accuracy: float
@@ -83,8 +83,8 @@ def _port(info: CTensorInfo) -> Port:
 class Session:
     """Executes a plan (docs/plan-format.md): owns its arena, parameters, optimizer state and threads.
 
-    May be used from several threads (the interpreter's lock is released meanwhile): calls run one at a time, in order of
-    arrival, also among sessions that share memory. Different sessions run at once. `close` must come last.
+    May be used from several threads (the interpreter's lock is released meanwhile): calls run one at a time, in order
+    of arrival, also among sessions that share memory. Different sessions run at once. `close` must come last.
 
     Args:
         plan: the bytes of a plan file.
@@ -261,9 +261,7 @@ class Session:
         check(self._library.er_predict(self._open(), arrays, samples, pointers))
         return outputs
 
-    def evaluate(
-        self, inputs: Sequence[np.ndarray], target: np.ndarray, *, channels_last: bool = False
-    ) -> Evaluation:
+    def evaluate(self, inputs: Sequence[np.ndarray], target: np.ndarray, *, channels_last: bool = False) -> Evaluation:
         """The training loss and the share of right answers in inference mode, over any number of samples.
 
         Args:
@@ -280,7 +278,7 @@ class Session:
         return Evaluation(result.loss, result.accuracy, result.weight)
 
     def save_checkpoint(self, path: str | os.PathLike[str], update: int, user: bytes = b"") -> None:
-        """Writes what training changed to one file, durably, as a C program does (docs/c-api.md, "The checkpoint file").
+        """Writes what training changed to one file, durably, as C does (docs/c-api.md, "The checkpoint file").
 
         Args:
             update: updates done so far.

@@ -64,7 +64,7 @@ class DropoutMask {
 
   // factor[i] = 0 or 1/(1 − ratio) for element first + i of a sample of the micro-batch, i < count ≤ kWords; first is
   // a multiple of 4.
-  __attribute__((noinline)) void factors(int64_t sample, int64_t first, int64_t count, float* factor) const {
+  void factors(int64_t sample, int64_t first, int64_t count, float* factor) const {
     uint32_t word[kWords];
     philox(key0_, key1_, update0_, update1_, static_cast<uint32_t>(first_sample_ + static_cast<uint64_t>(sample)),
            static_cast<uint32_t>(first / 4), word);
