@@ -57,7 +57,7 @@ class Plan:
         return int(self.summary["predicted_peak_bytes"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan file; beside it those for texts of fewer tokens, `<path>.<tokens>`; the summary, `<path>.json`."""
+        """Writes the plan file, those for texts of fewer tokens as `<path>.<tokens>`, the summary as `<path>.json`."""
         target = Path(path)
         target.write_bytes(self.binary)
         for tokens, binary in self.buckets.items():

@@ -4,9 +4,9 @@
 device needs numpy and edge-razor alone. README.md shows how to run it.
 
 Two native sessions execute the plan: one trains, the other predicts with the last good weights. A session's calls run
-one at a time, in order of arrival, and release the interpreter's lock. With a single session a prediction would wait for
-the training step that is running, and see weights that nobody has judged yet. The second costs its parameters and the
-part of the arena that inference touches.
+one at a time, in order of arrival, and release the interpreter's lock. With one session alone a prediction would wait
+for the training step that is running, and see weights that nobody has judged yet. The second costs its parameters and
+the part of the arena that inference touches.
 """
 
 from __future__ import annotations
