@@ -1,7 +1,7 @@
 """Work that needs large libraries, in a short-lived child process, so that the process that trains never holds them.
 
 Protocol: one JSON object (the request) on the child's standard input, one JSON object on its standard output: the
-answer, or {"error": class name, "message": …}, and for a BudgetError its `smallest_budget` and `advice`.
+answer, or {"error": class name, "message": …}, and for a BudgetError its `smallest_budget`, `advice` and `table`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_razor import errors
-from edge_razor.errors import BudgetError, EdgeRazorError
+from edge_razor.errors import Advice, BudgetError, EdgeRazorError
 
 __all__ = ["ask", "serve"]
 
@@ -52,7 +52,8 @@ def ask(
 def _error(answer: dict[str, Any]) -> EdgeRazorError:
     if answer["error"] == "BudgetError":
         advice = tuple((str(text), int(size)) for text, size in answer["advice"])
-        return BudgetError(answer["message"], int(answer["smallest_budget"]), advice)
+        table = tuple(Advice(*row) for row in answer["table"])
+        return BudgetError(answer["message"], int(answer["smallest_budget"]), advice, table)
     kind = getattr(errors, answer["error"], EdgeRazorError)
     return kind(answer["message"])
 
@@ -64,5 +65,5 @@ def serve(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     except EdgeRazorError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
         if isinstance(error, BudgetError):
-            answer |= {"smallest_budget": error.smallest_budget, "advice": error.advice}
+            answer |= {"smallest_budget": error.smallest_budget, "advice": error.advice, "table": error.table}
     json.dump(answer, sys.stdout)

@@ -5,12 +5,16 @@ A message is one or two lines that name the thing at fault and the remedy.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 __all__ = [
+    "Advice",
     "BudgetError",
     "BundleError",
     "CheckpointError",
     "DataError",
     "EdgeRazorError",
+    "MemoryCapError",
     "NonFiniteError",
     "PlanError",
     "UnsupportedOpError",
@@ -30,20 +34,52 @@ class UsageError(EdgeRazorError, ValueError):
     exit_status = 2
 
 
+class Advice(NamedTuple):
+    """What a change of settings would bring: the smallest cap (bytes) that works then, and the expected relative error
+    of the gradient and seconds of an update at that cap."""
+
+    change: str
+    smallest_budget: int
+    gradient_error: float
+    seconds: float
+
+
 class BudgetError(EdgeRazorError):
     """The memory cap cannot be met.
 
     Attributes:
         smallest_budget: bytes of the smallest cap that works with the present settings.
         advice: (what to change, smallest cap in bytes that it would bring), best first.
+        table: the present settings, then each change that helps, in the order of `advice`.
     """
 
     exit_status = 3
 
-    def __init__(self, message: str, smallest_budget: int, advice: tuple[tuple[str, int], ...] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        smallest_budget: int,
+        advice: tuple[tuple[str, int], ...] = (),
+        table: tuple[Advice, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.smallest_budget = smallest_budget
         self.advice = advice
+        self.table = table
+
+
+class MemoryCapError(EdgeRazorError):
+    """Resident memory came close to the cap while training, above what was planned; training stopped between steps.
+
+    Attributes:
+        parts: (what, bytes planned, bytes seen) of the process's memory.
+    """
+
+    exit_status = 3
+
+    def __init__(self, message: str, parts: tuple[tuple[str, int, int], ...] = ()) -> None:
+        super().__init__(message)
+        self.parts = parts
 
 
 class BundleError(EdgeRazorError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edge_razor.data.loader import Batch
+from edge_razor.errors import MemoryCapError
 from edge_razor.memory import peak_rss_bytes, rss_bytes
 from edge_razor.metrics import MetricsLog
 from edge_razor.tensors import replacing
@@ -34,14 +35,16 @@ class Events:
 
     on_step: Callable[[dict[str, Any]], None] = lambda figures: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda figures: None
+    between_steps: Callable[[], None] = lambda: None
     should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True)
 class FitResult:
-    """Figures of a finished or interrupted run."""
+    """Figures of a finished or interrupted run. `alarm`: memory grew close to the cap, which ended it."""
 
     interrupted: bool = False
+    alarm: MemoryCapError | None = None
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -70,7 +73,8 @@ def fit(
         out: run directory for checkpoint, metrics.jsonl and plan.json; None: nothing is written.
         log_every: steps between lines in metrics.jsonl.
         save_every: steps between checkpoints, beside the one after each epoch.
-        events: callbacks: figures of each step and each epoch, and whether to stop (asked after each step).
+        events: callbacks: figures of each step and each epoch; after each step a place to change the trainer's budget,
+            and whether to stop.
         extra: JSON-able values to keep in the checkpoint.
 
     Raises:
@@ -81,6 +85,7 @@ def fit(
     events, extra = events or Events(), extra or {}
     result = FitResult()
     log = _open_run(trainer, out) if out is not None else None
+    logged, logged_at = 0, 0.0  # samples and seconds at the last logged step
     if out is not None and trainer.update == 0:
         trainer.save(out, **extra)  # shows that the disk takes it, and a good checkpoint exists whatever happens
     start = time.perf_counter()
@@ -88,7 +93,11 @@ def fit(
         for epoch in range(trainer.position[0], epochs):
             for batch in train.batches(epoch, trainer.position[1]):
                 rate = trainer.current_lr
-                result.last_loss = trainer.step(batch.inputs, batch.targets)
+                try:
+                    result.last_loss = trainer.step(batch.inputs, batch.targets)
+                except MemoryCapError as error:  # before anything changed
+                    result.alarm, result.interrupted = error, True
+                    break
                 trainer.position = (epoch, batch.done)
                 result.steps += 1
                 result.samples += len(batch.targets)
@@ -100,9 +109,19 @@ def fit(
                     "samples_per_second": result.samples / result.seconds,
                     "rss_bytes": rss_bytes(),
                 }
+                spill = trainer.spill_info()
+                if spill.file_bytes:
+                    figures["spill_written_bytes"] = spill.written_bytes
+                    figures["spill_waited_seconds"] = round(spill.waited_seconds, 3)
                 events.on_step(figures)
                 if log is not None and (trainer.update % log_every == 0 or trainer.update == 1):
-                    log.write("step", trainer.update, **figures)
+                    recent = (result.samples - logged) / (result.seconds - logged_at)
+                    log.write("step", trainer.update, **figures, recent_samples_per_second=recent)
+                    logged, logged_at = result.samples, result.seconds
+                plan = trainer.plan
+                events.between_steps()
+                if trainer.plan is not plan and out is not None:
+                    _write_plan(trainer, out)
                 if events.should_stop():
                     result.interrupted = True
                     break
@@ -125,6 +144,8 @@ def fit(
             trainer.save(out, **extra)
     finally:
         if log is not None:
+            samples = trainer.guard.history()
+            log.write("memory", trainer.update, peak_rss_bytes=peak_rss_bytes(), samples=samples)
             log.close()
     result.peak_rss_bytes = peak_rss_bytes()
     return result
@@ -132,6 +153,10 @@ def fit(
 
 def _open_run(trainer: Trainer, out: Path) -> MetricsLog:
     out.mkdir(parents=True, exist_ok=True)
+    _write_plan(trainer, out)
+    return MetricsLog(out / "metrics.jsonl", trainer.update if trainer.update else None)
+
+
+def _write_plan(trainer: Trainer, out: Path) -> None:
     with replacing(out / "plan.json") as file:
         file.write((json.dumps(trainer.plan.summary, indent=2) + "\n").encode())
-    return MetricsLog(out / "metrics.jsonl", trainer.update if trainer.update else None)

@@ -1,12 +1,11 @@
-"""Resident memory of this process, as the cap counts it, and the limit that a cgroup sets on it. All in bytes."""
+"""Resident memory of this process, as the cap counts it, in bytes."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from pathlib import Path
 
-__all__ = ["cgroup_limit_bytes", "give_back_freed_memory", "peak_rss_bytes", "rss_bytes"]
+__all__ = ["give_back_freed_memory", "peak_rss_bytes", "rss_bytes"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE = 256 * 1024  # bytes
@@ -65,31 +64,3 @@ def peak_rss_bytes() -> int:
 
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return maximum if sys.platform == "darwin" else maximum * 1024
-
-
-def cgroup_limit_bytes() -> int | None:
-    """The tightest memory limit of the cgroups (v1 or v2) that this process is in; None if there is none."""
-    limits = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        folder = root / group.lstrip("/")
-        for directory in (folder, *folder.parents):
-            if directory == root.parent:
-                break
-            try:
-                limits.append(int((directory / name).read_text()))
-            except (OSError, ValueError):  # no such level here, or "max"
-                continue
-    # cgroup v1 writes "no limit" as the largest page-aligned signed 64-bit number
-    limits = [limit for limit in limits if limit < 2**62]
-    return min(limits, default=None)

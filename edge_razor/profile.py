@@ -10,17 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Protocol
 
 from edge_razor.errors import PlanError
+from edge_razor.planner.cost import step_bytes, step_multiply_adds
 from edge_razor.planner.deserialize import read_steps
-from edge_razor.planner.program import Step
-from edge_razor.planner.storage import Form
 
 __all__ = ["Line", "by_kernel", "profile_lines", "slowest", "step_bytes", "step_multiply_adds", "table_cells"]
-
-_CONV_SHAPE = 16  # ints of ConvShape: n, ih, iw, ic, oh, ow, oc, kh, kw, sh, sw, pt, pl, dh, dw, group
 
 
 class Entry(Protocol):
@@ -49,32 +45,6 @@ class Line:
     seconds: float
     multiply_adds: int
     bytes: int
-
-
-def step_multiply_adds(step: Step) -> int:
-    """Multiply-adds of one call."""
-    if step.kernel == "batch_matmul":
-        batch, m, k, p = step.ints[:4]
-        return batch * m * k * p
-    if step.kernel in ("attention", "attention_grad"):
-        n, t, s, heads, _, d = step.ints[:6]
-        return (2 if step.kernel == "attention" else 5) * n * heads * t * s * d  # products, QKᵀ again among the five
-    if not step.kernel.startswith("conv"):
-        return 0
-    n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = step.ints[:_CONV_SHAPE]
-    dense = n * oh * ow * oc * kh * kw * (ic // group)
-    if step.kernel != "conv_grad_weight":
-        return dense
-    form, keep = step.ints[_CONV_SHAPE : _CONV_SHAPE + 2]
-    return dense if form in (Form.DENSE, Form.BF16) else dense * keep // (ih * iw * ic)
-
-
-def step_bytes(step: Step) -> int:
-    """Bytes that one call reads and writes, scratch left out."""
-    if step.kernel == "copy":  # of a part of its operands
-        rank = step.ints[0]
-        return 2 * 4 * prod(step.ints[1 : 1 + rank])
-    return sum(buffer.bytes for buffer in (*step.reads, *step.writes))
 
 
 def profile_lines(plan: bytes, entries: Sequence[Entry]) -> list[Line]:

@@ -7,28 +7,34 @@ child process because it needs onnx.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from edge_razor.batches import Array, check_inputs, check_targets
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, write_checkpoint
-from edge_razor.errors import CheckpointError, NonFiniteError, PlanError, UsageError
+from edge_razor.errors import CheckpointError, MemoryCapError, NonFiniteError, PlanError, UsageError
+from edge_razor.guard import MemoryGuard, MemoryPart, cap_error, memory_parts
+from edge_razor.handover import put_aside, take_back
 from edge_razor.manifest import IGNORE_INDEX
 from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
-from edge_razor.runtime import Session, abi_version
+from edge_razor.runtime import Session, SpillInfo, abi_version
 from edge_razor.schedule import Schedule
 from edge_razor.tensors import TensorSpec
 from edge_razor.to_peft import merged
+from edge_razor.units import format_bytes
 
 __all__ = ["Trainer", "bundle_of", "check_bundle"]
 
 Arrays: TypeAlias = "Array | Sequence[Array]"
+ASKED = ("sparsity", "micro_batch")  # what the planner may choose again when the cap changes
 STATE_NAMES = {"sgd": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
@@ -44,6 +50,8 @@ class Trainer:
         lr: base learning rate; may be set at any time. The schedule's factor comes on top.
         update: optimizer updates done so far.
         position: (epoch, batches of it done), kept for whoever feeds the data; saved in checkpoints.
+        guard: watches resident memory from the first step on.
+        data_resident: what the caller's data hold now, in bytes, if the caller knows; for messages about memory.
     """
 
     def __init__(
@@ -69,14 +77,20 @@ class Trainer:
         micro_batch: int | None = None,
         plan: Plan | None = None,
         data_bytes: int | None = None,
+        prefer: str = "balanced",
+        allow_freeze: int = 0,
+        harm: str | os.PathLike[str] | None = None,
+        choices: Mapping[str, Any] | None = None,
+        spill_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         """Plans (in a child process) unless a plan is given, opens the session and loads the bundle's weights.
 
         Args:
             bundle: path of the bundle.
-            mem_budget: cap on the resident memory of this process: bytes, "128MB" or "512MiB"; None: no cap.
+            mem_budget: cap on the resident memory of this process: bytes, "128MB" or "512MiB"; "auto": what is free now
+                less a margin (`edge_razor.budget`); None: no cap.
             batch_size: samples of a full batch; `step` takes 1 … batch_size.
-            sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": the least that fits.
+            sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": chosen for each value.
             razor: "centered" or "plain".
             optimizer: "sgd" (momentum, nesterov, weight_decay) or "adamw" (betas, eps, weight_decay), as in torch.
             lr: base learning rate.
@@ -87,9 +101,17 @@ class Trainer:
             plan: a plan made ahead for this bundle; then everything that it fixes is taken from it, and
                 `mem_budget`, `batch_size`, `sparsity`, `razor`, the optimizer and `threads` are ignored.
             data_bytes: what the caller's data will hold while training; None: one float32 batch.
+            prefer: with sparsity "auto": "balanced" takes the least error of the gradient that the cap allows, "exact"
+                none, "fast" the least time.
+            allow_freeze: so many early layers may stay untrained if the cap asks for it.
+            harm: harm table of `edge-razor fidelity`; None: usual errors of each form.
+            choices: `plan.summary["choices"]` of an earlier plan, to be taken again; checkpoints have it.
+            spill_dir: directory for the file in which a plan may keep tensors until the backward pass; None: no plan
+                that does is made or taken. The file has no name, so that nothing is left behind.
 
         Raises:
             BudgetError, BundleError, PlanError, UsageError.
+            OSError: the spill file cannot be made, or the disk has no room for it.
         """
         if not (np.isfinite(lr) and lr >= 0):
             raise UsageError(f"learning rate must be a number, 0 or more, not {lr}")
@@ -99,38 +121,72 @@ class Trainer:
         self.bundle = Bundle(bundle)
         give_back_freed_memory()
         abi_version()  # loads the native library and OpenBLAS, whose resident bytes belong to the base
+        if plan is not None:
+            if plan.bundle_id != self.bundle.id:
+                raise PlanError(f"the plan was made for another bundle than {self.bundle.path}; plan again")
+            made = plan.summary["optimizer"]
+            batch_size, razor, threads = plan.batch_size, plan.summary["razor"], plan.threads
+            optimizer, momentum, nesterov = made["name"], made["momentum"], made["nesterov"]
+            betas, eps, weight_decay = made["betas"], made["eps"], made["weight_decay"]
+        if data_bytes is None:
+            data_bytes = 4 * batch_size * sum(int(np.prod(i.shape)) for i in self.bundle.manifest.inputs)
+        self._planning: dict[str, Any] = {
+            "batch_size": batch_size,
+            "sparsity": sparsity,
+            "razor": razor,
+            "optimizer": optimizer,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "betas": list(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "threads": threads,
+            "micro_batch": micro_batch,
+            "base_bytes": rss_bytes(),
+            "data_bytes": data_bytes,
+            "prefer": prefer,
+            "allow_freeze": allow_freeze,
+            "harm": None if harm is None else os.fspath(harm),
+            "spill": spill_dir is not None,
+        }
+        self._spill_dir = spill_dir
         if plan is None:
-            if data_bytes is None:
-                data_bytes = 4 * batch_size * sum(int(np.prod(i.shape)) for i in self.bundle.manifest.inputs)
-            plan = plan_in_child(
-                self.bundle.path,
-                mem_budget=mem_budget,
-                batch_size=batch_size,
-                sparsity=sparsity,
-                razor=razor,
-                optimizer=optimizer,
-                momentum=momentum,
-                nesterov=nesterov,
-                betas=list(betas),
-                eps=eps,
-                weight_decay=weight_decay,
-                threads=threads,
-                micro_batch=micro_batch,
-                base_bytes=rss_bytes(),
-                data_bytes=data_bytes,
-            )
-        elif plan.bundle_id != self.bundle.id:
-            raise PlanError(f"the plan was made for another bundle than {self.bundle.path}; plan again")
-        self.plan = plan
+            budget = resolve_budget(mem_budget)
+            plan = plan_in_child(self.bundle.path, mem_budget=budget.bytes, choices=choices, **self._planning)
         self.lr = lr
         self.seed = seed
         self.update = 0
         self.position = (0, 0)
-        self._session = Session(plan.binary)
-        self._shorter = {tokens: Session(data, self._session) for tokens, data in plan.buckets.items()}
-        self._parameters = self._session.parameters()
+        self.data_resident: Callable[[], int] | None = None
+        self._profiling = False
+        self._open(plan)
         for name in self._parameters:
             self._session.write_parameter(name, self.bundle.read_tensor(name))
+        self.guard = MemoryGuard(plan.summary["mem_budget"], plan.predicted_peak_bytes)
+        self._guard_stop = weakref.finalize(self, self.guard.stop)
+
+    def _open(self, plan: Plan) -> None:
+        """Opens the sessions of a plan; parameters and state are zero."""
+        session = Session(plan.binary, spill_dir=self._spill_dir)
+        try:
+            spilled = session.spill_info().file_bytes
+            if spilled and self._spill_dir is None:
+                raise UsageError(f"the plan keeps {format_bytes(spilled)} in a file: give spill_dir (--spill-dir DIR)")
+            self._shorter = {
+                tokens: Session(data, session, spill_dir=self._spill_dir) for tokens, data in plan.buckets.items()
+            }
+        except BaseException:
+            session.close()
+            raise
+        self._session = session
+        self._parameters = session.parameters()
+        self.plan = plan
+        if self._profiling:
+            self.profile(True)
+
+    def _close_sessions(self) -> None:
+        for session in (*self._shorter.values(), self._session):
+            session.close()
 
     # ---- What is trained ----
 
@@ -147,6 +203,12 @@ class Trainer:
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters that training changes."""
         return tuple(name for name, p in self._parameters.items() if p.trainable)
+
+    @property
+    def _saved(self) -> list[str]:
+        """What a checkpoint holds: also what the present plan has frozen, which an earlier one may have trained."""
+        allowed = set(self.bundle.manifest.trainable)
+        return [name for name, p in self._parameters.items() if p.trainable or name in allowed]
 
     @property
     def classes(self) -> int | None:
@@ -175,11 +237,18 @@ class Trainer:
         Raises:
             UsageError: wrong shape, type or label, or NaN or infinity in the inputs; nothing was changed.
             NonFiniteError: the loss became NaN or infinite; the update was not made.
+            OSError: the spill file cannot be written or read: go on from the last checkpoint.
+            MemoryCapError: memory grew close to the cap, beyond the plan; nothing was changed: save and end, or
+                set another budget.
         """
         manifest = self.bundle.manifest
         arrays, channels_last = check_inputs(inputs, manifest, tuple(self._shorter))
         target = check_targets(targets, manifest, len(arrays[0]), _tokens(arrays))
         update = self.update + 1
+        alarm = self.memory_alarm()
+        if alarm is not None:
+            raise alarm
+        self.guard.start()
         if len(target) > self.batch_size:
             raise UsageError(f"a batch of {len(target)} samples, but the plan is for at most {self.batch_size}")
         try:
@@ -241,6 +310,57 @@ class Trainer:
             result["perplexity"] = float(np.exp(total[0] / total[1]))
         return result
 
+    # ---- The cap while training ----
+
+    def memory_alarm(self) -> MemoryCapError | None:
+        """What the guard has to say: None, or which part of the process grew, beyond the plan and close to the cap."""
+        resident, cap = self.guard.alarm, self.plan.summary["mem_budget"]
+        if resident is None or cap is None:
+            return None
+        return cap_error(resident, cap, self.update, self.memory_parts())
+
+    def memory_parts(self) -> list[MemoryPart]:
+        """The parts of this process's memory: planned, and resident now."""
+        data = None if self.data_resident is None else self.data_resident()
+        return memory_parts(self.plan.summary, self._session.resident_bytes(), data)
+
+    def set_budget(self, mem_budget: int | str | None, scratch: str | os.PathLike[str] | None = None) -> Plan:
+        """Plans again for another cap and goes on with the new plan: call it between two steps.
+
+        Parameters, optimizer state, update counter, learning rate, dropout's seed and data position stay as they are.
+        With exact storage and the same micro-batch before and after, further steps give the same bits as without the
+        change. While it plans, neither the old arena nor the new one is in memory: parameters and state wait in a file.
+
+        Args:
+            mem_budget: as for `Trainer`.
+            scratch: directory for that file, as large as parameters and optimizer state, which is removed afterwards;
+                None: the system's temporary directory.
+
+        Returns:
+            The new plan.
+
+        Raises:
+            BudgetError: the cap cannot be met; the trainer goes on with the old plan.
+            UsageError: no amount of memory.
+            OSError: the scratch directory cannot be written; the trainer goes on with the old plan.
+        """
+        import tempfile  # not before it is needed: the process that trains pays for every module
+
+        budget = resolve_budget(mem_budget)
+        old = self.plan
+        with tempfile.TemporaryDirectory(prefix=".edge-razor-", dir=scratch) as folder:
+            places = put_aside(self._session, Path(folder))
+            self._close_sessions()
+            try:
+                self._open(plan_in_child(self.bundle.path, mem_budget=budget.bytes, **self._planning))
+            except BaseException:
+                self._open(old)
+                raise
+            finally:
+                take_back(self._session, Path(folder), places)
+        self.guard.watch(self.plan.summary["mem_budget"], self.plan.predicted_peak_bytes)
+        return self.plan
+
     # ---- Weights ----
 
     def read_tensor(self, name: str) -> np.ndarray:
@@ -293,7 +413,9 @@ class Trainer:
         return {
             "batch_size": self.plan.batch_size,
             "micro_batch": self.plan.micro_batch,
-            "sparsity": self.plan.sparsity,
+            "sparsity": self.plan.sparsity if summary["choices"] is None else "auto",
+            "choices": summary["choices"],
+            "prefer": summary["prefer"],
             "razor": summary["razor"],
             "optimizer": optimizer["name"],
             "lr": self.lr,
@@ -316,7 +438,7 @@ class Trainer:
             OSError: the disk is full or not writable; the old checkpoint stays.
         """
         specs: dict[str, TensorSpec] = {}
-        for name in self.trainable:
+        for name in self._saved:
             specs[name] = TensorSpec(np.dtype("<f4"), tuple(self._parameters[name].shape))
         for name in self.trainable:
             for slot in self._state_names(name):
@@ -328,6 +450,7 @@ class Trainer:
             "update": self.update,
             "position": list(self.position),
             "settings": self.settings(),
+            "asked": {name: self._planning[name] for name in ASKED},
             "extra": extra,
         }
         file = Path(path) / "checkpoint" / "checkpoint.safetensors"
@@ -365,20 +488,24 @@ class Trainer:
         """
         check_bundle(checkpoint, self.bundle)
         names = {name for name in checkpoint.tensors if not name.startswith("optimizer/")}
-        if names != set(self.trainable):
-            other = sorted(names ^ set(self.trainable))[0]
+        if names != set(self._saved):
+            other = sorted(names ^ set(self._saved))[0]
             raise CheckpointError(f"{checkpoint.path}: trains other parameters than the bundle ({other!r})")
         try:
             update = int(checkpoint.state["update"])
             epoch, batch = (int(v) for v in checkpoint.state["position"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path}: has no valid step or data position; it is damaged") from error
-        for name in self.trainable:
+        for name in self._saved:
             self._session.write_parameter(name, checkpoint.read(name))
             for index, slot in enumerate(self._state_names(name)):
-                self._session.write_state(name, index, checkpoint.read(f"optimizer/{slot}/{name}"))
+                if f"optimizer/{slot}/{name}" in checkpoint.tensors:  # not if the parameter was frozen then
+                    self._session.write_state(name, index, checkpoint.read(f"optimizer/{slot}/{name}"))
         self.update = update
         self.position = (epoch, batch)
+        asked = checkpoint.state.get("asked")
+        if isinstance(asked, dict):
+            self._planning |= {name: asked[name] for name in ASKED if name in asked}
 
     def _state_names(self, name: str) -> tuple[str, ...]:
         """Names of a parameter's optimizer state tensors, in slot order."""
@@ -419,8 +546,13 @@ class Trainer:
         """Highest resident memory of this process so far."""
         return peak_rss_bytes()
 
+    def spill_info(self) -> SpillInfo:
+        """Size of the spill file, and the bytes that were written to it and read back so far; 0 if there is none."""
+        return self._session.spill_info()
+
     def profile(self, enabled: bool) -> None:
         """Starts (counting from zero) or stops timing of every step of the plan."""
+        self._profiling = enabled
         for session in (self._session, *self._shorter.values()):
             session.profile(enabled)
 
@@ -435,8 +567,8 @@ class Trainer:
 
     def close(self) -> None:
         """Frees the session's memory; the trainer cannot be used any more."""
-        for session in (*self._shorter.values(), self._session):
-            session.close()
+        self._guard_stop()
+        self._close_sessions()
         self.bundle.close()
 
     def __enter__(self) -> Trainer:

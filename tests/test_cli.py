@@ -22,7 +22,7 @@ from edge_razor.cli import main
 from edge_razor.cli.progress import Progress
 from tests.bundles import write_linear_bundle
 
-COMMANDS = ("export", "info", "plan", "train", "eval", "to-onnx", "to-torch", "demo")
+COMMANDS = ("export", "info", "plan", "train", "fidelity", "eval", "to-onnx", "to-torch", "demo")
 
 
 @pytest.fixture
@@ -122,6 +122,25 @@ def test_a_cap_that_cannot_be_met_is_status_3_and_names_one_that_works(
     assert "not understood" in fail(capsys, 2, "plan", bundle, "--mem-budget", "1XB")
 
 
+def test_a_refusal_lists_what_other_settings_would_bring(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    capsys.readouterr()
+    assert main(["plan", str(bundle), "--mem-budget", "1MB", "--optimizer", "adamw", "--prefer", "exact"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: the cap of 1.00 MB cannot be met")
+    assert all(text in captured.err for text in ("smallest cap", "gradient error", "seconds a step", "optimizer sgd"))
+
+
+def test_plan_shows_preferences_and_refuses_a_bad_harm_table(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    succeed("plan", bundle, "--mem-budget", "400MB", "--prefer", "fast", "--allow-freeze", 1)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("gradient error", "seconds a step", "kept values"))
+    (tmp_path / "harm.json").write_text("{}")
+    assert "harm.json" in fail(capsys, 4, "plan", bundle, "--harm", tmp_path / "harm.json")
+    assert "exact" in fail(capsys, 2, "plan", bundle, "--prefer", "exact", "--sparsity", 0.9)
+
+
 def test_train_eval_and_both_exports(
     capsys: pytest.CaptureFixture[str], bundle: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +158,7 @@ def test_train_eval_and_both_exports(
         "sgd",
     ):
         assert text in shown
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "metrics.jsonl", "plan.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "metrics.jsonl", "plan.json", "report.html"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines if line["event"] == "step"] == [1, *range(2, 29, 2)]
     epochs = [line for line in lines if line["event"] == "epoch"]

@@ -36,5 +36,6 @@ def test_the_training_process_imports_nothing_heavy() -> None:
 def test_every_error_has_an_exit_status() -> None:
     statuses = {name: getattr(edge_razor, name).exit_status for name in edge_razor.__all__ if name.endswith("Error")}
     assert statuses["UsageError"] == 2
-    assert statuses["BudgetError"] == 3
-    assert {s for n, s in statuses.items() if n not in ("UsageError", "BudgetError")} == {4}
+    assert statuses["BudgetError"] == statuses["MemoryCapError"] == 3
+    others = set(statuses) - {"UsageError", "BudgetError", "MemoryCapError"}
+    assert {statuses[name] for name in others} == {4}

@@ -109,6 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
             "eval", _evaluate, "Loss and accuracy of a tuned model.", "edge-razor eval runs/first --data photos/test"
         )
     )
+    _add_fidelity(
+        command(
+            "fidelity",
+            _fidelity,
+            "Measure what compression costs: compressed gradients against exact ones, on your data.",
+            "edge-razor fidelity model.razor --data photos --batch-size 8 --train-steps 100 --html fidelity.html",
+        )
+    )
     for name, run, text, file in (
         ("to-onnx", _to_onnx, "Write the tuned model as an ONNX file that stock onnxruntime runs.", "tuned.onnx"),
         ("to-torch", _to_torch, "Write the tuned weights as your own torch state dict.", "tuned.safetensors"),
@@ -155,13 +163,23 @@ def _add_planning(parser: _Parser) -> None:
     def add(*names: str, **options: Any) -> None:
         parser.add_argument(*names, action=_Written, **options)
 
-    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 128MB, 512MiB, bytes")
+    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 128MB, 512MiB, auto")
     add("--batch-size", type=_COUNT, default=8, metavar="N", help="samples of one optimizer update (default 8)")
     add(
         "--sparsity",
         default="auto",
-        help="share of each kept activation dropped, or auto (default): the least that fits",
+        help="share of each kept activation dropped, or auto (default): chosen for each, see --prefer",
     )
+    add(
+        "--prefer",
+        default="balanced",
+        choices=("exact", "balanced", "fast"),
+        help="no error of the gradient; the least that fits (default); or the least time within a bound",
+    )
+    add(
+        "--allow-freeze", type=_at_least(int, 0), default=0, metavar="N", help="so many early layers may stay untrained"
+    )
+    add("--harm", type=Path, metavar="FILE", help="harm table of 'fidelity' (default: usual errors of each form)")
     add("--razor", default="centered", choices=("centered", "plain"), help="how they are kept (default centered)")
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
     add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
@@ -176,10 +194,14 @@ def _add_plan(parser: _Parser) -> None:
     parser.add_argument(
         "--micro-batch", type=_COUNT, metavar="N", help="samples at a time (default: the most that fits)"
     )
+    parser.add_argument("--spill", action="store_true", help="kept values may lie in a file ('train --spill-dir')")
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
     parser.add_argument("--device", metavar="NAME", help="plan for this device: its memory and cores are the defaults")
     parser.add_argument(
         "--devices", type=Path, metavar="JSON", help="your own devices beside the known (docs/devices.md)"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the plan as a page: memory, arena, kept values"
     )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the summary as JSON")
 
@@ -210,6 +232,7 @@ def _add_train(parser: _Parser) -> None:
     flag("--random-crop", "crop training images at random places")
     flag("--skip-bad", "leave unreadable samples out and count them")
     add("--plan", dest="plan_file", type=Path, metavar="FILE", help="plan of 'plan -o'; fixes batch size to threads")
+    add("--spill-dir", type=Path, metavar="DIR", help="let the plan keep tensors in a file there until they are needed")
     flag("--resume", "go on from the checkpoint in the run directory")
     add("--save-every", type=_COUNT, metavar="STEPS", help="checkpoints beside the one after each epoch")
     add("--log-every", type=_COUNT, default=10, metavar="STEPS", help="lines of metrics.jsonl (default 10)")
@@ -243,6 +266,28 @@ def _add_evaluate(parser: _Parser) -> None:
     add("--threads", type=_COUNT, metavar="N", help="worker threads (default: all processors)")
     add("--skip-bad", action="store_true", help="leave unreadable images out and count them")
     add("--json", dest="as_json", action="store_true", help="print the figures as JSON")
+
+
+def _add_fidelity(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="model bundle that 'export' made")
+    add("--data", type=Path, required=True, metavar="PATH", help="as for 'train'")
+    add("--batch-size", type=_COUNT, default=8, metavar="N", help="samples of a batch (default 8)")
+    add("--batches", type=_COUNT, default=1, metavar="N", help="batches that the errors are averaged over (default 1)")
+    add("--sparsities", metavar="LIST", help="by commas: 0.9,0.95 (default: the planner's, 0.5 to 0.99)")
+    add("--razor", default="centered", choices=("centered", "plain"), help="how values are kept (default centered)")
+    add("--mem-budget", metavar="SIZE", help="cap on the process's resident memory: 512MB, auto (default: none)")
+    add("--threads", type=_COUNT, metavar="N", help="worker threads (default: all processors)")
+    add("--seed", type=_at_least(int, 0), default=0, help="of order and dropout (default 0)")
+    add("--skip-bad", action="store_true", help="leave unreadable samples out")
+    _add_text(parser)
+    add("--harm", type=Path, metavar="FILE", help="write the errors of every parameter as JSON, for the planner")
+    add("--html", type=Path, metavar="FILE", help="write a page with plots and tables")
+    add("--train-steps", type=_COUNT, metavar="N", help="train N steps, exact and compressed, and compare the losses")
+    add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="of --train-steps (default sgd)")
+    add("--lr", type=_at_least(float, 0), default=1e-3, help="of --train-steps (default 1e-3)")
+    add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="of --train-steps (default 0.9)")
+    add("--weight-decay", type=_at_least(float, 0), default=0.0, metavar="W", help="of --train-steps (default 0)")
 
 
 def _add_demo(parser: _Parser) -> None:
@@ -283,7 +328,10 @@ def _info(o: argparse.Namespace) -> None:
     run(o.bundle)
 
 
-_PLANNING = ("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay")
+_PLANNING = (
+    *("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay"),
+    *("prefer", "allow_freeze", "harm"),
+)
 
 
 def _plan(o: argparse.Namespace) -> None:
@@ -291,11 +339,11 @@ def _plan(o: argparse.Namespace) -> None:
 
     from .plan import run
 
-    names = (*_PLANNING, "mem_budget", "micro_batch", "threads")
+    names = (*_PLANNING, "mem_budget", "micro_batch", "threads", "spill")
     if o.devices is not None and o.device is None:
         raise UsageError("--devices adds devices to choose from: name one with --device")
     device = None if o.device is None else find_device(o.device, o.devices)
-    run(o.bundle, o.output, o.as_json, {name: getattr(o, name) for name in names}, device)
+    run(o.bundle, o.output, o.html, o.as_json, {name: getattr(o, name) for name in names}, device)
 
 
 def _train(o: argparse.Namespace) -> int:
@@ -305,7 +353,7 @@ def _train(o: argparse.Namespace) -> int:
     settings = {name: getattr(o, name) for name in names}
     out = o.out or Path("runs") / o.bundle.name.removesuffix(".razor")
     data = ("bundle", "data", "mem_budget", "threads", "epochs", "val_split", "flip", "random_crop", "skip_bad")
-    run_names = ("plan_file", "resume", "save_every", "log_every", "profile")
+    run_names = ("plan_file", "spill_dir", "resume", "save_every", "log_every", "profile")
     options = {name: getattr(o, name) for name in (*data, *run_names)}
     return run(RunOptions(out=out, settings=settings, given=frozenset(o.given), text=_text(o), **options))
 
@@ -314,6 +362,26 @@ def _evaluate(o: argparse.Namespace) -> None:
     from .evaluate import run
 
     run(o.run_directory, o.data, o.bundle, o.mem_budget, o.threads, o.skip_bad, o.as_json, _text(o))
+
+
+def _fidelity(o: argparse.Namespace) -> None:
+    from .fidelity import FidelityOptions, run
+
+    names = (
+        "bundle",
+        "data",
+        "batch_size",
+        "batches",
+        "sparsities",
+        "razor",
+        "mem_budget",
+        "threads",
+        "seed",
+        "skip_bad",
+    )
+    training = {name: getattr(o, name) for name in ("optimizer", "lr", "momentum", "weight_decay")}
+    options = {name: getattr(o, name) for name in (*names, "harm", "html", "train_steps")}
+    run(FidelityOptions(**options, text=_text(o), training=training))
 
 
 def _to_onnx(o: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Entry point: dispatches to the commands and turns every error into one or two lines and an exit status.
 
-0 done, 2 usage, 3 the cap cannot be met, 4 bad model, data or checkpoint; 130 after an interrupt, as shells expect.
+0 done, 2 usage, 3 the cap cannot be met or was nearly passed, 4 bad model, data or checkpoint; 130 after an interrupt,
+as shells expect.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from edge_razor.errors import EdgeRazorError
+from edge_razor.errors import BudgetError, EdgeRazorError
 
 __all__ = ["main"]
 
@@ -24,6 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except SystemExit as exit:  # argparse after --help and --version
         return int(exit.code or 0)
+    except BudgetError as error:
+        status = _fail(str(error).partition("; with ")[0], error.exit_status)
+        if len(error.table) > 1:
+            from .plan import show_refusal
+
+            show_refusal(error)
+        return status
     except EdgeRazorError as error:
         return _fail(str(error), error.exit_status)
     except KeyboardInterrupt:

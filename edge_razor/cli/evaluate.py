@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint
 from edge_razor.data import BatchRing, Loader, open_source
 from edge_razor.data.text import TextOptions
 from edge_razor.memory import peak_rss_bytes
 from edge_razor.trainer import Trainer, bundle_of
-from edge_razor.units import format_bytes, parse_bytes
+from edge_razor.units import format_bytes
 
 from .tables import show_text
 
@@ -31,7 +32,7 @@ def run(
     as_json: bool,
     text: TextOptions,
 ) -> None:
-    budget = None if mem_budget is None else parse_bytes(mem_budget)
+    budget = resolve_budget(mem_budget).bytes
     with Checkpoint(run_directory) as checkpoint:
         path = bundle_of(checkpoint, bundle)
         classes = checkpoint.state.get("extra", {}).get("classes")

@@ -78,6 +78,10 @@ class Progress:
             text += f", validation loss {validation['loss']:.4f}"
             if validation["accuracy"] is not None:
                 text += f", accuracy {validation['accuracy']:.2%}"
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,20 +13,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
+from edge_razor import __version__
 from edge_razor.batches import normalizes
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, checkpoint_file
 from edge_razor.data import Augmentation, BatchRing, Loader, Source, open_source, split
 from edge_razor.data.text import TextOptions
-from edge_razor.errors import CheckpointError, UsageError
+from edge_razor.errors import CheckpointError, MemoryCapError, UsageError
 from edge_razor.fit import Events, FitResult, fit
 from edge_razor.planner import Plan
+from edge_razor.runtime import isa
 from edge_razor.schedule import Schedule
 from edge_razor.trainer import Trainer, check_bundle
-from edge_razor.units import format_bytes, parse_bytes
+from edge_razor.units import format_bytes
 
 from .plan import show_accounting
 from .progress import Progress
+from .rebudget import budget_signal
+from .report import write_report
 from .tables import print_table, show_text
 
 __all__ = ["RunOptions", "run"]
@@ -50,6 +58,7 @@ class RunOptions:
     random_crop: bool
     skip_bad: bool
     plan_file: Path | None
+    spill_dir: Path | None
     resume: bool
     save_every: int | None
     log_every: int
@@ -71,7 +80,9 @@ class RunOptions:
 
 def run(options: RunOptions) -> int:
     """Returns the exit status: 0, or 128 + signal after an interrupt (the checkpoint is written)."""
-    budget = None if options.mem_budget is None else parse_bytes(options.mem_budget)
+    budget, why = resolve_budget(options.mem_budget)
+    if why is not None:
+        print(f"cap: {why}")
     checkpoint = _checkpoint(options)
     recipe, settings = options.recipe, dict(options.settings)
     if checkpoint is not None:
@@ -111,8 +122,10 @@ def run(options: RunOptions) -> int:
         threads=options.threads,
         plan=plan,
         data_bytes=data_bytes,
+        spill_dir=options.spill_dir,
         **settings,
     )
+    alarm = None
     with trainer:
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
@@ -123,9 +136,10 @@ def run(options: RunOptions) -> int:
             print(f"{options.out}: all {recipe['epochs']} epochs are done; nothing is left to train")
             return 0
         ring = BatchRing(source, batch_size)
+        trainer.data_resident = lambda: ring.bytes
         if options.profile:
             trainer.profile(True)
-        with _stop_flag() as stop, progress:
+        with _stop_flag() as stop, budget_signal() as changes, progress:
             progress.start_at(trainer.update)
             result = fit(
                 trainer,
@@ -135,13 +149,25 @@ def run(options: RunOptions) -> int:
                 out=options.out,
                 log_every=options.log_every,
                 save_every=options.save_every,
-                events=Events(progress.step, progress.epoch, lambda: stop.signal is not None),
+                events=Events(
+                    progress.step,
+                    progress.epoch,
+                    between_steps=lambda: changes.apply(trainer, options.out, options.mem_budget, progress),
+                    should_stop=lambda: stop.signal is not None,
+                ),
                 extra={"recipe": recipe, "classes": source.classes and list(source.classes)},
             )
-        _report(options, trainer, source, result, budget)
-        if stop.signal is not None:
-            print(f"interrupted; the checkpoint in {options.out} is whole, go on with --resume", file=sys.stderr)
-            return _STOPPING[stop.signal]
+        _report(options, trainer, source, result)
+        plan, alarm = trainer.plan, result.alarm
+        listed = _listed(options, trainer, recipe)
+    write_report(options.out, plan, listed, options.bundle)  # now that the arena is gone, a child has room beside this
+    print(f"wrote {options.out}")
+    if alarm is not None:
+        whole = f"the checkpoint in {options.out} is whole, go on with --resume and a larger --mem-budget"
+        raise MemoryCapError(f"{alarm}\nstopped between steps; {whole}", alarm.parts)
+    if stop.signal is not None:
+        print(f"interrupted; the checkpoint in {options.out} is whole, go on with --resume", file=sys.stderr)
+        return _STOPPING[stop.signal]
     return 0
 
 
@@ -208,7 +234,26 @@ def _stop_flag() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitResult, budget: int | None) -> None:
+def _listed(options: RunOptions, trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the report lists as settings and versions."""
+    manifest = trainer.bundle.manifest
+    return {
+        **trainer.settings(),
+        **recipe,
+        "data": str(options.data),
+        "cap": options.mem_budget,
+        "trainable": f"{manifest.trainable_spec}, {len(manifest.trainable)} tensors",
+        "loss": manifest.loss,
+        "bundle": f"{options.bundle}, {trainer.bundle.id[:16]}",
+        "edge-razor": __version__,
+        "Python": platform.python_version(),
+        "system": platform.platform(),
+        "instruction set": isa(),
+        "numpy": np.__version__,
+    }
+
+
+def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitResult) -> None:
     if source.bad:
         print(f"{len(source.bad)} unreadable samples were left out:", file=sys.stderr)
         for name, reason in list(source.bad.items())[:5]:
@@ -222,12 +267,17 @@ def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitRe
         if "perplexity" in result.evaluation:
             shown += f", perplexity {result.evaluation['perplexity']:.2f}"
         print(f"validation: loss {result.evaluation['loss']:.4f}{shown}")
-    predicted = trainer.plan.predicted_peak_bytes
+    predicted, budget = trainer.plan.predicted_peak_bytes, trainer.plan.summary["mem_budget"]
     cap = "" if budget is None else f", cap {format_bytes(budget)}"
     print(f"peak resident memory: {format_bytes(result.peak_rss_bytes)} (predicted {format_bytes(predicted)}{cap})")
+    spill = trainer.spill_info()
+    if spill.file_bytes:
+        print(
+            f"spill file: {format_bytes(spill.written_bytes)} written, {format_bytes(spill.read_bytes)} read, "
+            f"waited {spill.waited_seconds:.1f} s for it"
+        )
     if options.profile:
         _show_profile(trainer)
-    print(f"wrote {options.out}")
 
 
 def _show_profile(trainer: Trainer) -> None:

@@ -32,16 +32,19 @@ class Batch(NamedTuple):
 class BatchRing:
     """The buffers of a source's batches: those that wait, one being filled, one in use.
 
-    Loaders that never run at the same time (training, validation) share a ring.
+    Loaders that never run at the same time (training, validation) share a ring. `bytes` is what it holds.
     """
 
     def __init__(self, source: Source, batch_size: int) -> None:
         self.batch_size = batch_size
+        self.bytes = 0
         self._inputs = (batch_size, *source.input_shape), source.input_dtype
         self._targets = (batch_size, *source.target_shape), source.target_dtype
         self.free: queue.SimpleQueue[tuple[np.ndarray, np.ndarray]] = queue.SimpleQueue()
         for _ in range(QUEUE_DEPTH + 2):
-            self.free.put((np.empty(*self._inputs), np.empty(*self._targets)))
+            buffers = np.empty(*self._inputs), np.empty(*self._targets)
+            self.bytes += sum(buffer.nbytes for buffer in buffers)
+            self.free.put(buffers)
 
     @staticmethod
     def bytes_for(source: Source, batch_size: int) -> int:

@@ -154,6 +154,12 @@ class Lowering:
         self.kept[name] = Buffer(name, self.storage[name].bytes)
         return self.kept[name]
 
+    def buffer(self, name: str) -> Buffer | None:
+        """The memory of a kept value or of a float value; None if it has none."""
+        if name in self.kept:
+            return self.kept[name]
+        return self.tensors[name].buffer if name in self.tensors else None
+
     def kept_input(self, node: Node, index: int) -> tuple[Buffer, Storage]:
         name = node.input(index)
         if name not in self.kept:
@@ -164,7 +170,9 @@ class Lowering:
         self, node: Node, kernel: str, ints: Sequence[int], floats: Sequence[float], operands: Sequence[Buffer | None]
     ) -> None:
         """Appends a step; adds its scratch operand."""
-        step = Step(kernel, f"{node.layer}:{node.op}", list(ints), list(floats), list(operands))
+        step = Step(
+            kernel, f"{node.layer}:{node.op}", list(ints), list(floats), list(operands), node.phase == "backward"
+        )
         if KERNELS[kernel].scratch:
             try:
                 size = scratch_bytes(kernel, tuple(ints), tuple(floats), self.threads)

@@ -8,8 +8,9 @@ from . import lower_conv, lower_math, lower_shape, lower_transformer
 from .context import Lowering, Tensor
 from .graph import DOMAIN, Graph
 from .optimizer import Memory, Optimizer, update_step
-from .program import Program, Step
-from .storage import Storage
+from .program import Buffer, Places, Program, Region, Step
+from .segments import articulation_points
+from .storage import Place, Storage
 
 __all__ = ["check_operators", "lower_inference", "lower_training"]
 
@@ -49,8 +50,43 @@ def lower_training(
         if (gradient.perm or tuple(range(len(gradient.shape)))) != parameter.perm or gradient.shape != parameter.shape:
             raise PlanError(f"the gradient of {name!r} has another shape or layout than the parameter")
         updates.append(update_step(parameter, gradient, optimizer))
-    program = Program(lowering.steps, [lowering.tensors[i].buffer for i in graph.inputs])
-    return program, updates
+    inputs = [lowering.tensors[i].buffer for i in graph.inputs]
+    return Program(lowering.steps, inputs, places=_places(graph, lowering)), updates
+
+
+def _places(graph: Graph, lowering: Lowering) -> Places:
+    """What the storage table says about buffers, from what it says about values: several may be views of one buffer.
+
+    A buffer is in memory if any of its readers wants it there; what is in the spill file is not made again.
+    """
+    table = lowering.storage
+    if all(storage.place == "memory" for storage in table.values()):
+        return Places()
+    for name, storage in table.items():
+        if storage.place == "recompute" and not storage.exact:
+            raise PlanError(f"internal: {name!r} is to be made again exactly, but is stored as {storage.form!r}")
+    wanted: dict[Buffer, set[Place]] = {}
+
+    def want(name: str, place: Place) -> None:
+        buffer = lowering.buffer(name)
+        if buffer is not None and buffer.region == Region.ARENA:
+            wanted.setdefault(buffer, set()).add(place)
+
+    made = {output for node in graph.nodes if node.phase != "backward" for output in node.outputs if output}
+    for node in graph.nodes:
+        if node.phase == "backward":
+            for name in made.intersection(node.inputs):
+                want(name, table[name].place if name in table else "memory")
+    points = {name for name in articulation_points(graph) if name not in table}
+    checkpoints = {lowering.buffer(name) for name in points}
+    for name, storage in table.items():
+        if name not in lowering.kept:
+            want(name, storage.place)
+            if storage.place != "recompute":
+                checkpoints.add(lowering.buffer(name))
+    again = frozenset(buffer for buffer, places in wanted.items() if places == {"recompute"})
+    spilled = frozenset(b for b, places in wanted.items() if "memory" not in places and "spill" in places)
+    return Places(again, frozenset(b for b in checkpoints if b is not None) - again, spilled)
 
 
 def lower_inference(graph: Graph, samples: int, memory: Memory, threads: int) -> tuple[Program, Tensor]:

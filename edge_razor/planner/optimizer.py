@@ -107,7 +107,8 @@ def update_step(parameter: Parameter, gradient: Tensor, optimizer: Optimizer) ->
     if optimizer.name == "adamw":
         floats = [*optimizer.betas, optimizer.eps, optimizer.weight_decay]
         operands = [parameter.buffer, gradient.buffer, *parameter.states, parameter.accumulator]
-        return Step("adamw", label, [n], floats, operands)
+        return Step("adamw", label, [n], floats, operands, backward=True)
     momentum = parameter.states[0] if parameter.states else None
     ints, floats = [n, int(optimizer.nesterov)], [optimizer.momentum, optimizer.weight_decay]
-    return Step("sgd", label, ints, floats, [parameter.buffer, gradient.buffer, momentum, parameter.accumulator])
+    operands = [parameter.buffer, gradient.buffer, momentum, parameter.accumulator]
+    return Step("sgd", label, ints, floats, operands, backward=True)

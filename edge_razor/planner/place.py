@@ -57,21 +57,22 @@ def live_bytes(lives: list[Lifetime]) -> np.ndarray:
     return np.cumsum(change)
 
 
-def place(lives: list[Lifetime]) -> int:
-    """Sets every buffer's offset; returns the arena's bytes."""
+def place(lives: list[Lifetime], enough: int = 0) -> int:
+    """Sets every buffer's offset; returns the arena's bytes. The search for a smaller one ends at `enough` bytes."""
     if not lives:
         return 0
     bound = int(live_bytes(lives).max())
+    good = max(enough, int(bound * GOOD_ENOUGH))
     sizes = np.array([life.size for life in lives], np.int64)
     starts = np.array([life.start for life in lives], np.int64)
     ends = np.array([life.end for life in lives], np.int64)
     spans = ends - starts + 1
     best: tuple[int, np.ndarray] | None = None
     for order in (np.lexsort((starts, -sizes)), np.lexsort((-sizes, -spans)), np.lexsort((starts, -sizes * spans))):
-        offsets, total = _improve(order, sizes, starts, ends, bound)
+        offsets, total = _improve(order, sizes, starts, ends, good)
         if best is None or total < best[0]:
             best = (total, offsets)
-        if total <= bound * GOOD_ENOUGH:
+        if total <= good:
             break
     assert best is not None
     for life, offset in zip(lives, best[1].tolist(), strict=True):
@@ -80,14 +81,14 @@ def place(lives: list[Lifetime]) -> int:
 
 
 def _improve(
-    order: np.ndarray, sizes: np.ndarray, starts: np.ndarray, ends: np.ndarray, bound: int
+    order: np.ndarray, sizes: np.ndarray, starts: np.ndarray, ends: np.ndarray, good: int
 ) -> tuple[np.ndarray, int]:
     """Best fit in `order`; then again and again with the buffer on top moved to the front, while there is hope."""
     offsets, total = _best_fit(order, sizes, starts, ends)
     best = (offsets, total)
     seen_worse = 0
     for _ in range(MAX_ROUNDS):
-        if best[1] <= bound * GOOD_ENOUGH or seen_worse > 12:
+        if best[1] <= good or seen_worse > 12:
             break
         top = int(np.argmax(offsets + sizes))
         rest = order[order != top]

@@ -7,19 +7,24 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
-from edge_razor.errors import BudgetError, BundleError, UsageError
-from edge_razor.units import format_bytes, parse_bytes
+from edge_razor.errors import BundleError, UsageError
 
 from .accounting import BLAS_BYTES_PER_THREAD, GROWTH_BYTES, measure_base
+from .calibrate import device_rates
+from .choose import Decision, choose
 from .context import parameter_perms
 from .graph import Graph, Initializer, read_graph
+from .harm import read_harm_table
 from .interface import Interface, read_interface
 from .optimizer import Optimizer
 from .plan_file import Plan
-from .search import Candidate, Search, Settings
+from .refusal import refusal
+from .search import SPARSITY_GRID, Candidate, Search, Settings, Structure, searches
 from .serialize import encode
-from .storage import ActivationKeep, Form
+from .storage import Choice
+from .summary import summarize
 
 __all__ = ["plan", "plan_graph"]
 
@@ -41,27 +46,39 @@ def plan(
     micro_batch: int | None = None,
     base_bytes: int | None = None,
     data_bytes: int = 0,
+    prefer: str = "balanced",
+    allow_freeze: int = 0,
+    harm: str | os.PathLike[str] | None = None,
+    choices: Mapping[str, Any] | None = None,
+    spill: bool = False,
 ) -> Plan:
     """Plans training of a bundle inside `mem_budget` bytes of resident memory for the whole process.
 
     Args:
         bundle: path of the bundle.
-        mem_budget: bytes or "128MB", "512MiB"; None plans without a cap.
+        mem_budget: bytes or "128MB", "512MiB", or "auto" (`edge_razor.budget`); None plans without a cap.
         batch_size: samples of one optimizer update.
-        sparsity: share of each packed value that is dropped, or "auto": the least that fits.
+        sparsity: share of each packed value that is dropped, or "auto": chosen for each value.
         razor: "centered" or "plain".
         optimizer, momentum, nesterov, betas, eps, weight_decay: as torch.optim.SGD and AdamW define them.
         threads: worker threads; None: one for each processor that this process may use.
         micro_batch: samples at a time, a divisor of batch_size; None: the largest that fits.
         base_bytes: resident bytes of the process that will train, after its imports; None: measured in a fresh process.
         data_bytes: what the data pipeline will hold.
+        prefer: "balanced": the least error of the gradient that fits, "exact": none, however slow, or "fast": the least
+            time, with no more error than sparsity 0.95 for all values would bring.
+        allow_freeze: so many early layers may stay untrained.
+        harm: harm table that `edge-razor fidelity` wrote; None: usual errors of each form.
+        choices: `summary["choices"]` of an earlier plan, to be taken again.
+        spill: kept values may lie in a file until the backward pass; the session then needs a directory for it.
 
     Raises:
         BudgetError: nothing fits; `smallest_budget` is exact.
+        DataError: the harm table is damaged.
         BundleError: the bundle is damaged or its graph breaks docs/training-graph.md.
         UsageError: an argument is out of range.
     """
-    budget = None if mem_budget is None else parse_bytes(mem_budget)
+    budget = resolve_budget(mem_budget).bytes
     if isinstance(sparsity, str) and sparsity != "auto":
         try:
             sparsity = float(sparsity)
@@ -75,6 +92,7 @@ def plan(
             tokens: (source.read_file(f"training-{tokens}.onnx"), source.manifest.at_tokens(tokens))
             for tokens in source.manifest.buckets[:-1]
         }
+    table = None if harm is None else read_harm_table(harm)
     settings = Settings(
         batch_size=batch_size,
         sparsity=None if sparsity == "auto" else float(sparsity),
@@ -86,8 +104,13 @@ def plan(
         blas_bytes=BLAS_BYTES_PER_THREAD * threads,
         growth_bytes=GROWTH_BYTES,
         data_bytes=data_bytes,
+        prefer=prefer,
+        allow_freeze=allow_freeze,
+        harm=table,
+        rates=device_rates(threads),
+        spill=spill,
     )
-    return plan_graph(training, manifest, settings, budget, buckets)
+    return plan_graph(training, manifest, settings, budget, buckets, choices)
 
 
 def plan_graph(
@@ -96,12 +119,14 @@ def plan_graph(
     settings: Settings,
     budget: int | None,
     buckets: Mapping[int, tuple[bytes, Mapping[str, Any]]] | None = None,
+    choices: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plans `training.onnx` with the manifest of its bundle; errors as `plan`.
 
     Args:
         buckets: training graphs for texts of fewer tokens, and manifests for them. Each gets a plan with the settings
             that were found for the longest, which decides the cap; all lay parameters and state out in the same way.
+        choices: as `plan` says.
     """
     output = manifest.get("output")
     if not isinstance(output, Mapping) or not isinstance(output.get("name"), str):
@@ -110,11 +135,12 @@ def plan_graph(
     interface = read_interface(graph, manifest)
     shorter = {tokens: (read_graph(data, output["name"]), stated) for tokens, (data, stated) in (buckets or {}).items()}
     perms = _share_parameters([graph, *(other for other, _ in shorter.values())])
-    search = Search(graph, settings, perms)
-    best = search.best(budget)
-    if best is None:
+    parts = searches(graph, settings, perms) if choices is None else [_frozen_as(graph, settings, perms, choices)]
+    decision = choose(parts, budget) if choices is None else _again(parts[0], choices, budget)
+    if decision is None:
         assert budget is not None
-        raise _refusal(search, budget)
+        raise refusal(parts, budget)
+    best = decision.candidate
     arena = best.accounting.arena
     bundle_id = hashlib.sha256(training).hexdigest()
 
@@ -133,11 +159,81 @@ def plan_graph(
 
     plans = {}
     for tokens, (other, stated) in shorter.items():
-        candidate = Search(other, settings, perms).candidate(best.sparsity, best.micro_batch)
+        candidate = _alike(Search(other, settings, perms, best.search.frozen), best)
         if candidate.accounting.arena > arena:
             raise BundleError(f"training-{tokens}.onnx needs more memory than training.onnx; export the model again")
         plans[tokens] = encoded(candidate, read_interface(other, stated))
-    return Plan(encoded(best, interface), _summary(search.graph, settings, best, bundle_id, budget), plans)
+    slowdown = 1.0
+    if settings.prefer == "exact" and budget is not None and choices is None:
+        balanced = choose([part.preferring("balanced") for part in parts], budget)
+        slowdown = best.seconds / balanced.candidate.seconds if balanced is not None else 1.0
+    summary = summarize(decision, bundle_id, budget, sum(part.tried for part in parts))
+    return Plan(encoded(best, interface), summary | {"slowdown": slowdown}, plans)
+
+
+def _frozen_as(
+    graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None], choices: Mapping[str, Any]
+) -> Search:
+    frozen = choices.get("frozen", [])
+    if not isinstance(frozen, (list, tuple)) or not all(name in graph.gradients for name in frozen):
+        raise UsageError("the choices freeze parameters that the model does not train; they belong to another model")
+    return Search(graph, settings, perms, tuple(frozen))
+
+
+def _again(search: Search, choices: Mapping[str, Any], budget: int | None) -> Decision | None:
+    """The decision that an earlier plan made, if it fits; made exactly again are more values than then, if it must be.
+
+    Raises:
+        UsageError: the choices are malformed or of another model.
+    """
+    stated, level = choices.get("values"), choices.get("recompute_level", 0)
+    if not isinstance(stated, Mapping) or not isinstance(level, int):
+        raise UsageError("the choices have no values or no recompute_level; take summary['choices'] of a plan")
+    values = {name: Choice.parse(str(text)) for name, text in stated.items()}
+    settings = search.settings
+    for micro_batch in settings.micro_batches:
+        for name, value in search.values(micro_batch).items():
+            if name in values and values[name] not in value.choices(settings.razor, (values[name].sparsity,)):
+                raise UsageError(f"{name!r} cannot be kept as {values[name]}; the choices belong to another model")
+    inexact = {name for name, choice in values.items() if choice.kind not in ("dense", "bits", "index")}
+    first = [level] if 0 <= level < len(search.levels) else []
+    for number in [
+        *first,
+        *(i for i in range(len(search.levels)) if i != level and not inexact & search.levels[i].names),
+    ]:
+        for micro_batch in settings.micro_batches:
+            candidate = search.chosen(Structure(micro_batch, number), values)
+            if candidate.fits(budget):
+                return Decision(candidate)
+    return None
+
+
+def _alike(search: Search, best: Candidate) -> Candidate:
+    """The candidate of a shorter text's graph that keeps its values as `best` does: by name, else in the same order.
+
+    What is made again does not change the result, so of all levels the first that needs no more memory will do.
+    """
+    levels = sorted(range(len(search.levels)), key=lambda level: level != best.level)
+    values = search.values(best.micro_batch)
+    found: list[Candidate] = []
+    for level in levels:
+        if best.sparsity is not None:
+            candidate = search.candidate(best.sparsity, best.micro_batch, level)
+        else:
+            given = best.choices
+            if not values.keys() >= given.keys() and len(values) == len(best.search.values(best.micro_batch)):
+                names = dict(zip(best.search.values(best.micro_batch), values, strict=True))
+                given = {names[name]: choice for name, choice in given.items()}
+            chosen = {}
+            for name, value in values.items():
+                options = value.choices(search.settings.razor, SPARSITY_GRID)
+                wanted = given.get(name, options[0])
+                chosen[name] = wanted if wanted in options else options[-1]
+            candidate = search.chosen(Structure(best.micro_batch, level), chosen)
+        if candidate.accounting.arena <= best.accounting.arena:
+            return candidate
+        found.append(candidate)
+    return found[0]
 
 
 def _share_parameters(graphs: Sequence[Graph]) -> dict[str, tuple[int, ...] | None]:
@@ -164,76 +260,3 @@ def _share_parameters(graphs: Sequence[Graph]) -> dict[str, tuple[int, ...] | No
     for graph in graphs:
         graph.initializers = {**union, **{k: v for k, v in graph.initializers.items() if k not in union}}
     return perms
-
-
-def _refusal(search: Search, budget: int) -> BudgetError:
-    smallest, advice = search.smallest(), search.advice()
-    hints = "; ".join(f"{text}: {format_bytes(size)}" for text, size in advice)
-    return BudgetError(
-        f"the cap of {format_bytes(budget)} cannot be met: the smallest that works with these settings is "
-        f"{format_bytes(smallest)} ({smallest} bytes)" + (f"; with {hints}" if hints else ""),
-        smallest,
-        advice,
-    )
-
-
-def _summary(graph: Graph, settings: Settings, best: Candidate, bundle_id: str, budget: int | None) -> dict[str, Any]:
-    accounting = best.accounting
-    optimizer = settings.optimizer
-    return {
-        "bundle_id": bundle_id,
-        "mem_budget": budget,
-        "predicted_peak_bytes": accounting.total,
-        "items": accounting.items,
-        "batch_size": settings.batch_size,
-        "micro_batch": best.micro_batch,
-        "sparsity": best.sparsity,
-        "razor": settings.razor,
-        "threads": settings.threads,
-        "optimizer": {
-            "name": optimizer.name,
-            "momentum": optimizer.momentum,
-            "nesterov": optimizer.nesterov,
-            "betas": list(optimizer.betas),
-            "eps": optimizer.eps,
-            "weight_decay": optimizer.weight_decay,
-        },
-        "arena_bytes": accounting.arena,
-        "live_bytes": best.peak_live,
-        "params_bytes": best.memory.params_bytes,
-        "state_bytes": best.memory.state_bytes,
-        "trainable": list(graph.gradients),
-        "train_steps": len(best.train.steps),
-        "eval_steps": len(best.evaluate.steps),
-        "kept": _kept(graph, best),
-    }
-
-
-def _kept(graph: Graph, best: Candidate) -> list[dict[str, Any]]:
-    """What is kept for the backward pass, largest first; a dense input counts as the value that stays alive."""
-    rows: list[dict[str, Any]] = []
-    for node in graph.nodes:
-        for value in node.outputs:
-            storage = best.storage.get(value)
-            if storage is None:
-                continue
-            if isinstance(storage.form, Form):
-                form = storage.form.name.lower()
-            else:
-                form = storage.form.name.lower() if isinstance(storage.form, ActivationKeep) else "index"
-            dense = 4 * storage.samples * storage.rows * storage.cols
-            rows.append(
-                {
-                    "value": value.removeprefix("kept/"),
-                    "layer": node.layer,
-                    "operator": node.op,
-                    "form": form,
-                    "samples": storage.samples,
-                    "rows": storage.rows,
-                    "cols": storage.cols,
-                    "keep": storage.keep,
-                    "bytes": storage.bytes or dense,
-                    "dense_bytes": dense,
-                }
-            )
-    return sorted(rows, key=lambda row: -row["bytes"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["KERNELS", "Buffer", "Program", "Region", "Signature", "Step", "touches"]
+__all__ = ["KERNELS", "Buffer", "Places", "Program", "Region", "Signature", "Step", "touches"]
 
 ALIGNMENT = 64  # bytes; every offset in a plan is a multiple
 
@@ -31,13 +31,15 @@ class Buffer:
 
 
 class Signature(NamedTuple):
-    """Operands of a kernel: which are written, which (written, read) pairs may share memory, scratch or not."""
+    """Operands of a kernel: which are written, which (written, read) pairs may share memory, scratch or not, and their
+    names in the kernel table."""
 
     operands: int
     optional: frozenset[int]
     writes: frozenset[int]
     may_alias: tuple[tuple[int, int], ...]
     scratch: bool
+    names: tuple[str, ...]
 
 
 def _signature(text: str, *may_alias: tuple[int, int], scratch: bool = False) -> Signature:
@@ -48,6 +50,7 @@ def _signature(text: str, *may_alias: tuple[int, int], scratch: bool = False) ->
         frozenset(i for i, n in enumerate(names) if "!" in n),
         may_alias,
         scratch,
+        tuple(n.strip("?!") for n in names),
     )
 
 
@@ -90,6 +93,9 @@ KERNELS: dict[str, Signature] = {
     "cross_entropy": _signature("logits target dlogits?!", (2, 0)),
     "mse": _signature("prediction target dprediction?!", (2, 0)),
     "bce_logits": _signature("prediction target dprediction?!", (2, 0)),
+    "spill_write": _signature("X"),
+    "spill_read": _signature("X!"),
+    "spill_wait": _signature("X"),
     "sgd": _signature("param! grad momentum?! accumulator?!"),
     "adamw": _signature("param! grad m! v! accumulator?!"),
 }
@@ -97,13 +103,17 @@ KERNELS: dict[str, Signature] = {
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """One kernel call. Operands are whole buffers, in the order of the kernel table, scratch last."""
+    """One kernel call. Operands are whole buffers, in the order of the kernel table, scratch last.
+
+    `backward` says that the step comes after the loss; it is not part of the plan file.
+    """
 
     kernel: str
     label: str
     ints: list[int]
     floats: list[float]
     operands: list[Buffer | None]
+    backward: bool = False
 
     @property
     def layer(self) -> str:
@@ -134,6 +144,19 @@ class Step:
         return self.operands[-1] if signature.scratch and len(self.operands) > signature.operands else None
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Forward buffers that are not simply kept in memory until the backward pass reads them.
+
+    `again`: made again then. `checkpoints`: what that may start from, beside whatever the backward pass reads and the
+    network's inputs. `spilled`: in the spill file in between.
+    """
+
+    again: frozenset[Buffer] = frozenset()
+    checkpoints: frozenset[Buffer] = frozenset()
+    spilled: frozenset[Buffer] = frozenset()
+
+
 @dataclass(slots=True)
 class Program:
     """Steps in execution order. `inputs` are filled before the first step, `outputs` are read after the last."""
@@ -141,6 +164,7 @@ class Program:
     steps: list[Step]
     inputs: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
+    places: Places = Places()
 
 
 def touches(steps: Iterable[Step]) -> dict[Buffer, list[int]]:

@@ -1,4 +1,5 @@
-"""Scheduling: gradients finished where they are made, the order of backward and update steps, and steps in place.
+"""Scheduling: gradients finished where they are made, the order of backward and update steps, forward steps that are
+repeated, transfers to and from the spill file, and steps in place.
 
 Every transformation keeps what each step reads and writes; `tests/planner/verifier.py` checks the results
 independently.
@@ -8,21 +9,30 @@ from __future__ import annotations
 
 from .finish import fuse_finish
 from .program import KERNELS, Buffer, Program, Region, Step, touches
+from .recompute import make_again
+from .spill import spill
 
-__all__ = ["schedule_inference", "schedule_training"]
+__all__ = ["order_training", "schedule_inference", "schedule_training", "share_buffers"]
 
 _BINARY_ADD = 0
 
 
 def schedule_training(program: Program, updates: list[Step], threads: int) -> Program:
     """Orders one micro-batch: forward, backward, and each parameter's update as soon as nothing else needs it."""
+    return share_buffers(order_training(program, updates, threads))
+
+
+def order_training(program: Program, updates: list[Step], threads: int) -> Program:
+    """`schedule_training`, before steps work in place."""
     gradients = {u.operands[1] for u in updates}
     steps = fuse_accumulation(program.steps, gradients)
     steps = fuse_finish(steps, gradients, threads)
     steps = order_weight_gradients(steps)
     steps = defer_for_reuse(steps, program.inputs)
+    steps = make_again(steps, program.inputs, program.places, threads)
     steps = insert_updates(steps, updates)
-    return share_buffers(Program(steps, program.inputs, program.outputs))
+    steps = spill(steps, program.places.spilled)
+    return Program(steps, program.inputs, program.outputs)
 
 
 def schedule_inference(program: Program) -> Program:

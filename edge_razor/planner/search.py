@@ -1,36 +1,58 @@
-"""The search for the least harmful plan that fits the cap.
+"""What may be planned: settings, structures (micro-batch, recomputation), and candidates with their exact need.
 
-Harm is ordered: sparsity changes the gradients, micro-batches only cost time. So the least sparsity for which
-anything fits is taken, and with it the largest micro-batch that fits. A sparsity or micro-batch that the user fixes
-is the only one tried.
+`choose.py` picks among them. Which caps can be met at all is decided here, by the extremes of every structure: all
+values as exact and all as small as the settings allow. So `Search.smallest` is exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from edge_razor.errors import PlanError, UsageError
 
 from .accounting import Accounting
 from .context import parameter_perms
+from .cost import Rates, program_seconds
 from .graph import Graph
+from .harm import Fed, HarmModel, HarmTable
+from .live_model import LiveModel
 from .lower import check_operators, lower_inference, lower_training
 from .optimizer import Memory, Optimizer, lay_out_parameters
 from .place import Lifetime, lifetimes, live_bytes, place
 from .program import Program
-from .schedule import schedule_inference, schedule_training
-from .storage import Storage, choose_storage
+from .recompute import recompute_levels
+from .schedule import order_training, schedule_inference, schedule_training
+from .storage import Choice, KeptValue, Place, Storage, at_place, check_razor, choose_storage, kept_values
 
-__all__ = ["SPARSITY_GRID", "Candidate", "Search", "Settings"]
+__all__ = [
+    "PREFERENCES",
+    "SPARSITY_GRID",
+    "Candidate",
+    "Search",
+    "Settings",
+    "Structure",
+    "searches",
+    "trained_layers",
+]
 
 # 0 is exact. Between 0 and 0.5 little is saved beyond what int8 residuals save at 0.5 (5.3 bits an element against 32).
 SPARSITY_GRID = (0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
+PREFERENCES = ("balanced", "exact", "fast")
+MAX_LEVELS = 6  # of recomputation that are tried: the first, the last, and some between
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user fixed. `sparsity` and `micro_batch` None: the search chooses."""
+    """What the user fixed. `sparsity` and `micro_batch` None: the planner chooses.
+
+    `prefer`: "exact" keeps every value exactly, "fast" trades gradient error for time, "balanced" takes as little
+    error as the cap allows. `allow_freeze`: how many early layers may stay frozen. `harm`: measured harm, None: usual
+    curves. `rates`: of this device, None: usual ones. `spill`: kept values may lie in a file.
+    """
 
     batch_size: int
     sparsity: float | None
@@ -42,6 +64,11 @@ class Settings:
     blas_bytes: int
     growth_bytes: int
     data_bytes: int
+    prefer: str = "balanced"
+    allow_freeze: int = 0
+    harm: HarmTable | None = None
+    rates: Rates | None = None
+    spill: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.threads < 1 or self.data_bytes < 0 or self.process_bytes < 0:
@@ -53,10 +80,13 @@ class Settings:
             raise UsageError(f"batch size {self.batch_size} or threads {self.threads} is not sensible")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
             raise UsageError(f"micro-batch {self.micro_batch} must divide the batch size {self.batch_size}")
-
-    @property
-    def sparsities(self) -> tuple[float, ...]:
-        return SPARSITY_GRID if self.sparsity is None else (self.sparsity,)
+        check_razor(self.sparsity or 0.0, self.razor)
+        if self.prefer not in PREFERENCES:
+            raise UsageError(f"prefer must be one of {', '.join(PREFERENCES)}, not {self.prefer!r}")
+        if self.prefer == "exact" and self.sparsity:
+            raise UsageError(f"prefer exact keeps every value exactly; leave out sparsity {self.sparsity}")
+        if self.allow_freeze < 0:
+            raise UsageError(f"allow_freeze must be 0 or more layers, not {self.allow_freeze}")
 
     @property
     def micro_batches(self) -> tuple[int, ...]:
@@ -65,17 +95,64 @@ class Settings:
             return (self.micro_batch,)
         return tuple(m for m in range(self.batch_size, 0, -1) if self.batch_size % m == 0)
 
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        """Sparsities, one for all values, that decide what fits at all."""
+        if self.prefer == "exact":
+            return (0.0,)
+        return (0.0, SPARSITY_GRID[-1]) if self.sparsity is None else (self.sparsity,)
+
+    @property
+    def fixed(self) -> float | None:
+        """The one way to keep all values, if the user leaves no choice."""
+        return 0.0 if self.prefer == "exact" else self.sparsity
+
+
+class Level(NamedTuple):
+    """Values that are not simply kept in memory: made again, or in the spill file; both are exact."""
+
+    place: Place
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What is decided for the whole graph: samples at a time, and which of `Search.levels`."""
+
+    micro_batch: int
+    level: int = 0
+
 
 class Candidate:
-    """One sparsity and micro-batch: what it would need, computed when asked."""
+    """One way to train: what it would need, computed when asked.
 
-    def __init__(self, search: Search, sparsity: float, micro_batch: int) -> None:
+    Attributes:
+        sparsity: the one for all values; None if `choices` differ.
+        choices: how each value is kept that is not made again.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        sparsity: float | None,
+        micro_batch: int,
+        storage: dict[str, Storage] | None = None,
+        choices: Mapping[str, Choice] | None = None,
+        level: int = 0,
+    ) -> None:
+        """`storage` None: as `choices` say, or with neither as `sparsity` does for all values."""
         settings = search.settings
         self.search = search
         self.sparsity = sparsity
         self.micro_batch = micro_batch
+        self.level = level
+        if storage is None and choices is not None:
+            storage = search.storage(Structure(micro_batch, level), choices)
+        elif storage is None:
+            storage = choose_storage(search.graph, micro_batch, sparsity or 0.0, settings.razor)
+        self.storage: dict[str, Storage] = storage
+        self.choices: dict[str, Choice] = dict(choices or {})
         self.memory: Memory = search.memory(settings.batch_size // micro_batch)
-        self.storage: dict[str, Storage] = choose_storage(search.graph, micro_batch, sparsity, settings.razor)
         program, updates = lower_training(
             search.graph, micro_batch, self.storage, self.memory, settings.optimizer, settings.threads
         )
@@ -83,126 +160,292 @@ class Candidate:
         self.lives: list[Lifetime] = lifetimes(self.train)
         self.peak_live: int = int(live_bytes(self.lives).max())
 
-    def _total(self, arena: int) -> Accounting:
-        settings = self.search.settings
-        return Accounting(
-            process=settings.process_bytes,
-            blas=settings.blas_bytes,
-            growth=settings.growth_bytes,
-            data=settings.data_bytes,
-            parameters=self.memory.params_bytes,
-            optimizer_state=self.memory.state_bytes - self.memory.accumulator_bytes,
-            accumulators=self.memory.accumulator_bytes,
-            arena=arena,
-        )
-
     @property
     def lower_bound(self) -> int:
         """Bytes that the process needs at the least with this candidate, whatever the placement."""
-        return self._total(self.peak_live).total
+        return self.search.accounting(self.memory, self.peak_live).total
 
     @cached_property
     def evaluate(self) -> Program:
         """The placed inference program."""
-        program, _ = lower_inference(self.search.inference, self.micro_batch, self.memory, self.search.settings.threads)
-        return schedule_inference(program)
+        return self.search.evaluation(self.micro_batch, self.memory)[0]
 
     @cached_property
     def accounting(self) -> Accounting:
         """The exact need, after placing both programs."""
-        return self._total(max(place(self.lives), place(lifetimes(self.evaluate))))
+        evaluation = self.search.evaluation(self.micro_batch, self.memory)[1]
+        return self.search.accounting(self.memory, max(place(self.lives), evaluation))
+
+    def fits(self, cap: int | None) -> bool:
+        """Whether it needs at most `cap` bytes; `accounting` may place it better than it takes to know that."""
+        if cap is None or self.lower_bound > cap:
+            return cap is None
+        if "accounting" in self.__dict__:
+            return self.accounting.total <= cap
+        allowed = cap - self.search.accounting(self.memory, 0).total
+        evaluation = self.search.evaluation(self.micro_batch, self.memory)[1]
+        return evaluation <= allowed and place(self.lives, allowed) <= allowed
+
+    @cached_property
+    def harm(self) -> float:
+        """Expected ‖ĝ − g‖² / ‖g‖²."""
+        return sum(self.value_harm(name) for name in self.choices) + self.search.frozen_harm
+
+    def value_harm(self, name: str) -> float:
+        """What the way in which the value is kept adds to `harm`."""
+        return self.search.harm(name, self.choices[name]) if name in self.choices else 0.0
+
+    @cached_property
+    def seconds(self) -> float:
+        """Expected seconds of one optimizer update."""
+        count = self.search.settings.batch_size // self.micro_batch
+        return count * program_seconds(self.train.steps, self.search.rates)
 
 
 class Search:
     """All candidates of one graph under one set of settings."""
 
     def __init__(
-        self, graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None] | None = None
+        self,
+        graph: Graph,
+        settings: Settings,
+        perms: dict[str, tuple[int, ...] | None] | None = None,
+        frozen: tuple[str, ...] = (),
     ) -> None:
-        """`perms`: parameters that shall have a place though this graph does not use them, and how they are stored."""
+        """
+        Args:
+            perms: parameters that shall have a place though this graph does not use them, and how they are stored.
+            frozen: parameters that are not trained though the graph has gradients for them.
+        """
         if not graph.gradients:
             raise PlanError("nothing to train: the bundle's training graph has no gradient outputs")
         check_operators(graph)
         self.settings = settings
-        self.graph = graph.restricted(None)
+        self.whole = graph
+        self.perms = perms or {}
+        self.frozen = frozen
+        self.graph = graph.restricted([p for p in graph.gradients if p not in frozen] if frozen else None)
         self.inference = graph.inference()
-        self.perms = (perms or {}) | parameter_perms(self.graph) | parameter_perms(self.inference)
+        self.layouts = self.perms | parameter_perms(self.graph) | parameter_perms(self.inference)
+        self.rates = settings.rates or Rates.default(settings.threads)
+        self.tried = 0
+        """Candidates whose need was computed so far."""
         self._memory: dict[bool, Memory] = {}
-        self._candidates: dict[tuple[float, int], Candidate] = {}
+        self._candidates: dict[tuple[float, Structure], Candidate] = {}
+        self._values: dict[int, dict[str, KeptValue]] = {}
+        self._models: dict[Structure, LiveModel] = {}
+        self._evaluation: dict[tuple[int, int], tuple[Program, int]] = {}
+        self._times: dict[tuple[int, int], float] = {}
+
+    def preferring(self, prefer: str) -> Search:
+        """The same search under another preference; what was computed is shared."""
+        other = copy(self)
+        other.settings = replace(self.settings, prefer=prefer)
+        return other
+
+    # ---- What all candidates share ----
 
     def memory(self, micro_batches: int) -> Memory:
         key = self.settings.optimizer.accumulates(micro_batches)
         if key not in self._memory:
-            self._memory[key] = lay_out_parameters(self.graph, self.perms, self.settings.optimizer, micro_batches)
+            self._memory[key] = lay_out_parameters(self.graph, self.layouts, self.settings.optimizer, micro_batches)
         return self._memory[key]
 
-    def candidate(self, sparsity: float, micro_batch: int) -> Candidate:
-        key = (sparsity, micro_batch)
+    def accounting(self, memory: Memory, arena: int) -> Accounting:
+        settings = self.settings
+        return Accounting(
+            process=settings.process_bytes,
+            blas=settings.blas_bytes,
+            growth=settings.growth_bytes,
+            data=settings.data_bytes,
+            parameters=memory.params_bytes,
+            optimizer_state=memory.state_bytes - memory.accumulator_bytes,
+            accumulators=memory.accumulator_bytes,
+            arena=arena,
+        )
+
+    def evaluation(self, micro_batch: int, memory: Memory) -> tuple[Program, int]:
+        """The placed inference program and its arena's bytes."""
+        key = (micro_batch, memory.accumulator_bytes)
+        if key not in self._evaluation:
+            program, _ = lower_inference(self.inference, micro_batch, memory, self.settings.threads)
+            scheduled = schedule_inference(program)
+            self._evaluation[key] = (scheduled, place(lifetimes(scheduled)))
+        return self._evaluation[key]
+
+    def values(self, micro_batch: int) -> dict[str, KeptValue]:
+        if micro_batch not in self._values:
+            self._values[micro_batch] = kept_values(self.graph, micro_batch)
+        return self._values[micro_batch]
+
+    @cached_property
+    def levels(self) -> list[Level]:
+        """Nothing, then sets of values to make again, and if allowed what to put into the spill file."""
+        again = recompute_levels(self.graph)
+        step = max(1.0, (len(again) - 1) / (MAX_LEVELS - 1))
+        levels = [Level("recompute", again[round(i * step)]) for i in range(min(len(again), MAX_LEVELS))]
+        if self.settings.spill:
+            values = self.values(1)
+            size = {
+                n: v.storage(v.choices("centered", ())[0]).bytes or 4 * v.samples * v.rows * v.cols
+                for n, v in values.items()
+                if v.role != "reference"
+            }
+            largest = sorted(size, key=lambda name: -size[name])
+            levels += [
+                Level("spill", frozenset(largest[: max(1, len(largest) // 2)])),
+                Level("spill", frozenset(largest)),
+            ]
+        return levels
+
+    @property
+    def structures(self) -> list[Structure]:
+        return [Structure(m, level) for level in range(len(self.levels)) for m in self.settings.micro_batches]
+
+    @cached_property
+    def harm_model(self) -> HarmModel:
+        return HarmModel(self.whole.restricted(None), self.settings.harm, self.settings.razor)
+
+    @cached_property
+    def fed(self) -> dict[str, Fed]:
+        return self.harm_model.fed(self.graph)
+
+    def harm(self, name: str, choice: Choice) -> float:
+        return self.harm_model.harm(choice, self.fed[name]) if name in self.fed else 0.0
+
+    @cached_property
+    def frozen_harm(self) -> float:
+        """Of parameters that are not updated: all of their gradient is missing."""
+        return sum(self.harm_model.share[name] for name in self.frozen)
+
+    # ---- Candidates ----
+
+    def storage(self, structure: Structure, choices: Mapping[str, Choice]) -> dict[str, Storage]:
+        """The table with each value as `choices` say, exact where they say nothing, and the level's values
+        are where it says."""
+        level = self.levels[structure.level]
+        values = self.values(structure.micro_batch)
+        exact = {name: value.choices(self.settings.razor, ())[0] for name, value in values.items()}
+        table = {name: value.storage(choices.get(name, exact[name])) for name, value in values.items()}
+        if not level.names:
+            return table
+        return at_place(self.graph, table, structure.micro_batch, level.names, level.place)
+
+    def uniform(self, structure: Structure, sparsity: float) -> dict[str, Choice]:
+        """One sparsity for every value that stays in memory."""
+        again = self.levels[structure.level].names
+        return {
+            name: value.uniform(sparsity, self.settings.razor)
+            for name, value in self.values(structure.micro_batch).items()
+            if name not in again
+        }
+
+    def candidate(self, sparsity: float, micro_batch: int, level: int = 0) -> Candidate:
+        """The candidate with one sparsity for all values."""
+        structure = Structure(micro_batch, level)
+        key = (sparsity, structure)
         if key not in self._candidates:
-            self._candidates[key] = Candidate(self, sparsity, micro_batch)
+            self.tried += 1
+            choices = self.uniform(structure, sparsity)
+            self._candidates[key] = Candidate(self, sparsity, micro_batch, choices=choices, level=level)
         return self._candidates[key]
 
-    def best(self, cap: int | None) -> Candidate | None:
-        """The least harmful candidate whose need is at most `cap` bytes; None if there is none.
+    def chosen(self, structure: Structure, choices: Mapping[str, Choice]) -> Candidate:
+        """The candidate with a choice for each value; those left out, and not made again, are exact."""
+        self.tried += 1
+        given = {**self.uniform(structure, 0.0), **choices}
+        choices = {name: given[name] for name in self.uniform(structure, 0.0)}
+        return Candidate(self, None, structure.micro_batch, choices=choices, level=structure.level)
 
-        Between the extremes a sparsity is tried only with micro-batches that fit at the highest, so that what fits at
-        all is decided by the extremes alone and `smallest` is exact.
+    def model(self, structure: Structure) -> LiveModel:
+        """Live bytes, harm and seconds of a structure as functions of the choices for its values."""
+        if structure not in self._models:
+            settings, again = self.settings, self.levels[structure.level].names
+            values = self.values(structure.micro_batch)
+            options = {
+                name: found
+                for name, value in values.items()
+                if name not in again and len(found := value.choices(settings.razor, SPARSITY_GRID)) > 1
+            }
+            table = self.storage(structure, {name: found[-1] for name, found in options.items()})
+            memory = self.memory(settings.batch_size // structure.micro_batch)
+            program, updates = lower_training(
+                self.graph, structure.micro_batch, table, memory, settings.optimizer, settings.threads
+            )
+            ordered = order_training(program, updates, settings.threads)
+            self._models[structure] = LiveModel(ordered, values, options, self.rates, settings.threads, self.harm)
+        return self._models[structure]
+
+    def exact_seconds(self, structure: Structure) -> float:
+        """Expected seconds of an update with every value kept exactly.
+
+        Seconds of a micro-batch grow linearly with its samples, and a level of recomputation takes about the same share
+        more at every size.
         """
-        sparsities, micro_batches = self.settings.sparsities, self.settings.micro_batches
-        for index, sparsity in enumerate(sparsities):
-            if index == 1:
-                micro_batches = tuple(m for m in micro_batches if self._fits(sparsities[-1], m, cap))
-            for micro_batch in micro_batches:
-                if self._fits(sparsity, micro_batch, cap):
-                    return self.candidate(sparsity, micro_batch)
-        return None
+        sizes = self.settings.micro_batches
+        small, large = sizes[-1], sizes[0]
+        for key in {(small, 0), (large, 0), (large, structure.level)} - self._times.keys():
+            self._times[key] = program_seconds(self.candidate(0.0, *key).train.steps, self.rates)
+        slope = (self._times[large, 0] - self._times[small, 0]) / max(large - small, 1)
+        seconds = self._times[small, 0] + slope * (structure.micro_batch - small)
+        seconds *= self._times[large, structure.level] / self._times[large, 0]
+        return self.settings.batch_size / structure.micro_batch * seconds
 
-    def _fits(self, sparsity: float, micro_batch: int, cap: int | None) -> bool:
-        if cap is None:
-            return True
-        candidate = self.candidate(sparsity, micro_batch)
-        return candidate.lower_bound <= cap and candidate.accounting.total <= cap
+    # ---- What fits at all ----
 
-    def smallest(self) -> int:
-        """The smallest cap, in bytes, for which `best` finds something."""
-        extremes = {self.settings.sparsities[0], self.settings.sparsities[-1]}
-        candidates = [self.candidate(s, m) for s in extremes for m in self.settings.micro_batches]
-        smallest: int | None = None
-        for candidate in sorted(candidates, key=lambda c: c.lower_bound):
-            if smallest is not None and candidate.lower_bound >= smallest:
+    def extremes(self) -> Iterator[Candidate]:
+        """Every value exact and every value as small as it gets, at the smallest micro-batch, and at the largest where
+        only that needs no gradient accumulators: all that decides what fits at all. Smallest first, about."""
+        settings, sizes = self.settings, self.settings.micro_batches
+        micro_batches = {sizes[-1]}
+        if settings.optimizer.accumulates(settings.batch_size // sizes[-1]):
+            micro_batches.add(sizes[0])
+        for sparsity in reversed(settings.extremes):
+            for micro_batch in sorted(micro_batches):
+                for level in range(len(self.levels)):
+                    yield self.candidate(sparsity, micro_batch, level)
+
+    def feasible(self, cap: int | None) -> bool:
+        """Whether `smallest` is at most `cap`."""
+        return any(candidate.fits(cap) for candidate in self.extremes())
+
+    def smallest(self) -> Candidate:
+        """The candidate among the extremes that needs the smallest cap."""
+        best: Candidate | None = None
+        for candidate in sorted(self.extremes(), key=lambda c: c.lower_bound):
+            if best is not None and candidate.lower_bound >= best.accounting.total:
                 break
-            total = candidate.accounting.total
-            smallest = total if smallest is None else min(smallest, total)
-        assert smallest is not None
-        return smallest
-
-    def advice(self) -> tuple[tuple[str, int], ...]:
-        """(what to change, smallest cap that it would bring) for each knob that helps, best first."""
-        settings, found = self.settings, []
-        variants: list[tuple[str, Graph, Settings]] = []
-        if settings.sparsity is not None and settings.sparsity < SPARSITY_GRID[-1]:
-            raised = replace(settings, sparsity=SPARSITY_GRID[-1])
-            variants.append((f"sparsity {SPARSITY_GRID[-1]}", self.graph, raised))
-        if settings.batch_size > 1:
-            smaller = replace(settings, batch_size=1, micro_batch=None, sparsity=settings.sparsities[-1])
-            variants.append(("batch size 1", self.graph, smaller))
-        if len(self.graph.gradients) > 2:
-            head = self.graph.restricted(_last_layer(self.graph))
-            fewest = replace(settings, micro_batch=None, sparsity=settings.sparsities[-1])
-            variants.append(("training the last layer only", head, fewest))
-        present = self.smallest()
-        for text, graph, changed in variants:
-            smallest = Search(graph, changed).smallest()
-            if smallest < present:
-                found.append((text, smallest))
-        return tuple(sorted(found, key=lambda item: item[1]))
+            if best is None or candidate.accounting.total < best.accounting.total:
+                best = candidate
+        assert best is not None
+        return best
 
 
-def _last_layer(graph: Graph) -> list[str]:
-    """The trainable parameters of the last layer (module path) that has any."""
-    order: dict[str, str] = {}
+def searches(graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None] | None = None) -> list[Search]:
+    """A search for each number of early layers that may stay frozen, none first."""
+    layers = trained_layers(graph.restricted(None)) if settings.allow_freeze else []
+    allowed = min(settings.allow_freeze, len(layers) - 1) if layers else 0
+    found = [Search(graph, settings, perms)]
+    for count in sorted({round(allowed * i / MAX_LEVELS) for i in range(1, MAX_LEVELS + 1)} - {0}):
+        names = [name for layer in layers[:count] for name in layer]
+        found.append(Search(graph, settings, perms, tuple(names)))
+    return found
+
+
+def trained_layers(graph: Graph) -> list[list[str]]:
+    """The trainable parameters in forward order, by layers: a weight (two or more dimensions) with the vectors that are
+    read before it or with it, as a convolution with its BatchNorm."""
+    layers: list[list[str]] = [[]]
+    seen: set[str] = set()
+    complete = False
     for node in graph.nodes:
-        if node.phase == "forward":
-            order.update({i: node.layer for i in node.inputs if i in graph.gradients})
-    last = list(order.values())[-1] if order else ""
-    return [name for name, layer in order.items() if layer == last] or list(graph.gradients)[-1:]
+        if node.phase != "forward":
+            continue
+        names = [name for name in node.inputs if name in graph.gradients and name not in seen]
+        seen.update(names)
+        if names and complete:
+            layers.append([])
+        if names:
+            layers[-1] += names
+            complete = any(len(graph.initializers[name].shape) > 1 for name in layers[-1])
+    return layers if complete or len(layers) == 1 else [*layers[:-2], layers[-2] + layers[-1]]

@@ -62,22 +62,30 @@
  *   }
  *
  * Conventions
- *   Units: sizes are bytes unless a name says otherwise; `elements` counts numbers. Arrays are little-endian,
- * contiguous, row-major, aligned to their elements. "The user's layout" is PyTorch's: NCHW images, OIHW and [out, in]
- * weights. Ownership: the caller owns everything that it passes in; nothing is kept after a call, paths and the plan
- * included. Names in er_tensor_info and er_profile_entry belong to the session and live as long as it does. Memory:
- * er_session_create maps `arena_bytes`, `params_bytes` and `state_bytes` of er_info, zeroed, which become resident as
- * they are touched, and builds the plan's tables. Nothing is allocated after that, except for the time of a call: the
- * header of a weights or checkpoint file, and in er_evaluate the targets of one micro-batch. Errors: every call returns
- * a status; er_last_error() says in one line what is wrong, of which tensor or file. No call throws, aborts or prints.
- * A plan, a weights file or a checkpoint from anywhere may be passed: what is damaged, altered or of another version is
- * refused, and never read or written out of bounds. Threads: any call may be made from any thread. Calls on one session
- * (or on sessions that share memory) that touch its memory run one at a time, in order of arrival: a prediction that is
- * asked for while another thread trains waits for the running step, then sees whole updates only. Different sessions
- * run at the same time. er_session_free must be the last call on its session: nothing may be running or waiting on it.
- * Your signal handler must not call the library: let it set a flag, and stop at the step boundary. fork: a child
- * process must not use its parent's sessions. Environment: OPENBLAS_NUM_THREADS=1 before the program starts keeps
- * OpenBLAS from starting threads that would only cost memory. EDGE_RAZOR_ISA, see er_isa. */
+ *
+ * - Units: sizes are bytes unless a name says otherwise; `elements` counts numbers. Arrays are little-endian,
+ *   contiguous, row-major, aligned to their elements. "The user's layout" is PyTorch's: NCHW images, OIHW and [out, in]
+ *   weights.
+ *
+ * - Ownership: the caller owns everything that it passes in; nothing is kept after a call, paths and the plan included.
+ *   Names in er_tensor_info and er_profile_entry belong to the session and live as long as it does.
+ *
+ * - Memory: er_session_create maps `arena_bytes`, `params_bytes` and `state_bytes` of er_info, zeroed, which become
+ *   resident as they are touched, and builds the plan's tables. Nothing is allocated after that and er_spill_open,
+ *   except for the time of a call the header of a weights or checkpoint file.
+ *
+ * - Errors: every call returns a status; er_last_error() says in one line what is wrong, of which tensor or file. No
+ *   call throws, aborts or prints. A plan, a weights file or a checkpoint from anywhere may be passed: what is damaged,
+ *   altered or of another version is refused, and never read or written out of bounds.
+ *
+ * - Threads: any call may be made from any thread. Calls on one session (or on sessions that share memory) that touch
+ *   its memory run one at a time, in order of arrival: a prediction that is asked for while another thread trains waits
+ *   for the running step, then sees whole updates only. Different sessions run at the same time. er_session_free must
+ *   be the last call on its session: nothing may be running or waiting on it. A signal handler must not call the
+ *   library: let it set a flag, and stop between steps. A child process must not use its parent's sessions.
+ *
+ * - Environment: OPENBLAS_NUM_THREADS=1 before the program starts keeps OpenBLAS from starting threads that would only
+ *   cost memory. EDGE_RAZOR_ISA, see er_isa. */
 #ifndef EDGE_RAZOR_H
 #define EDGE_RAZOR_H
 
@@ -105,7 +113,9 @@ typedef enum er_status {
   ER_OUT_OF_MEMORY = 4,    /* the arena, parameters or state cannot be allocated */
   ER_NON_FINITE =
       5,    /* the loss or a packed activation is NaN or infinite; no parameter was changed by this micro-batch */
-  ER_IO = 6 /* the operating system refused to open, read or write a file; message has its reason */
+  ER_IO = 6 /* the operating system refused to open, read or write a file; message has its reason. From er_train_step:
+               while writing the spill file, no parameter was changed by this micro-batch; while reading it, the step is
+               half done, and every later er_train_step of the session fails */
 } er_status;
 
 typedef struct er_session er_session;
@@ -150,6 +160,12 @@ ER_API er_status er_session_info(const er_session* session, er_info* info);
 ER_API er_status er_param_info(const er_session* session, uint32_t index, er_tensor_info* info);
 ER_API er_status er_input_info(const er_session* session, uint32_t index, er_tensor_info* info);
 ER_API er_status er_output_info(const er_session* session, uint32_t index, er_tensor_info* info);
+
+typedef struct er_resident {
+  uint64_t arena, params, state;
+} er_resident;
+/* How many bytes of the session's memory are resident now: those that were touched and are not swapped out. */
+ER_API er_status er_session_resident(const er_session* session, er_resident* resident);
 
 /* ---- Parameters and optimizer state ---- */
 
@@ -214,6 +230,21 @@ ER_API er_status er_checkpoint_save(const er_session* session, const char* path,
  * file, or it cannot be read. ER_BAD_FILE: it is damaged, or of another model or optimizer. */
 ER_API er_status er_checkpoint_load(er_session* session, const char* path, uint64_t* update, void* user,
                                     size_t capacity, size_t* user_bytes);
+
+/* ---- Kept tensors in a file ---- */
+
+/* For a plan that keeps tensors in a file between the forward and the backward pass: makes that file in `directory`,
+ * with room for all of them, and a thread that writes and reads it. Call it before the first er_train_step, which
+ * otherwise fails. The file has no name, so nothing is left behind. Sessions that share memory share the file, too, but
+ * each must call this. Does nothing for a plan that spills nothing. */
+ER_API er_status er_spill_open(er_session* session, const char* directory);
+
+typedef struct er_spill_info {
+  uint64_t file_bytes;                /* that the plan needs in the file; 0: it spills nothing */
+  uint64_t written_bytes, read_bytes; /* since the file was made, also by sessions that share it */
+  double waited_seconds;              /* that steps stood still for the file */
+} er_spill_info;
+ER_API er_status er_spill_read_info(const er_session* session, er_spill_info* info);
 
 /* ---- Where the time goes ---- */
 

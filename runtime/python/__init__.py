@@ -5,7 +5,7 @@ Only numpy and the standard library are imported. The library is loaded at the f
 
 from ._library import abi_version, isa, library_path
 from .kernels import Context, kernel_run, kernel_scratch, packed_bytes, unpack
-from .session import Evaluation, Parameter, Port, Session, SessionInfo, StepTime
+from .session import Evaluation, Parameter, Port, Session, SessionInfo, SpillInfo, StepTime
 
 __all__ = [
     "Context",
@@ -14,6 +14,7 @@ __all__ = [
     "Port",
     "Session",
     "SessionInfo",
+    "SpillInfo",
     "StepTime",
     "abi_version",
     "isa",

@@ -45,6 +45,12 @@ class CInfo(ctypes.Structure):
     ]
 
 
+class CResident(ctypes.Structure):
+    """``er_resident``"""
+
+    _fields_ = [(name, u64) for name in ("arena", "params", "state")]
+
+
 class CTensorInfo(ctypes.Structure):
     """``er_tensor_info``"""
 
@@ -83,6 +89,12 @@ class COperand(ctypes.Structure):
     _fields_ = [("data", void_p), ("bytes", u64)]
 
 
+class CSpillInfo(ctypes.Structure):
+    """``er_spill_info``"""
+
+    _fields_ = [("file_bytes", u64), ("written_bytes", u64), ("read_bytes", u64), ("waited_seconds", f64)]
+
+
 class CContext(ctypes.Structure):
     """``er_context``"""
 
@@ -112,6 +124,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_session_create_shared": (u32, (char_p, size_t, void_p, POINTER(void_p))),
     "er_session_free": (None, (void_p,)),
     "er_session_info": (u32, (void_p, POINTER(CInfo))),
+    "er_session_resident": (u32, (void_p, POINTER(CResident))),
     "er_param_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
     "er_input_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
     "er_output_info": (u32, (void_p, u32, POINTER(CTensorInfo))),
@@ -128,6 +141,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_checkpoint_load": (u32, (void_p, char_p, POINTER(u64), void_p, size_t, POINTER(size_t))),
     "er_profile": (u32, (void_p, ctypes.c_int)),
     "er_profile_read": (u32, (void_p, u32, POINTER(CProfileEntry))),
+    "er_spill_open": (u32, (void_p, char_p)),
+    "er_spill_read_info": (u32, (void_p, POINTER(CSpillInfo))),
     "er_packed_bytes": (u64, (u32, u64, u64, u64, u64)),
     "er_unpack": (u32, (u32, u64, u64, u64, u64, void_p, u64, void_p)),
     "er_kernel_scratch": (u32, (char_p, *_attributes, u32, POINTER(u64))),

@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_razor.errors import UsageError
 
-from ._library import CArray, CEvaluation, CInfo, CProfileEntry, CTensorInfo, check, library
+from ._library import CArray, CEvaluation, CInfo, CProfileEntry, CResident, CSpillInfo, CTensorInfo, check, library
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.int32)}
 USER_BYTES = 65536  # of a caller's own in a checkpoint
@@ -76,6 +76,19 @@ class StepTime:
     seconds: float
 
 
+@dataclass(frozen=True)
+class SpillInfo:
+    """The spill file: bytes that the plan needs in it, and what has passed since it was made.
+
+    ``waited_seconds`` is how long steps stood still for it.
+    """
+
+    file_bytes: int
+    written_bytes: int
+    read_bytes: int
+    waited_seconds: float
+
+
 def _port(info: CTensorInfo) -> Port:
     return Port(info.name.decode(), tuple(info.shape[: info.rank]), _DTYPES[info.dtype])
 
@@ -88,15 +101,20 @@ class Session:
 
     Args:
         plan: the bytes of a plan file.
-        share: a session of the same model whose memory, parameters and threads this one uses, too: a plan for samples
-            of another size. They count as one session.
+        share: a session of the same model whose memory, parameters, threads and spill file this one uses, too: a plan
+            for samples of another size. They count as one session.
+        spill_dir: directory for the file in which the plan keeps tensors until the backward pass, if it does. The file
+            has no name: nothing is left behind.
 
     Raises:
         PlanError: the plan is truncated, altered, of another version, or inconsistent.
         EdgeRazorError: memory or threads cannot be had.
+        OSError: the spill file cannot be made, or the disk has no room for it.
     """
 
-    def __init__(self, plan: bytes, share: Session | None = None) -> None:
+    def __init__(
+        self, plan: bytes, share: Session | None = None, *, spill_dir: str | os.PathLike[str] | None = None
+    ) -> None:
         self._library = library()
         self._handle = ctypes.c_void_p()
         if share is None:
@@ -104,6 +122,8 @@ class Session:
         else:
             handle = ctypes.byref(self._handle)
             check(self._library.er_session_create_shared(plan, len(plan), share._open(), handle))
+        if spill_dir is not None:
+            check(self._library.er_spill_open(self._handle, os.fsencode(spill_dir)))
         info = CInfo()
         check(self._library.er_session_info(self._handle, ctypes.byref(info)))
         self.info = SessionInfo(*(getattr(info, field.name) for field in fields(SessionInfo)))
@@ -115,6 +135,12 @@ class Session:
             p.name.decode(): Parameter(i, p.name.decode(), tuple(p.shape[: p.rank]), bool(p.trainable), p.states)
             for i, p in enumerate(described)
         }
+
+    def resident_bytes(self) -> int:
+        """How much of arena, parameters and optimizer state is resident now: touched, and not swapped out."""
+        resident = CResident()
+        check(self._library.er_session_resident(self._open(), ctypes.byref(resident)))
+        return int(resident.arena + resident.params + resident.state)
 
     def close(self) -> None:
         """Frees the native session. Any use after that raises UsageError. May be called twice."""
@@ -229,6 +255,8 @@ class Session:
         Raises:
             UsageError: wrong shape, dtype or label range. Nothing has changed.
             NonFiniteError: the loss or an activation is NaN or infinite; this micro-batch updated no parameter.
+            OSError: the spill file cannot be written (this micro-batch updated no parameter) or not be read (the step
+                is half done, and every later one raises this).
         """
         samples = len(target) if target.ndim else 0
         arrays = self._arrays((*inputs, target), (*self.inputs, self.target), samples, channels_last)
@@ -305,6 +333,12 @@ class Session:
             )
         )
         return update.value, user.raw[: size.value]
+
+    def spill_info(self) -> SpillInfo:
+        """Figures of the spill file; all 0 for a plan that spills nothing."""
+        info = CSpillInfo()
+        check(self._library.er_spill_read_info(self._open(), ctypes.byref(info)))
+        return SpillInfo(*(getattr(info, field.name) for field in fields(SpillInfo)))
 
     def profile(self, enabled: bool = True) -> None:
         """Starts (from zero) or stops timing every step."""

@@ -97,6 +97,13 @@ er_status er_session_info(const er_session* session, er_info* info) {
   return ER_OK;
 }
 
+er_status er_session_resident(const er_session* session, er_resident* resident) {
+  if (!session || !resident) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
+  *resident = session->resident();
+  return ER_OK;
+}
+
 er_status er_param_info(const er_session* session, uint32_t index, er_tensor_info* info) {
   if (!session || !info) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
   const std::vector<PlanParam>& params = session->plan().params;
@@ -185,6 +192,23 @@ er_status er_predict(er_session* session, const er_array* inputs, uint64_t sampl
     const Session::Turn turn(session->turns());
     return session->predict(inputs, samples, outputs);
   });
+}
+
+er_status er_spill_open(er_session* session, const char* directory) {
+  return guard([&] {
+    if (!session || !directory) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    if (!*directory) return fail(ER_INVALID_ARGUMENT, "the spill directory is empty text");
+    const Session::Turn turn(session->turns());
+    session->open_spill(directory);
+    return ER_OK;
+  });
+}
+
+er_status er_spill_read_info(const er_session* session, er_spill_info* info) {
+  if (!session || !info) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
+  session->spill_info(info);
+  return ER_OK;
 }
 
 er_status er_profile(er_session* session, int enabled) {

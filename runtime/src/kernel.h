@@ -65,7 +65,7 @@ struct Kernel {
   // operand, whose size the executor compares with this (check() cannot: it does not know the threads). Operands are
   // aligned to 8 bytes at least. Must not crash or overflow on any attributes (returns UINT64_MAX for nonsense).
   uint64_t (*scratch)(const Call& call, int threads);
-  // Runs the kernel. Reports a non-finite value it stumbles on by returning false.
+  // Runs the kernel. Reports a non-finite value it stumbles on by returning false. Null: only a session can run it.
   bool (*run)(const Call& call);
 };
 

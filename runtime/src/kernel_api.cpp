@@ -96,6 +96,7 @@ er_status er_kernel_run(const char* name, const int64_t* ints, uint32_t n_ints, 
     for (uint32_t i = 0; i < n_operands; i++)
       if (!operands[i].data && operands[i].bytes)
         return fail(ER_INVALID_ARGUMENT, "%s: operand %u is NULL but has a size", name, i);
+    if (!kernel->run) return fail(ER_INVALID_ARGUMENT, "%s runs only as a step of a session", name);
     Call call{ints, n_ints, floats, n_floats, operands, n_operands, nullptr, nullptr};
     const std::string problem = check_call(*kernel, call, static_cast<int>(threads));
     if (!problem.empty()) return fail(ER_INVALID_ARGUMENT, "%s: %s", name, problem.c_str());

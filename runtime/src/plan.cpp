@@ -25,6 +25,12 @@ constexpr uint32_t kMaxBatch = 1u << 20;
 
 unsigned long long ull(uint64_t x) { return x; }
 
+Spill spill_of(const std::string& kernel) {
+  if (kernel == "spill_write") return Spill::kWrite;
+  if (kernel == "spill_read") return Spill::kRead;
+  return kernel == "spill_wait" ? Spill::kWait : Spill::kNone;
+}
+
 class PlanReader {
  public:
   explicit PlanReader(ByteReader bytes) : bytes_(bytes) {}
@@ -51,6 +57,7 @@ class PlanReader {
     steps(plan_.eval);
     if (bytes_.left()) ER_BAD("the plan has %llu bytes after its end", ull(bytes_.left()));
     losses();
+    check_spills(plan_);
     return std::move(plan_);
   }
 
@@ -208,6 +215,7 @@ class PlanReader {
       for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step));
       check(step);
       if (step.kernel->scratch) scratch_apart(step);
+      step.spill = spill_of(kernel);
       step.loss = kernel == "cross_entropy" || kernel == "mse" || kernel == "bce_logits";
       steps.push_back(std::move(step));
     }

@@ -10,6 +10,8 @@ namespace er {
 
 constexpr uint64_t kAbsent = UINT64_MAX;  // an offset that is not there
 constexpr uint32_t kMaxThreads = 64;
+constexpr int64_t kSpillAlignment = 4096;  // bytes; of every tensor in the spill file
+constexpr int64_t kMaxSpills = 1 << 20;
 
 enum Region : uint8_t { kNone = 0, kArena = 1, kParams = 2, kState = 3 };
 
@@ -44,6 +46,8 @@ struct PlanOperand {
   uint64_t offset, bytes;
 };
 
+enum class Spill : uint8_t { kNone, kWrite, kRead, kWait };
+
 struct PlanStep {
   const Kernel* kernel;
   std::string label;
@@ -51,6 +55,7 @@ struct PlanStep {
   std::vector<float> floats;
   std::vector<PlanOperand> operands;
   bool loss;  // adds to Context::loss
+  Spill spill;
 };
 
 struct Plan {
@@ -63,9 +68,14 @@ struct Plan {
   std::vector<PlanStep> train, eval;
   int64_t classes;  // of an int32 target, whose elements may also be ignore_index
   int64_t ignore_index;
+  uint32_t spill_slots;  // tensors in the spill file
+  uint64_t spill_bytes;  // of the file
 };
 
 // Reads and checks a plan. Throws Error with ER_BAD_PLAN if anything about it is wrong.
 Plan read_plan(const void* data, size_t bytes);
+
+// Checks the spill steps of a plan against each other, and fills in spill_slots and spill_bytes. Throws as read_plan.
+void check_spills(Plan& plan);
 
 }  // namespace er

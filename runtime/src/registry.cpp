@@ -20,6 +20,7 @@ namespace er::ER_ISA {
   X(matmul)            \
   X(dropout)           \
   X(loss)              \
+  X(spill)             \
   X(optimizer)
 
 #define ER_DECLARE(family) extern const Kernel family##_kernels[];

@@ -1,7 +1,9 @@
 #include "session.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -60,6 +62,23 @@ Pages::~Pages() {
   if (data_) ::munmap(data_, bytes_);
 }
 
+uint64_t Pages::resident() const {
+#if defined(__APPLE__)
+  using Flag = char;
+#else
+  using Flag = unsigned char;
+#endif
+  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  Flag flags[4096];  // of so many pages at a time
+  uint64_t pages = 0;
+  for (uint64_t at = 0; at < bytes_; at += sizeof(flags) * page) {
+    const uint64_t length = std::min(bytes_ - at, sizeof(flags) * page);
+    if (::mincore(data_ + at, length, flags)) return 0;
+    for (uint64_t i = 0; i < (length + page - 1) / page; i++) pages += flags[i] & 1;
+  }
+  return std::min(pages * page, bytes_);
+}
+
 Regions::Regions(const Plan& plan)
     : arena(plan.arena_bytes),
       params(plan.params_bytes),
@@ -98,6 +117,7 @@ Session::Session(Plan plan, std::shared_ptr<Regions> regions)
   for (const auto* steps : {&plan_.train, &plan_.eval})
     for (const PlanStep& step : *steps) operands += step.operands.size();
   operands_.reserve(operands);  // calls keep pointers into it
+  transfers_.resize(plan_.spill_slots);
   train_ = prepare(plan_.train);
   eval_ = prepare(plan_.eval);
   for (const PlanInput& in : plan_.inputs)
@@ -207,15 +227,55 @@ void Session::bind(const er_array* arrays, size_t count, bool train, uint64_t fi
   }
 }
 
+void Session::open_spill(const char* directory) {
+  if (!plan_.spill_bytes) return;
+  if (!regions_->spill) regions_->spill = std::make_unique<SpillFile>(directory);
+  regions_->spill->reserve(plan_.spill_bytes);
+  spill_open_ = true;
+}
+
+void Session::spill_info(er_spill_info* info) const {
+  *info = {plan_.spill_bytes, 0, 0, 0.0};
+  if (regions_->spill) regions_->spill->totals(info);
+}
+
+er_status Session::transfer(const Step& step) {
+  SpillFile& file = *regions_->spill;
+  Transfer& transfer = transfers_[static_cast<size_t>(step.plan->ints[0])];
+  if (step.plan->spill == Spill::kWait) {
+    const er_status status = file.wait(transfer);
+    // Backward steps have updated parameters already.
+    if (status && !transfer.write) broken_ = true;
+    return status;
+  }
+  const er_operand& operand = step.call.operands[0];
+  transfer.data = static_cast<uint8_t*>(operand.data);
+  transfer.bytes = operand.bytes;
+  transfer.offset = static_cast<uint64_t>(step.plan->ints[1]);
+  transfer.write = step.plan->spill == Spill::kWrite;
+  file.start(transfer);
+  return ER_OK;
+}
+
+// A step that fails must not leave the I/O thread working on the arena.
 er_status Session::run(std::vector<Step>& steps) {
+  const er_status status = run_steps(steps);
+  if (status && regions_->spill) regions_->spill->drain();
+  return status;
+}
+
+er_status Session::run_steps(std::vector<Step>& steps) {
   using Clock = std::chrono::steady_clock;
   for (Step& step : steps) {
     const Clock::time_point begin = profiling_ ? Clock::now() : Clock::time_point();
-    const bool finite = step.plan->kernel->run(step.call);
+    er_status status = ER_OK;
+    const bool finite =
+        step.plan->spill == Spill::kNone ? step.plan->kernel->run(step.call) : !(status = transfer(step));
     if (profiling_) {
       step.calls++;
       step.seconds += std::chrono::duration<double>(Clock::now() - begin).count();
     }
+    if (status) return status;
     if (step.plan->loss && !(finite && std::isfinite(context_.loss)))
       return fail(ER_NON_FINITE, "the loss is NaN or infinite");
     if (!finite)
@@ -231,6 +291,13 @@ er_status Session::train_step(const er_array* arrays, uint32_t samples, float le
   if (samples < 1 || samples > plan_.batch_size)
     return fail(ER_INVALID_ARGUMENT, "%u samples; the plan takes 1 to %u", samples, plan_.batch_size);
   if (update < 1) return fail(ER_INVALID_ARGUMENT, "updates count from 1");
+  if (plan_.spill_bytes && !spill_open_)
+    return fail(ER_INVALID_ARGUMENT, "the plan keeps %llu bytes in a file: give a directory for it (er_spill_open)",
+                ull(plan_.spill_bytes));
+  if (broken_)
+    return fail(ER_IO,
+                "an earlier step ended halfway, when the spill file could not be read; start again from the last "
+                "checkpoint");
   if (!std::isfinite(learning_rate)) return fail(ER_INVALID_ARGUMENT, "the learning rate is not finite");
   if (const er_status status = check_arrays(arrays, inputs_.size(), samples)) return status;
   uint64_t counted = 0;

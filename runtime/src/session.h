@@ -5,6 +5,7 @@
 
 #include "layout.h"
 #include "plan.h"
+#include "spill_file.h"
 #include "turns.h"
 
 namespace er {
@@ -17,6 +18,7 @@ class Pages {
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
   uint8_t* data() const { return data_; }
+  uint64_t resident() const;  // bytes
 
  private:
   uint8_t* data_;
@@ -28,7 +30,8 @@ struct Regions {
   Regions(const Plan& plan);
   Pages arena, params, state;
   ThreadPool pool;
-  Turns turns;  // one call at a time
+  Turns turns;                       // one call at a time
+  std::unique_ptr<SpillFile> spill;  // goes first: its thread works on the arena
 };
 
 class Session {
@@ -53,6 +56,12 @@ class Session {
   er_status predict(const er_array* inputs, uint64_t samples, float* const* outputs);
   er_status evaluate(const er_array* arrays, uint64_t samples, er_evaluation* result);
 
+  void open_spill(const char* directory);  // throws Error with ER_IO
+  void spill_info(er_spill_info* info) const;
+  er_resident resident() const {
+    return {regions_->arena.resident(), regions_->params.resident(), regions_->state.resident()};
+  }
+
   void profile(bool enabled);
   bool profile_read(uint32_t index, er_profile_entry* entry) const;
 
@@ -74,6 +83,8 @@ class Session {
   void bind_input(size_t input, const er_array& array, uint8_t* to, uint64_t first, uint64_t valid);
   void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
   er_status run(std::vector<Step>& steps);
+  er_status run_steps(std::vector<Step>& steps);
+  er_status transfer(const Step& step);
 
   const Plan plan_;
   const std::shared_ptr<Regions> regions_;
@@ -81,7 +92,10 @@ class Session {
   std::vector<er_operand> operands_;  // of all steps; calls point into it
   std::vector<Step> train_, eval_;
   std::vector<Port> inputs_, outputs_;
-  const Pages target_;  // of an evaluated micro-batch; resident once evaluate() has run
+  const Pages target_;               // of an evaluated micro-batch; resident once evaluate() has run
+  std::vector<Transfer> transfers_;  // one a slot of the spill file
+  bool spill_open_ = false;          // with room for this plan
+  bool broken_ = false;              // a step ended halfway
   bool profiling_ = false;
 };
 

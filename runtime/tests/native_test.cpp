@@ -96,6 +96,9 @@ void run(er_session* session, uint32_t samples) {
     results.emplace_back(tensor.elements / info.micro_batch * samples);
     outputs.push_back(results.back().data());
   }
+  er_spill_info spill;
+  CHECK(er_spill_read_info(session, &spill) == ER_OK);
+  if (spill.file_bytes && spill.file_bytes <= kRunnable) CHECK(er_spill_open(session, ".") == ER_OK);
   const auto expected = [](er_status status) {
     return status == ER_OK || status == ER_NON_FINITE || status == ER_INVALID_ARGUMENT;
   };
@@ -105,6 +108,7 @@ void run(er_session* session, uint32_t samples) {
     CHECK(expected(er_train_step(session, arrays.data(), samples, 0.01f, update, 7, &loss)));
   }
   CHECK(expected(er_predict(session, arrays.data(), samples, outputs.data())));
+  CHECK(er_spill_read_info(session, &spill) == ER_OK && spill.written_bytes >= spill.read_bytes);
   for (uint32_t i = 0; i < info.train_steps + info.eval_steps; i++) {
     er_profile_entry entry;
     CHECK(er_profile_read(session, i, &entry) == ER_OK && entry.kernel && entry.label);
@@ -156,6 +160,8 @@ void null_arguments() {
   CHECK(er_weights_save(nullptr, nullptr) == ER_INVALID_ARGUMENT);
   CHECK(er_train_step(nullptr, nullptr, 1, 0, 1, 0, nullptr) == ER_INVALID_ARGUMENT);
   CHECK(er_predict(nullptr, nullptr, 1, nullptr) == ER_INVALID_ARGUMENT);
+  CHECK(er_spill_open(nullptr, nullptr) == ER_INVALID_ARGUMENT);
+  CHECK(er_spill_read_info(nullptr, nullptr) == ER_INVALID_ARGUMENT);
   CHECK(er_profile(nullptr, 1) == ER_INVALID_ARGUMENT);
   CHECK(er_profile_read(nullptr, 0, nullptr) == ER_INVALID_ARGUMENT);
   CHECK(er_unpack(0, 1, 1, 1, 0, nullptr, 0, nullptr) == ER_INVALID_ARGUMENT);

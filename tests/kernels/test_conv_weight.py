@@ -78,6 +78,13 @@ GEOMETRIES = {
     "kernel larger than the map": Geometry(ih=2, iw=3, ic=4, oc=5, kh=5, kw=5, pads=(2, 2, 2, 2)),
     "first layer": Geometry(n=2, ih=31, iw=33, ic=3, oc=32, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
     "7x7 of many channels": Geometry(n=1, ih=9, iw=9, ic=40, oc=100, kh=7, kw=7, pads=(3, 3, 3, 3)),
+    "3x3 wide map": Geometry(n=2, ih=3, iw=150, ic=18, oc=20, kh=3, kw=3, pads=(1, 1, 1, 1)),
+    "3x3 wide map, stride 2": Geometry(n=1, ih=5, iw=201, ic=5, oc=33, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
+    "3x3 narrow map": Geometry(n=2, ih=130, iw=1, ic=17, oc=18, kh=3, kw=3, pads=(1, 1, 1, 1)),
+    "3x3 of many small maps": Geometry(n=11, ih=7, iw=7, ic=70, oc=40, kh=3, kw=3, pads=(1, 1, 1, 1)),
+    "3x3 of many blocks": Geometry(n=2, ih=29, iw=30, ic=10, oc=140, kh=3, kw=3, pads=(1, 1, 1, 1)),
+    "nine classes of positions": Geometry(n=2, ih=16, iw=14, ic=9, oc=20, kh=5, kw=4, stride=(3, 3), pads=(2, 1, 2, 1)),
+    "1x1 stride 4": Geometry(n=3, ih=17, iw=13, ic=33, oc=40, stride=(4, 4)),
     "groups": Geometry(ih=10, iw=10, ic=24, oc=36, kh=3, kw=3, pads=(1, 1, 1, 1), group=3),
     "groups across column groups": Geometry(
         ih=9, iw=8, ic=40, oc=10, kh=3, kw=3, stride=(2, 1), pads=(1, 1, 1, 1), group=5

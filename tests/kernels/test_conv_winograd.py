@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edge_razor.runtime import kernel_scratch
 from tests.kernels.test_conv import SAME, WINOGRAD, Case, assert_close, conv, grad_input, reference
+from tests.kernels.test_conv_weight import Geometry, expected, gradient
 
 K3 = (3, 3)
 # ResNet's layers for 224 pixels.
@@ -120,3 +121,64 @@ def test_any_3x3(case: Case, threads: int, seed: int) -> None:
     y, dx = reference(case, x, w, dy * scale)
     assert_close(conv(case, x, w, scale, shift, threads=threads)[0], y * scale + shift)
     assert_close(grad_input(case, dy, w, scale, into=base, threads=threads), dx + base)
+
+
+def weight_gradient(g: Geometry, seed: int, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The kernel's weight gradient of random tensors, the float64 one, and that of magnitudes."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((g.n, g.ih * g.iw, g.ic)).astype(np.float32)
+    dy = rng.standard_normal((g.n, g.oh, g.ow, g.oc)).astype(np.float32)
+    return gradient(g, 0, 0, x, dy, threads), *expected(g, x, dy)
+
+
+@pytest.mark.parametrize("size, channels", RESNET)
+def test_weight_gradients_are_rounded_nearly_as_direct_sums(size: int, channels: int) -> None:
+    """Against float32 sums in columns of the definition: numpy's matrix product."""
+    n = 1 if size > 14 else 2
+    g = Geometry(n, size, size, channels, channels, 3, 3, pads=(1, 1, 1, 1))
+    ours, exact, _ = weight_gradient(g, 0, 2)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n, size * size, channels)).astype(np.float32).reshape(n, size, size, channels)
+    dy = rng.standard_normal((n, size, size, channels)).astype(np.float32).reshape(-1, channels)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for ky in range(3):
+        for kx in range(3):
+            column = np.ascontiguousarray(padded[:, ky : ky + size, kx : kx + size]).reshape(-1, channels)
+            direct = column.T @ dy
+            assert not np.array_equal(ours[ky, kx], direct)  # it took the other way
+            error, limit = (np.sqrt(np.mean((g_ - exact[ky, kx]) ** 2)) for g_ in (ours[ky, kx], direct))
+            assert error <= 3 * limit
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(1, 5), st.integers(0, 9))
+def test_any_weight_gradient(case: Case, threads: int, seed: int) -> None:
+    g = Geometry(case.n, case.ih, case.iw, case.ic, case.oc, 3, 3, pads=case.pads)
+    ours, exact, size = weight_gradient(g, seed, threads)
+    assert np.all(np.abs(ours - exact) <= 32 * 2**-24 * size)
+
+
+@pytest.mark.parametrize("ic, oc", [(32, 32), (130, 40), (48, 300), (257, 129)])
+def test_weight_gradients_of_several_blocks_of_channels(ic: int, oc: int) -> None:
+    g = Geometry(2, 15, 12, ic, oc, 3, 3, pads=(1, 1, 1, 1))
+    for threads in (1, 2, 3):
+        ours, exact, size = weight_gradient(g, threads, threads)
+        assert np.all(np.abs(ours - exact) <= 32 * 2**-24 * size)
+
+
+def test_a_nan_channel_spoils_its_own_weight_gradient_only() -> None:
+    g = Geometry(2, 14, 14, 64, 64, 3, 3, pads=(1, 1, 1, 1))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((g.n, 196, 64)).astype(np.float32)
+    dy = rng.standard_normal((g.n, 14, 14, 64)).astype(np.float32)
+    x[0, 30, 5] = dy[1, 3, 4, 9] = np.nan
+    spoilt = np.isnan(gradient(g, 0, 0, x, dy, 2))
+    assert spoilt[:, :, 5].all() and spoilt[:, :, :, 9].all()
+    assert spoilt.sum() == 9 * (64 + 64 - 1)
+
+
+@pytest.mark.parametrize("size, channels", RESNET)
+def test_scratch_of_weight_gradients_is_bounded(size: int, channels: int) -> None:
+    for batch in (1, 8, 64):
+        g = Geometry(batch, size, size, channels, channels, 3, 3, pads=(1, 1, 1, 1))
+        assert 0 < kernel_scratch("conv_grad_weight", [*g.ints(), 0, 0], [], 2) <= 4_300_000

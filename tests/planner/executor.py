@@ -1,10 +1,14 @@
-"""Runs a placed program kernel by kernel, in plain Python: a second executor beside the native session."""
+"""Runs a placed program kernel by kernel, in plain Python: a second executor beside the native session.
+
+The spill file is a dict here. A tensor's bytes are taken when the wait for its writing comes and not before, and are
+nonsense from the start of reading until the wait for that, so that a plan that uses memory too early gets it wrong.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from edge_razor.planner.program import Buffer, Program, Region
+from edge_razor.planner.program import Buffer, Program, Region, Step
 from edge_razor.planner.search import Candidate
 from edge_razor.runtime import kernel_run
 
@@ -26,6 +30,8 @@ class Executor:
             Region.PARAMS: _aligned(candidate.memory.params_bytes),
             Region.STATE: _aligned(candidate.memory.state_bytes),
         }
+        self.file: dict[int, np.ndarray] = {}
+        self.under_way: dict[int, str] = {}
         # Stale memory must never matter: fill it with NaN.
         self.regions[Region.ARENA].fill(0xFF)
         for name, parameter in candidate.memory.parameters.items():
@@ -77,6 +83,23 @@ class Executor:
 
     def _run(self, program: Program, loss: float, **context: float) -> float:
         for step in program.steps:
+            if step.kernel.startswith("spill"):
+                self._spill(step)
+                continue
             operands = [self.bytes(b) if b is not None else None for b in step.operands]
             loss = kernel_run(step.kernel, step.ints, step.floats, operands, self.threads, loss=loss, **context).loss
+        assert not self.under_way
         return loss
+
+    def _spill(self, step: Step) -> None:
+        buffer, slot = step.operands[0], step.ints[0]
+        assert buffer is not None
+        if step.kernel != "spill_wait":
+            assert slot not in self.under_way
+            self.under_way[slot] = step.kernel
+            if step.kernel == "spill_read":
+                self.bytes(buffer).fill(0xFF)
+        elif self.under_way.pop(slot) == "spill_write":
+            self.file[slot] = self.bytes(buffer).copy()
+        else:
+            self.bytes(buffer)[:] = self.file[slot]

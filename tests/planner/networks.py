@@ -217,8 +217,22 @@ class Network:
         attributes = {"epsilon": 1e-5, "rms": int(rms)}
         return self.node("LayerNorm", [x, gamma, beta], dims(x), run, attributes, DOMAIN)
 
-    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, kv_heads: int, d: int, causal: bool = False) -> ir.Value:
-        """On [N, positions, heads·d] each; as many query heads as Q has."""
+    def dropout(self, x: ir.Value, ratio: float) -> ir.Value:
+        """Torch's side is the identity: for tests that compare plans with each other."""
+        attributes = {"ratio": ratio, "stream": self.count + 1}
+        return self.node("Dropout", [x], dims(x), lambda v: v, attributes, DOMAIN)
+
+    def attention(
+        self,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        kv_heads: int,
+        d: int,
+        causal: bool = False,
+        ratio: float = 0.0,
+    ) -> ir.Value:
+        """On [N, positions, heads·d] each; as many query heads as Q has. Torch's side knows no dropout `ratio`."""
         heads = dims(q)[-1] // d
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -227,6 +241,7 @@ class Network:
             return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], heads * d)
 
         attributes = {"heads": heads, "kv_heads": kv_heads, "scale": d**-0.5, "causal": int(causal)}
+        attributes |= {"ratio": ratio, "stream": self.count + 1}
         return self.node("Attention", [q, k, v, None, None], dims(q), run, attributes, DOMAIN)
 
     def expand_batch(self, x: ir.Value) -> ir.Value:

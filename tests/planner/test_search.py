@@ -7,7 +7,8 @@ import pytest
 from edge_razor.errors import BudgetError, PlanError, UsageError
 from edge_razor.planner.optimizer import Optimizer
 from edge_razor.planner.planning import plan_graph
-from edge_razor.planner.search import SPARSITY_GRID, Search
+from edge_razor.planner.refusal import PRESENT, refusal
+from edge_razor.planner.search import Search
 from edge_razor.planner.storage import keep_count
 
 from .conftest import graph_of, mobile_network, settings
@@ -48,20 +49,6 @@ def test_the_smallest_budget_is_exact(built: Built, changes: dict[str, object]) 
     assert str(smallest) in str(refusal.value)
 
 
-def test_every_cap_gets_the_least_sparsity_then_the_largest_micro_batch(built: Built) -> None:
-    search = Search(graph_of(built), settings())
-    totals = {
-        (s, m): search.candidate(s, m).accounting.total for s in SPARSITY_GRID for m in search.settings.micro_batches
-    }
-    for cap in sorted(totals.values()):
-        best = Search(graph_of(built), settings()).best(cap)
-        assert best is not None and best.accounting.total <= cap
-        fitting = [key for key, total in totals.items() if total <= cap]
-        least = min(s for s, _ in fitting)
-        assert best.sparsity == least
-        assert best.micro_batch == max(m for s, m in fitting if s == least)
-
-
 def test_advice_names_caps_that_then_work(built: Built) -> None:
     fixed = settings(sparsity=0.0, micro_batch=8)
     with pytest.raises(BudgetError) as refusal:
@@ -74,10 +61,32 @@ def test_advice_names_caps_that_then_work(built: Built) -> None:
     assert "training the last layer only" in advice
 
 
+def test_the_table_of_a_refusal_says_what_each_change_brings(built: Built) -> None:
+    adam = Optimizer("adamw")
+    with pytest.raises(BudgetError) as refused:
+        plan_graph(built.training, built.manifest, settings(sparsity=0.5, optimizer=adam), 1)
+    error = refused.value
+    assert error.table[0].change == PRESENT and error.table[0].smallest_budget == error.smallest_budget
+    assert tuple((row.change, row.smallest_budget) for row in error.table[1:]) == error.advice
+    changes = {row.change: row for row in error.table}
+    assert {"sparsity 0.99", "optimizer sgd"} <= changes.keys()
+    assert changes["sparsity 0.99"].gradient_error > error.table[0].gradient_error > 0
+    assert all(row.seconds > 0 for row in error.table)
+    cap = changes["optimizer sgd"].smallest_budget
+    assert plan_graph(built.training, built.manifest, settings(sparsity=0.5), cap).predicted_peak_bytes <= cap
+
+
+def test_a_refusal_of_an_exact_plan_advises_to_give_up_exactness(built: Built) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan_graph(built.training, built.manifest, settings(prefer="exact", micro_batch=8), 1)
+    cap = dict(refused.value.advice)["prefer balanced"]
+    assert plan_graph(built.training, built.manifest, settings(micro_batch=8), cap)
+
+
 def test_training_the_head_only_costs_what_the_advice_says() -> None:
     net, _ = mobile_network(32)
     whole = Search(graph_of(mobile_network(32)[1]), settings(sparsity=0.9))
-    promised = dict(whole.advice())["training the last layer only"]
+    promised = dict(refusal([whole], 1).advice)["training the last layer only"]
     names = list(net.parameters)[-2:]
     head_net = Network((32, 32, 3))
     x = head_net.conv(head_net.input, 16, 3, stride=2, pad=1, norm=True, act="relu")
@@ -85,7 +94,7 @@ def test_training_the_head_only_costs_what_the_advice_says() -> None:
     candidate = Search(graph_of(head), settings(sparsity=0.9)).candidate(0.9, 8)
     kernels = [s.kernel for s in candidate.train.steps]
     assert kernels.count("conv_grad_weight") == 1 and "conv_grad_input" not in kernels and len(names) == 2
-    assert promised < whole.smallest()
+    assert promised < whole.smallest().accounting.total
 
 
 def test_accounting_adds_up_and_counts_what_it_is_given(built: Built) -> None:

@@ -1,6 +1,7 @@
 """Plan files written field by field (docs/plan-format.md), without the planner, so that tests can write wrong ones.
 
-A plan is a dict of plain values; `encode` writes whatever it holds. `linear_plan` gives a complete valid one.
+A plan is a dict of plain values; `encode` writes whatever it holds. `linear_plan` gives a complete valid one, `spilled`
+one that keeps two tensors in the spill file.
 """
 
 from __future__ import annotations
@@ -184,3 +185,31 @@ def linear_plan(
         "train": train,
         "eval": [forward],
     }
+
+
+def spilled(plan: dict[str, Any]) -> dict[str, Any]:
+    """A `linear_plan` that writes its input and then the loss gradient to the spill file and reads both back."""
+    train = plan["train"]
+    x, dlogits = train[2]["operands"][:2]
+    back = []
+    for _, _, size in (x, dlogits):
+        back.append((ARENA, plan["arena_bytes"], size))
+        plan["arena_bytes"] = up64(plan["arena_bytes"] + size)
+
+    def step(kernel: str, operand: tuple[int, int, int], *ints: int) -> dict[str, Any]:
+        return {"kernel": kernel, "label": f"slot {ints[0]}", "ints": list(ints), "floats": [], "operands": [operand]}
+
+    second = -(-x[2] // 4096) * 4096
+    for later in train[2:]:
+        later["operands"] = [back[(x, dlogits).index(o)] if o in (x, dlogits) else o for o in later["operands"]]
+    train[2:2] = [
+        step("spill_write", dlogits, 1, second),
+        step("spill_wait", x, 0),
+        step("spill_wait", dlogits, 1),
+        step("spill_read", back[1], 1, second),
+        step("spill_read", back[0], 0, 0),
+        step("spill_wait", back[0], 0),
+        step("spill_wait", back[1], 1),
+    ]
+    train.insert(1, step("spill_write", x, 0, 0))
+    return plan

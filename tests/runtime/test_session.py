@@ -272,3 +272,14 @@ def test_sessions_work_side_by_side_in_threads() -> None:
     for thread in threads:
         thread.join()
     assert len(results) == 4 and len(set(results.values())) == 1
+
+
+def test_memory_is_resident_once_it_is_touched_and_never_more_than_the_plan_has() -> None:
+    session, _, _ = make(pixels=(64, 64))  # arena of several hundred pages
+    sizes = session.info.arena_bytes + session.info.params_bytes + session.info.state_bytes
+    before = session.resident_bytes()
+    x, y = batch(session, session.info.batch_size)
+    session.train_step([x], y, learning_rate=0.1, update=1)
+    after = session.resident_bytes()
+    assert before < after <= sizes
+    assert after > 0.9 * sizes

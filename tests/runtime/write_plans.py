@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .plan_writer import encode, linear_plan
+from .plan_writer import encode, linear_plan, spilled
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
         "linear": linear_plan(),
         "momentum": linear_plan(threads=2, momentum=0.9, pixels=(3, 5), outputs=17),
         "classes": linear_plan(threads=3, loss="cross_entropy", batch=5, micro=2),
+        "spilled": spilled(linear_plan(threads=2, pixels=(9, 20), outputs=40)),
     }
     for name, plan in plans.items():
         path = folder / f"{name}.plan"

@@ -35,6 +35,7 @@ uint64_t scratch(const Call& call, int threads) {
   PackedLayout x;
   if (!parse(call, &s, &x)) return UINT64_MAX;
   if (one_to_one(s)) return depthwise_weight_scratch(s, threads);
+  if (winograd_weight_wins(s, x, threads)) return winograd_weight_scratch(s, threads);
   return x.razor() ? razor_weight_scratch(s, threads) : dense_weight_scratch(s, x, threads);
 }
 
@@ -43,6 +44,8 @@ bool run(const Call& call) {
       {}, {}, call.operands[0].data, call.as<const float>(1), call.as<float>(2), call.operands[3].data, call.pool};
   parse(call, &gradient.shape, &gradient.x_layout);
   if (one_to_one(gradient.shape)) return depthwise_weight_run(gradient);
+  if (winograd_weight_wins(gradient.shape, gradient.x_layout, call.pool->threads()))
+    return winograd_weight_run(gradient), true;
   return gradient.x_layout.razor() ? razor_weight_run(gradient) : dense_weight_run(gradient);
 }
 

@@ -5,6 +5,7 @@
 // products over all channels are 16 matrix products, one for each point of the window.
 #include "conv_paths.h"
 #include "gemm_tile.h"
+#include "winograd_window.h"
 
 namespace er::ER_ISA {
 namespace {
@@ -165,29 +166,7 @@ void transform_windows(const Winograd& w, const Layout& l, int64_t tile, int64_t
         const bool inside = y >= 0 && y < w.source_h && x >= 0 && x < w.source_w;
         rows[r][c] = inside ? w.source + ((at.sample * w.source_h + y) * w.source_w + x) * w.k : zeros;
       }
-    auto vector = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
-      VecF t[4][4];
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; c++) {
-        VecF x0 = load_upto(rows[0][c] + k, left), x1 = load_upto(rows[1][c] + k, left);
-        VecF x2 = load_upto(rows[2][c] + k, left), x3 = load_upto(rows[3][c] + k, left);
-        t[0][c] = x0 - x2;
-        t[1][c] = x1 + x2;
-        t[2][c] = x2 - x1;
-        t[3][c] = x1 - x3;
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; r++) {
-        float* to = out + k + 4 * r * l.point_stride;
-        store(to, t[r][0] - t[r][2]);
-        store(to + l.point_stride, t[r][1] + t[r][2]);
-        store(to + 2 * l.point_stride, t[r][2] - t[r][1]);
-        store(to + 3 * l.point_stride, t[r][1] - t[r][3]);
-      }
-    };
-    int64_t k = 0;
-    for (; k + kLanes <= w.k; k += kLanes) vector(k, kLanes);
-    if (k < w.k) vector(k, w.k - k);
+    transform_window(rows, w.k, out, l.point_stride);
   }
 }
 

@@ -1,0 +1,204 @@
+"""Rates of this device's kernels, measured once (under a second) and kept in the user's cache directory.
+
+`EDGE_RAZOR_CALIBRATION=off` neither measures nor reads: the usual rates of `cost.py` are used then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from .cost import CLASSES, OVERHEAD, Rates, step_bytes, step_multiply_adds
+from .program import Buffer, Step
+from .storage import Form, keep_count
+
+__all__ = ["cache_directory", "calibrate", "device_rates"]
+
+SWITCH = "EDGE_RAZOR_CALIBRATION"
+_VERSION = 2  # of the cache file and of what the rates mean
+_REPEATS = 5
+_SPARSE, _LESS_SPARSE = 0.95, 0.7
+
+
+def device_rates(threads: int) -> Rates:
+    """Rates for so many threads: from the cache, else measured now and cached, else the usual ones.
+
+    A cache that is damaged or of another device is ignored and written again; one that cannot be written is no error.
+    """
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
+        return Rates.default(threads)
+    key = _device_key(threads)
+    path = cache_directory() / f"rates-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    cached = _read(path, key)
+    if cached is not None:
+        return Rates(cached, "calibrated")
+    rates = calibrate(threads)
+    _write(path, {"version": _VERSION, "device": key, "rates": rates})
+    return Rates(rates, "calibrated")
+
+
+def cache_directory() -> Path:
+    """Where the user's caches are: `XDG_CACHE_HOME`, or what the system has for it."""
+    if "XDG_CACHE_HOME" in os.environ:
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path.home() / ".cache"
+    return base / "edge-razor"
+
+
+def _device_key(threads: int) -> str:
+    from edge_razor import __version__
+    from edge_razor.runtime import abi_version, isa
+
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.lower().startswith("model name")]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    return f"{_VERSION} / {model} / {isa()} / {__version__} / {abi_version()} / {threads} threads"
+
+
+def _read(path: Path, key: str) -> dict[str, float] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rates = {name: float(data["rates"][name]) for name in CLASSES}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if data.get("version") != _VERSION or data.get("device") != key:
+        return None
+    return rates if all(math.isfinite(r) and r > 0 for r in rates.values()) else None
+
+
+def _write(path: Path, data: dict[str, object]) -> None:
+    """Whole or not at all: another process may read it, or write it at the same time."""
+    name = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file)
+        os.replace(name, path)
+    except OSError:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+
+
+def calibrate(threads: int) -> dict[str, float]:
+    """Runs a few kernels of usual sizes and returns units a second for every class of `cost.py`."""
+    bench = _Bench(threads)
+    rates: dict[str, float] = {}
+    n = 1 << 19
+    add = Step("binary", "", [0, 1, n, 1, 1], [], bench.buffers(4 * n, 4 * n, 4 * n))
+    rates["bytes"] = step_bytes(add) / bench.seconds(add)
+    shapes = {
+        "product": [_conv(1, 56, 96, 96, 1, 1), _conv(1, 16, 384, 384, 1, 1)],
+        "convolution": [_conv(1, 28, 64, 64, 3, 1)],
+        "depthwise": [_conv(2, 56, 96, 96, 3, 96)],
+    }
+    for name, convs in shapes.items():
+        steps = [bench.convolution(conv) for conv in convs]
+        work = sum(map(step_multiply_adds, steps))
+        spent = sum(bench.seconds(step) - step_bytes(step) / (4 * rates["bytes"]) for step in steps)
+        rates[name] = work / max(spent, 1e-6)
+        steps = [bench.weight_gradient(conv, None) for conv in convs]
+        rates[f"weight {name}"] = sum(map(step_multiply_adds, steps)) / sum(map(bench.seconds, steps))
+        pairs = [[bench.weight_gradient(conv, s) for s in (_SPARSE, _LESS_SPARSE)] for conv in convs]
+        few, many = (sum(step_multiply_adds(pair[i]) for pair in pairs) for i in (0, 1))
+        fast, slow = (sum(bench.seconds(pair[i]) for pair in pairs) for i in (0, 1))
+        # Seconds of a multiply-add with a kept value: between a tenth and nine tenths of the whole, if noise says else.
+        value = min(max((slow - fast) / (many - few), 0.1 * fast / few), 0.9 * fast / few)
+        rates[f"razor value {name}"] = 1 / value
+        rates[f"razor block {name}"] = work / 64 / (fast - value * few)
+    sizes = [1, 196, 196, 6, 6, 64, 0, 0, 0]
+    tokens = 4 * 196 * 384
+    for kernel, ints, count in (("attention", sizes, 4), ("attention_grad", [*sizes, 0, 0, 0], 7)):
+        given = bench.buffers(*[tokens] * count)
+        operands = [*given[:3], None, None, *given[3:]]
+        step = Step(kernel, "", ints, [0.125, 0.0], operands)
+        rates[kernel] = step_multiply_adds(step) / bench.seconds(step)
+    packing = bench.pack(1, 3136, 96, _SPARSE)
+    source = packing.operands[0]
+    assert source is not None
+    rates["pack bytes"] = source.bytes / bench.seconds(packing)
+    return {name: float(rates[name]) for name in CLASSES}
+
+
+def _conv(n: int, size: int, ic: int, oc: int, kernel: int, group: int) -> list[int]:
+    pad = kernel // 2
+    return [n, size, size, ic, size, size, oc, kernel, kernel, 1, 1, pad, pad, 1, 1, group]
+
+
+class _Bench:
+    """Steps over memory of their own, and the time that they take."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.random = np.random.default_rng(0)
+        self.arrays: dict[Buffer, np.ndarray] = {}
+
+    def buffers(self, *sizes: int) -> list[Buffer | None]:
+        """Buffers of float32 noise."""
+        made: list[Buffer | None] = []
+        for size in sizes:
+            buffer = Buffer("", size)
+            self.arrays[buffer] = self.random.standard_normal(size // 4, dtype=np.float32)
+            made.append(buffer)
+        return made
+
+    def convolution(self, conv: list[int]) -> Step:
+        n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = conv
+        x, w, y = self.buffers(4 * n * ih * iw * ic, 4 * kh * kw * ic // group * oc, 4 * n * oh * ow * oc)
+        return Step("conv", "", [*conv, 0, 0], [0.0, 0.0], [x, w, None, None, y, None])
+
+    def pack(self, samples: int, rows: int, cols: int, sparsity: float) -> Step:
+        from edge_razor.runtime import packed_bytes
+
+        keep = keep_count(rows * cols, sparsity)
+        size = packed_bytes(Form.RAZOR_CENTERED, samples, rows, cols, keep)
+        (x,) = self.buffers(4 * samples * rows * cols)
+        out = Buffer("", size)
+        self.arrays[out] = np.zeros(size, np.uint8)
+        return Step("pack", "", [int(Form.RAZOR_CENTERED), samples, rows, cols, keep], [], [x, out])
+
+    def weight_gradient(self, conv: list[int], sparsity: float | None) -> Step:
+        """From a dense operand, or one in razor form."""
+        n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = conv
+        dy, g = self.buffers(4 * n * oh * ow * oc, 4 * kh * kw * ic // group * oc)
+        if sparsity is None:
+            (x,) = self.buffers(4 * n * ih * iw * ic)
+            return Step("conv_grad_weight", "", [*conv, 0, 0], [], [x, dy, g])
+        packing = self.pack(n, ih * iw, ic, sparsity)
+        self.seconds(packing, 1)
+        return Step(
+            "conv_grad_weight", "", [*conv, int(Form.RAZOR_CENTERED), packing.ints[4]], [], [packing.operands[1], dy, g]
+        )
+
+    def seconds(self, step: Step, repeats: int = _REPEATS) -> float:
+        """Shortest of several runs, less what every step costs."""
+        from edge_razor.runtime import kernel_run, kernel_scratch
+
+        operands: list[np.ndarray | None] = [None if b is None else self.arrays[b] for b in step.operands]
+        if step.kernel != "binary":
+            size = kernel_scratch(step.kernel, step.ints, step.floats, self.threads)
+            operands.append(np.zeros(size, np.uint8) if size else None)
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            kernel_run(step.kernel, step.ints, step.floats, operands, self.threads)
+            times.append(time.perf_counter() - start)
+        return max(min(times) - OVERHEAD, 1e-7)

@@ -1,0 +1,110 @@
+"""`Plan.summary`: what was decided and what it costs, JSON-able (docs/planner.md lists the fields)."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+from .choose import Decision
+from .search import Candidate
+from .storage import ActivationKeep, Form
+
+__all__ = ["summarize"]
+
+
+def summarize(decision: Decision, bundle_id: str, budget: int | None, tried: int) -> dict[str, Any]:
+    """`tried`: candidates that were lowered on the way."""
+    best = decision.candidate
+    search, accounting = best.search, best.accounting
+    settings = search.settings
+    optimizer = settings.optimizer
+    return {
+        "bundle_id": bundle_id,
+        "mem_budget": budget,
+        "predicted_peak_bytes": accounting.total,
+        "items": accounting.items,
+        "batch_size": settings.batch_size,
+        "micro_batch": best.micro_batch,
+        "sparsity": best.sparsity if best.sparsity is not None else _dropped(best),
+        "razor": settings.razor,
+        "prefer": settings.prefer,
+        "harm": best.harm,
+        "gradient_error": sqrt(best.harm),
+        "predicted_seconds": best.seconds,
+        "rates": search.rates.source,
+        "gap": decision.gap,
+        "solver": decision.solver,
+        "candidates_tried": tried,
+        "recompute_level": best.level,
+        "frozen": list(search.frozen),
+        "choices": None if settings.sparsity is not None else _choices(best),
+        "threads": settings.threads,
+        "optimizer": {
+            "name": optimizer.name,
+            "momentum": optimizer.momentum,
+            "nesterov": optimizer.nesterov,
+            "betas": list(optimizer.betas),
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+        },
+        "arena_bytes": accounting.arena,
+        "live_bytes": best.peak_live,
+        "params_bytes": best.memory.params_bytes,
+        "state_bytes": best.memory.state_bytes,
+        "trainable": list(search.graph.gradients),
+        "train_steps": len(best.train.steps),
+        "eval_steps": len(best.evaluate.steps),
+        "kept": _kept(best),
+    }
+
+
+def _choices(best: Candidate) -> dict[str, Any]:
+    """What `plan(choices=…)` takes to decide alike again."""
+    return {
+        "recompute_level": best.level,
+        "frozen": list(best.search.frozen),
+        "values": {name: str(choice) for name, choice in best.choices.items()},
+    }
+
+
+def _dropped(best: Candidate) -> float:
+    """Share of the elements of all packed values that is dropped."""
+    packed = [s for s in best.storage.values() if isinstance(s.form, Form) and s.place != "recompute"]
+    elements = sum(s.samples * s.rows * s.cols for s in packed)
+    kept = sum(
+        s.samples * (s.keep if s.form in (Form.RAZOR_PLAIN, Form.RAZOR_CENTERED) else s.rows * s.cols) for s in packed
+    )
+    return round(1 - kept / elements, 4) if elements else 0.0
+
+
+def _kept(best: Candidate) -> list[dict[str, Any]]:
+    """What is kept for the backward pass, largest first.
+
+    A dense input counts as the value that stays alive, what is made again or in the spill file as nothing.
+    """
+    rows: list[dict[str, Any]] = []
+    for node in best.search.graph.nodes:
+        for value in node.outputs:
+            storage = best.storage.get(value)
+            if storage is None:
+                continue
+            form = storage.form.name.lower() if isinstance(storage.form, (Form, ActivationKeep)) else "index"
+            dense = 4 * storage.samples * storage.rows * storage.cols
+            size = 0 if storage.place != "memory" else storage.bytes or dense
+            rows.append(
+                {
+                    "value": value.removeprefix("kept/"),
+                    "layer": node.layer,
+                    "operator": node.op,
+                    "form": form,
+                    "place": storage.place,
+                    "harm": best.value_harm(value),
+                    "samples": storage.samples,
+                    "rows": storage.rows,
+                    "cols": storage.cols,
+                    "keep": storage.keep,
+                    "bytes": size,
+                    "dense_bytes": dense,
+                }
+            )
+    return sorted(rows, key=lambda row: -row["bytes"])

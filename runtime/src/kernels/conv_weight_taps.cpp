@@ -1,0 +1,481 @@
+// Weight gradient of a convolution with several taps, or a stride, straight from the razor forms:
+//
+//   G[tap, c, :] = Σ over blocks of mean[block, c] · (Σ of dY over the rows that the tap reaches) + Σ over kept of
+//   value · dY[row, :]
+//
+// Positions of X fall into classes by their remainders modulo the strides. Those of one class meet dY through the same
+// taps, and neighbours in X meet neighbours in dY. For some blocks of X, a class and a tile of output channels, the
+// part of dY's map that is met is copied with zeros around it; there tap (r, c) of a position lies a constant distance
+// before its first tap. So one walk over a column's kept values, whose mask words are decoded once for all tiles,
+// serves up to nine taps, while the sums of these taps stay in registers for all the blocks.
+//
+// G is accumulated in scratch that fits the L2 cache, and written once. Each element is summed by one thread in the
+// order of the blocks, so the result does not depend on the number of threads.
+#include <atomic>
+#include <numeric>
+
+#include "conv_weight.h"
+
+namespace er::ER_ISA {
+namespace {
+
+// Sums in registers. A tile of one vector has room in the L1 cache for the dY that many blocks meet, so 9 are better
+// than more; NEON's short vectors want two.
+#if defined(__aarch64__)
+constexpr int kSums = 18;
+#else
+constexpr int kSums = 9;
+#endif
+constexpr int kMaxVectors = 6;                 // of output channels in a tile
+constexpr int64_t kGradientFloats = 64 << 10;  // of G in scratch: a quarter of the L2 cache of a small core or more
+constexpr int64_t kSlabFloats = 7 << 10;       // of dY: leaves a little of an L1 cache of 32 KiB
+constexpr int64_t kMostBlocks = 8;             // that are walked at once
+constexpr int64_t kColumns = 64;               // of X at once
+constexpr int64_t kWideMap = 2 * kBlockRows;   // from this width on, each line's part is copied for itself
+constexpr int kMostClasses = 4;                // whose lists are made at once
+constexpr int kAtOnce = 4;                     // bits of a word that are decoded without a branch
+constexpr int64_t kList = kMostBlocks * kBlockRows + kAtOnce;
+
+constexpr int most_vectors(int taps) { return std::min(kMaxVectors, kSums / taps); }
+
+// Kernel rows first, first + step, … (n of them; kernel columns alike) that positions of one remainder meet, the second
+// one `distance` output lines before the first, and so on.
+struct TapSet {
+  int64_t first, step, n, distance;
+  // How many of the set's rows, from row i on, one walk takes beside `columns` columns.
+  int rows_at_once(int64_t i, int columns) const {
+    if (distance != 1) return 1;
+    if (columns == 3) return n - i >= 3 ? 3 : 1;
+    return n - i >= 2 ? 2 : 1;
+  }
+  int columns_at_once(int64_t i) const { return distance == 1 ? static_cast<int>(std::min<int64_t>(n - i, 3)) : 1; }
+};
+
+// The taps t with t·dilation ≡ first·dilation (mod stride); n = 0 if `first` is not the first of them.
+TapSet tap_set(int64_t first, int64_t taps, int64_t stride, int64_t dilation) {
+  const int64_t common = std::gcd(stride, dilation), step = stride / common;
+  return {first, step, first < step ? (taps - first + step - 1) / step : 0, dilation / common};
+}
+
+struct Class {
+  TapSet y, x;
+  int rows() const { return y.rows_at_once(0, columns()); }  // of the largest walk
+  int columns() const { return x.columns_at_once(0); }
+  // each(i, j, rows, columns): walks that serve all taps, the first of each being the class's i-th, j-th.
+  template <class Each>
+  void each_walk(Each&& each) const {
+    for (int64_t j = 0, columns; j < x.n; j += columns) {
+      columns = x.columns_at_once(j);
+      for (int64_t i = 0, rows; i < y.n; i += rows) {
+        rows = y.rows_at_once(i, static_cast<int>(columns));
+        each(i, j, static_cast<int>(rows), static_cast<int>(columns));
+      }
+    }
+  }
+};
+
+// each(class) for every class of positions that meets dY.
+template <class Each>
+void each_class(const ConvShape& s, Each&& each) {
+  for (int64_t ky = 0; ky < s.kh; ky++)
+    for (int64_t kx = 0; kx < s.kw; kx++) {
+      const Class c{tap_set(ky, s.kh, s.sh, s.dh), tap_set(kx, s.kw, s.sw, s.dw)};
+      if (c.y.n && c.x.n) each(c);
+    }
+}
+
+// Everything that follows from the shape alone.
+struct Tiling {
+  int64_t vectors;  // of output channels in a tile
+  int64_t tiles;    // of G at once
+  int64_t columns;  // of X at once
+  int64_t slab, g;  // floats
+
+  explicit Tiling(const ConvShape& s) {
+    const int64_t taps = s.taps();
+    int most = 1;
+    int64_t rows = 0;  // of the slab that one block can need
+    each_class(s, [&](const Class& c) {
+      c.each_walk([&](int64_t, int64_t, int height, int width) { most = std::max(most, height * width); });
+      const int64_t lines = std::min(kBlockRows, 62 / s.iw + 2);  // that a block touches
+      const int64_t across = std::min(s.iw, s.iw < kWideMap ? s.iw : kBlockRows) + c.columns() - 1;
+      const int64_t down = s.iw < kWideMap ? lines + c.rows() - 1 : lines * c.rows();
+      rows = std::max(rows, across * down);
+    });
+    const int64_t all = (s.oc / s.group + kLanes - 1) / kLanes,
+                  parts = (all + most_vectors(most) - 1) / most_vectors(most);
+    vectors = (all + parts - 1) / parts;
+    const int64_t width = vectors * kLanes, group = taps * width * kGroupColumns;  // floats of G of a column group
+    columns = std::clamp(kGradientFloats / group * kGroupColumns, kGroupColumns, kColumns);
+    tiles = std::clamp<int64_t>(kGradientFloats / (taps * columns * width), 1, parts);
+    slab = std::max(kSlabFloats, rows * width);
+    g = tiles * taps * columns * width;
+  }
+  int64_t width() const { return vectors * kLanes; }
+  int64_t list_floats() const { return kMostClasses * columns * (kList + (kList + 1) / 2); }
+  // Of one thread's scratch, a multiple of a cache line.
+  int64_t floats() const {
+    return (slab + g + list_floats() + kGroupValues + kMostBlocks * kSums * kLanes + 15) / 16 * 16;
+  }
+};
+
+// Neighbouring positions of a class on one line of a block: row, row + stride, … of the block. The first meets line y
+// and column x of dY through the class's first tap.
+struct Run {
+  int32_t row, count;
+  int64_t y, x;
+};
+
+// The positions of one class in some blocks, and where the slab holds what they meet.
+struct Positions {
+  struct Piece {  // of dY's map: lines from y on, columns from x on
+    int64_t sample, y, x, lines;
+    int64_t slab;  // its first row there
+  };
+  Class c;
+  int n_blocks, n_runs, n_pieces;
+  int end[kMostBlocks];  // of a block's runs
+  Run runs[kMostBlocks * kBlockRows];
+  uint16_t piece_of[kMostBlocks * kBlockRows];  // of a run
+  Piece pieces[kMostBlocks * kBlockRows];
+  int64_t pitch;  // slab rows of a line
+  int64_t slab;   // rows in all
+
+  void start(const Class& of) { c = of, n_blocks = n_runs = n_pieces = 0; }
+
+  // Appends the class's positions in rows [begin, end) of a sample.
+  void add_block(const ConvShape& s, int64_t sample, int64_t begin, int64_t row_end) {
+    for (int64_t at = begin, next; at < row_end; at = next) {
+      const int64_t iy = at / s.iw, ix = at - iy * s.iw;
+      const int64_t y = iy + s.pt - c.y.first * s.dh, x0 = ix + s.pl - c.x.first * s.dw;
+      next = std::min(row_end, (iy + 1) * s.iw);
+      const int64_t skip = ((-x0) % s.sw + s.sw) % s.sw;
+      if (y % s.sh || at + skip >= next) continue;
+      runs[n_runs] = {static_cast<int32_t>(at + skip - begin),
+                      static_cast<int32_t>((next - at - skip + s.sw - 1) / s.sw), y / s.sh, (x0 + skip) / s.sw};
+      Piece* last = n_pieces ? &pieces[n_pieces - 1] : nullptr;
+      // A line that follows another, or goes on where a block ended, shares its piece.
+      if (last && s.iw < kWideMap && last->sample == sample && runs[n_runs].y - (last->y + last->lines - 1) <= 1)
+        last->lines = runs[n_runs].y - last->y + 1;
+      else
+        pieces[n_pieces++] = {sample, runs[n_runs].y, runs[n_runs].x, 1, 0};
+      piece_of[n_runs++] = static_cast<uint16_t>(n_pieces - 1);
+    }
+    end[n_blocks++] = n_runs;
+  }
+  // Lays out the slab.
+  void lay_out(const ConvShape& s) {
+    int64_t left = INT64_MAX, right = INT64_MIN, longest = 0;
+    for (int q = 0; q < n_runs; q++) {
+      left = std::min(left, runs[q].x), right = std::max(right, runs[q].x + runs[q].count);
+      longest = std::max<int64_t>(longest, runs[q].count);
+    }
+    const bool wide = s.iw >= kWideMap;
+    pitch = n_runs ? (wide ? longest : right - left) + c.columns() - 1 : 0;
+    slab = 0;
+    for (int p = 0; p < n_pieces; p++) {
+      if (!wide) pieces[p].x = left;
+      pieces[p].slab = slab;
+      slab += (pieces[p].lines + c.rows() - 1) * pitch;
+    }
+  }
+  // Slab row of a run's first position and first tap.
+  int64_t place(int run) const {
+    const Piece& piece = pieces[piece_of[run]];
+    return piece.slab + (runs[run].y - piece.y + c.rows() - 1) * pitch + runs[run].x - piece.x + c.columns() - 1;
+  }
+};
+
+// For each row of a block: the class (kMostClasses: none) and slab row of the position.
+struct Places {
+  uint8_t of_class[kBlockRows];
+  uint16_t slab[kBlockRows];
+};
+
+// What one thread works in.
+struct Workspace {
+  float* slab;
+  float* g;                                // [tiles][columns][taps][vectors · kLanes]
+  float* totals;                           // [blocks][taps of a walk][vectors · kLanes]
+  float* group;                            // [kGroupValues]
+  float* value;                            // [classes][columns][kList]: kept values …
+  uint16_t* place;                         // … and the slab rows of their first taps, block after block
+  int32_t count[kMostClasses * kColumns];  // of a class's and column's list
+
+  Workspace(const Tiling& t, float* base) {
+    slab = base, base += t.slab;
+    g = base, base += t.g;
+    totals = base, base += kMostBlocks * kSums * kLanes;
+    group = base, base += kGroupValues;
+    value = base, base += kMostClasses * t.columns * kList;
+    place = reinterpret_cast<uint16_t*>(base);
+  }
+};
+
+// One walk's taps, row r and column c of them: `tap` + r · tap_row + c · tap_column floats from the beginning of a
+// column of G.
+struct Walk {
+  int64_t i, j;  // its first tap is the class's i-th, j-th
+  int64_t tap, tap_row, tap_column;
+};
+
+// Copies the part of dY that a walk meets, output channels [k, k + left) as kVectors vectors.
+template <int kVectors>
+void copy_map(const ConvShape& s, const float* dy, int64_t k, int64_t left, const Positions& at, const Walk& walk,
+              float* slab) {
+  constexpr int64_t kWidth = kVectors * kLanes;
+  for (int p = 0; p < at.n_pieces; p++) {
+    const Positions::Piece& piece = at.pieces[p];
+    const int64_t x = piece.x - (at.c.columns() - 1) - walk.j * at.c.x.distance;
+    const int64_t before = std::clamp<int64_t>(-x, 0, at.pitch), inside = std::clamp(s.ow - x, before, at.pitch);
+    float* to = slab + piece.slab * kWidth;
+    for (int64_t line = 0; line < piece.lines + at.c.rows() - 1; line++, to += at.pitch * kWidth) {
+      const int64_t y = piece.y - (at.c.rows() - 1) + line - walk.i * at.c.y.distance;
+      if (y < 0 || y >= s.oh) {
+        std::fill_n(to, at.pitch * kWidth, 0.f);
+        continue;
+      }
+      std::fill_n(to, before * kWidth, 0.f);
+      const float* from = dy + ((piece.sample * s.oh + y) * s.ow + x + before) * s.oc + k;
+      for (int64_t i = before; i < inside; i++, from += s.oc) {
+        float* out = to + i * kWidth;
+        for (int v = 0; v + 1 < kVectors; v++) store(out + v * kLanes, load(from + v * kLanes));
+        store(out + kWidth - kLanes, load_upto(from + kWidth - kLanes, left - (kWidth - kLanes)));
+      }
+      std::fill_n(to + inside * kWidth, (at.pitch - inside) * kWidth, 0.f);
+    }
+  }
+}
+
+// The walk over columns [0, n), whose lists begin at `value`, `place` and `count`. mean[b] is the first column's mean
+// in block b; null for the plain form.
+template <int kRows, int kColumns, int kVectors>
+void walk_columns(const Positions& at, const Walk& walk, int64_t n, const float* value, const uint16_t* place,
+                  const int32_t* count, const uint16_t* const* mean, const float* slab, float* totals, float* g,
+                  int64_t g_column) {
+#define ER_EACH_TAP                                                                                                  \
+  _Pragma("GCC unroll 8") for (int r = 0; r < kRows; r++) _Pragma("GCC unroll 8") for (int c = 0; c < kColumns; c++) \
+      _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; v++)
+  constexpr int64_t kWidth = kVectors * kLanes;
+  const int64_t line = at.pitch * kWidth;
+  VecF sum[kRows][kColumns][kVectors];
+  auto in_totals = [&](int64_t b, int r, int c, int v) __attribute__((always_inline)) {
+    return totals + (((b * kRows + r) * kColumns + c) * kVectors + v) * kLanes;
+  };
+  if (mean)
+    for (int b = 0; b < at.n_blocks; b++) {
+      ER_EACH_TAP sum[r][c][v] = VecF{};
+      for (int q = b ? at.end[b - 1] : 0; q < at.end[b]; q++) {
+        const float* d = slab + at.place(q) * kWidth;
+        for (int64_t i = 0; i < at.runs[q].count; i++, d += kWidth)
+          ER_EACH_TAP sum[r][c][v] += load(d - r * line - c * kWidth + v * kLanes);
+      }
+      ER_EACH_TAP store(in_totals(b, r, c, v), sum[r][c][v]);
+    }
+  g += walk.tap;
+  for (int64_t column = 0; column < n; column++, g += g_column, value += kList, place += kList) {
+    ER_EACH_TAP sum[r][c][v] = load(g + r * walk.tap_row + c * walk.tap_column + v * kLanes);
+    if (mean)
+      for (int b = 0; b < at.n_blocks; b++) {
+        const VecF m = broadcast(from_bf16(mean[b][column]));
+        ER_EACH_TAP sum[r][c][v] += m * load(in_totals(b, r, c, v));
+      }
+    for (int32_t i = 0; i < count[column]; i++) {
+      const VecF x = broadcast(value[i]);
+      const float* d = slab + place[i] * kWidth;
+      ER_EACH_TAP sum[r][c][v] += x * load(d - r * line - c * kWidth + v * kLanes);
+    }
+    ER_EACH_TAP store(g + r * walk.tap_row + c * walk.tap_column + v * kLanes, sum[r][c][v]);
+  }
+#undef ER_EACH_TAP
+}
+
+// Adds up G of columns [c0, c1) (counted over all groups) and output channels [k0, k1).
+class Accumulator {
+ public:
+  Accumulator(const WeightGradient& call, const Tiling& tiling, const KeptReader& x, Workspace* work, int64_t c0,
+              int64_t c1, int64_t k0, int64_t k1)
+      : t_(tiling), s_(call.shape), dy_(call.dy), x_(x), work_(*work), c0_(c0), c1_(c1), k0_(k0), k1_(k1) {}
+
+  // False if X's mask words point outside its values.
+  bool run() {
+    bool valid = true;
+    int n = 0;
+    each_class(s_, [&](const Class& c) {
+      at_[n++].start(c);
+      if (n == kMostClasses) valid = valid && add_classes(n), n = 0;
+    });
+    return valid && (!n || add_classes(n));
+  }
+
+ private:
+  // All blocks of X for the first n_classes of at_, in chunks that fit the slab.
+  bool add_classes(int n_classes) {
+    const int64_t blocks = s_.n * x_.at.blocks;
+    for (int64_t first = 0, n; first < blocks; first += n) {
+      for (n = blocks - first < kMostBlocks ? blocks - first : kMostBlocks; n > 1 && !fits(first, n, n_classes); n--) {
+      }
+      if (n == 1) fits(first, 1, n_classes);
+      if (!add_chunk(first, n, n_classes)) return false;
+    }
+    return true;
+  }
+
+  // Finds the positions of a chunk of blocks; whether the slab holds what they meet.
+  bool fits(int64_t first, int64_t n, int n_classes) {
+    bool fits = true;
+    for (int i = 0; i < n_classes; i++) {
+      at_[i].start(at_[i].c);
+      for (int64_t b = first; b < first + n; b++) {
+        const int64_t block = b % x_.at.blocks;
+        at_[i].add_block(s_, b / x_.at.blocks, x_.at.row_begin(block), x_.at.row_begin(block + 1));
+      }
+      at_[i].lay_out(s_);
+      fits = fits && at_[i].slab * t_.width() <= t_.slab;
+    }
+    return fits;
+  }
+
+  bool add_chunk(int64_t first, int64_t n, int n_classes) {
+    const int64_t columns = c1_ - c0_;
+    std::fill_n(work_.count, kMostClasses * kColumns, 0);
+    const uint16_t* mean[kMostBlocks];
+    for (int64_t b = 0; b < n; b++) {
+      const int64_t sample = (first + b) / x_.at.blocks, block = (first + b) % x_.at.blocks;
+      Places places;
+      find_places(static_cast<int>(b), n_classes, &places);
+      if (!(s_.sh == 1 && s_.sw == 1 ? decode<true>(sample, block, places) : decode<false>(sample, block, places)))
+        return false;
+      if (x_.at.form == kCentered) mean[b] = x_.mean(sample, block) + c0_;
+    }
+    for (int i = 0; i < n_classes; i++) {
+      const Positions& at = at_[i];
+      if (!at.n_runs) continue;
+      float* g = work_.g;
+      for (int64_t k = k0_; k < k1_; k += t_.width(), g += columns * s_.taps() * t_.width())
+        at.c.each_walk([&](int64_t y, int64_t x, int rows, int width) {
+          const int64_t tap = (at.c.y.first + y * at.c.y.step) * s_.kw + at.c.x.first + x * at.c.x.step;
+          const Walk walk{y, x, tap * t_.width(), at.c.y.step * s_.kw * t_.width(), at.c.x.step * t_.width()};
+          dispatch(rows, width, i, walk, k, x_.at.form == kCentered ? mean : nullptr, g);
+        });
+    }
+    return true;
+  }
+
+  void find_places(int block, int n_classes, Places* places) const {
+    std::fill_n(places->of_class, kBlockRows, static_cast<uint8_t>(kMostClasses));
+    std::fill_n(places->slab, kBlockRows, uint16_t{0});
+    for (int i = 0; i < n_classes; i++)
+      for (int q = block ? at_[i].end[block - 1] : 0; q < at_[i].end[block]; q++) {
+        const int64_t place = at_[i].place(q);
+        for (int64_t p = 0; p < at_[i].runs[q].count; p++) {
+          const int64_t row = at_[i].runs[q].row + p * s_.sw;
+          places->of_class[row] = static_cast<uint8_t>(i), places->slab[row] = static_cast<uint16_t>(place + p);
+        }
+      }
+  }
+
+  // Appends the values of a block to the lists. kAll: the stride is 1, so that there is one class, with every row.
+  template <bool kAll>
+  bool decode(int64_t sample, int64_t block, const Places& places) {
+    const uint64_t* words = x_.mask(sample, block);
+    const int64_t rows = x_.at.row_begin(block + 1) - x_.at.row_begin(block);
+    const uint64_t last = uint64_t{1} << (rows - 1),
+                   inside = last | (last - 1);  // keeps an empty word inside the block
+    for (int64_t begin = c0_ / kGroupColumns * kGroupColumns; begin < c1_; begin += kGroupColumns) {
+      if (!x_.values(sample, block, begin / kGroupColumns, work_.group)) return false;
+      const float* group = work_.group;
+      for (int64_t c = begin; c < std::min(c1_, begin + kGroupColumns); c++) {
+        const int many = __builtin_popcountll(words[c]);
+        if (c >= c0_) {
+          uint64_t w = words[c] & inside;  // bits outside come last: no value inside is behind them
+          const int64_t n = __builtin_popcountll(w), column = c - c0_;
+          if (kAll) {
+            float* value = work_.value + column * kList + work_.count[column];
+            uint16_t* place = work_.place + column * kList + work_.count[column];
+            work_.count[column] += static_cast<int32_t>(n);
+            // Always kAtOnce at a time: most words have fewer bits, and a branch on their number is guessed wrong too
+            // often. What is written beyond them is overwritten.
+            for (int64_t i = 0; i < n; i += kAtOnce)
+              for (int o = 0; o < kAtOnce; o++, w &= w - 1) {
+                value[i + o] = group[i + o];
+                place[i + o] = places.slab[__builtin_ctzll(w | last)];
+              }
+          } else {
+            for (int64_t i = 0; i < n; i++, w &= w - 1) {
+              const int row = __builtin_ctzll(w);
+              if (places.of_class[row] == kMostClasses) continue;
+              const int64_t list = places.of_class[row] * t_.columns + column;
+              const int64_t at = list * kList + work_.count[list]++;
+              work_.value[at] = group[i];
+              work_.place[at] = places.slab[row];
+            }
+          }
+        }
+        group += many;
+      }
+    }
+    return true;
+  }
+
+  void dispatch(int rows, int columns, int i, const Walk& walk, int64_t k, const uint16_t* const* mean, float* g) {
+    if (rows == 3) return vectors<3, 3>(i, walk, k, mean, g);
+    if (rows == 2 && columns == 2) return vectors<2, 2>(i, walk, k, mean, g);
+    if (rows == 2) return vectors<2, 1>(i, walk, k, mean, g);
+    if (columns == 3) return vectors<1, 3>(i, walk, k, mean, g);
+    if (columns == 2) return vectors<1, 2>(i, walk, k, mean, g);
+    vectors<1, 1>(i, walk, k, mean, g);
+  }
+  template <int kRows, int kCols, int kVectors = most_vectors(kRows * kCols)>
+  void vectors(int i, const Walk& walk, int64_t k, const uint16_t* const* mean, float* g) {
+    if constexpr (kVectors > 1)
+      if (t_.vectors < kVectors) return vectors<kRows, kCols, kVectors - 1>(i, walk, k, mean, g);
+    const int64_t list = i * t_.columns;
+    copy_map<kVectors>(s_, dy_, k, k1_ - k, at_[i], walk, work_.slab);
+    walk_columns<kRows, kCols, kVectors>(at_[i], walk, c1_ - c0_, work_.value + list * kList,
+                                         work_.place + list * kList, work_.count + list, mean, work_.slab, work_.totals,
+                                         g, s_.taps() * kVectors * kLanes);
+  }
+
+  const Tiling& t_;
+  const ConvShape& s_;
+  const float* dy_;
+  const KeptReader& x_;
+  Workspace& work_;
+  const int64_t c0_, c1_, k0_, k1_;
+  Positions at_[kMostClasses];
+};
+
+}  // namespace
+
+uint64_t razor_taps_scratch(const ConvShape& shape, int threads) {
+  return static_cast<uint64_t>(threads) * Tiling(shape).floats() * sizeof(float);
+}
+
+bool razor_taps_range(const WeightGradient& call, const KeptReader& x, const WeightRange& range, int thread) {
+  const ConvShape& s = call.shape;
+  const Tiling t(s);
+  Workspace work(t, static_cast<float*>(call.scratch) + thread * t.floats());
+  const int64_t ic_group = s.ic / s.group, oc_group = s.oc / s.group, width = t.width(), taps = s.taps();
+  for (int64_t k0 = range.k0; k0 < range.k1; k0 += t.tiles * width)
+    for (int64_t c0 = range.c0; c0 < range.c1; c0 += t.columns) {
+      const int64_t k1 = std::min(range.k1, k0 + t.tiles * width), n = std::min(t.columns, range.c1 - c0);
+      const int64_t column = range.group * ic_group + c0, k = range.group * oc_group + k0;
+      const int64_t tiles = (k1 - k0 + width - 1) / width;
+      std::fill_n(work.g, tiles * n * taps * width, 0.f);
+      Accumulator accumulator(call, t, x, &work, column, column + n, k, k + k1 - k0);
+      if (!accumulator.run()) return false;
+      for (int64_t tap = 0; tap < taps; tap++)
+        for (int64_t c = 0; c < n; c++) {
+          float* out = call.g + (tap * ic_group + c0 + c) * s.oc + k;
+          for (int64_t i = 0; i < tiles; i++) {
+            const float* tile = work.g + ((i * n + c) * taps + tap) * width;
+            for (int64_t at = i * width, v = 0; v < width && at < k1 - k0; v += kLanes, at += kLanes)
+              store_upto(out + at, load(tile + v), k1 - k0 - at);
+          }
+        }
+    }
+  return true;
+}
+
+}  // namespace er::ER_ISA
