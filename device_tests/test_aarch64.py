@@ -168,12 +168,13 @@ def test_a_training_gives_the_same_as_here(
     assert arm.keys() == here.keys()
     for name, value in here.items():
         assert np.abs(arm[name] - value).max() <= 1e-5 * np.abs(value).max(), name
-    # With razor, which activations are dropped and how they are rounded to int8 can hang on a float's last bit, so that
-    # two long trainings part a little; both have learned the same.
-    (arm_line, _), (here_line, _) = both("digits.plan", 300)
-    figures = [[float(x) for x in re.findall(r"[\d.]+", line)] for line in (arm_line, here_line)]
-    assert abs(figures[0][0] - figures[1][0]) <= 0.05 * figures[1][0], (arm_line, here_line)
-    assert min(figures[0][1], figures[1][1]) > 0.8
+    # With razor, which activations are dropped and how they are rounded to int8 can hang on a float's last bit: a few
+    # updates agree less closely, and two long trainings part, though both learn.
+    (_, arm), (_, here) = both("digits.plan", 5)
+    for name, value in here.items():
+        assert np.abs(arm[name] - value).max() <= 1e-3 * np.abs(value).max(), name
+    lines = [line for line, _ in both("digits.plan", 300)]
+    assert all(float(line.split("accuracy")[1]) > 0.8 for line in lines), lines
 
 
 def test_the_kernels_are_vectorized(installed: Path) -> None:
