@@ -27,12 +27,13 @@ from benchmarks.seeds import by_case, seeded_runs, spread
 from benchmarks.texts import package_descriptions
 
 VOCABULARY, TOKENS, BATCH, STEPS, RATE, THREADS, HELD_OUT = 2048, 64, 16, 600, 1e-3, 1, 200
-CASES: dict[str, tuple[str, float, str]] = {
-    "PyTorch, dense": ("torch", 0.0, ""),
-    "edge-razor, 0": ("edge-razor", 0.0, "centered"),
-    "edge-razor, plain 0.90": ("edge-razor", 0.9, "plain"),
-    "edge-razor, centered 0.90": ("edge-razor", 0.9, "centered"),
-    "edge-razor, centered 0.97": ("edge-razor", 0.97, "centered"),
+CASES: dict[str, tuple[str, float, str, str]] = {
+    "PyTorch, dense": ("torch", 0.0, "", ""),
+    "edge-razor, 0": ("edge-razor", 0.0, "centered", "recompute"),
+    "edge-razor, plain 0.90": ("edge-razor", 0.9, "plain", "recompute"),
+    "edge-razor, plain 0.90, probabilities": ("edge-razor", 0.9, "plain", "probabilities"),
+    "edge-razor, centered 0.90": ("edge-razor", 0.9, "centered", "recompute"),
+    "edge-razor, centered 0.97": ("edge-razor", 0.97, "centered", "recompute"),
 }
 
 
@@ -106,7 +107,7 @@ def run_torch(seed: int, prepare: Callable[[Any], None] | None = None) -> dict[s
     return {"loss": mean(losses[-50:]), "perplexity": math.exp(held_out)}
 
 
-def run_edge_razor(seed: int, sparsity: float, form: str) -> dict[str, float]:
+def run_edge_razor(seed: int, sparsity: float, form: str, attention: str) -> dict[str, float]:
     import edge_razor
 
     path = Path(tempfile.gettempdir()) / f"edge-razor-perplexity-{seed}.razor"
@@ -114,7 +115,14 @@ def run_edge_razor(seed: int, sparsity: float, form: str) -> dict[str, float]:
         subprocess.run([sys.executable, "-m", "benchmarks.perplexity", "--export", str(seed), str(path)], check=True)
     train, test = samples()
     with edge_razor.Trainer(
-        path, batch_size=BATCH, sparsity=sparsity, razor=form, optimizer="adamw", lr=RATE, threads=THREADS
+        path,
+        batch_size=BATCH,
+        sparsity=sparsity,
+        razor=form,
+        attention=attention,
+        optimizer="adamw",
+        lr=RATE,
+        threads=THREADS,
     ) as trainer:
         losses = []
         for chosen, rate in schedule(seed, len(train)):
@@ -151,8 +159,8 @@ def main() -> None:
         return
     if options.one:
         case, seed = options.one[0], int(options.one[1])
-        system, sparsity, form = CASES[case]
-        result = run_torch(seed) if system == "torch" else run_edge_razor(seed, sparsity, form)
+        system, *settings = CASES[case]
+        result = run_torch(seed) if system == "torch" else run_edge_razor(seed, *settings)
         print(json.dumps({"case": case, "seed": seed, **result}))
         return
     runs = seeded_runs("perplexity", CASES, options.seeds)

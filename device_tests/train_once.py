@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sparsity", default="auto")
     parser.add_argument("--razor", default="centered")
+    parser.add_argument("--frozen-weights", default="fp32")
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--momentum", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
@@ -50,6 +51,7 @@ def main() -> None:
         batch_size=options.batch_size,
         sparsity=options.sparsity if options.sparsity == "auto" else float(options.sparsity),
         razor=options.razor,
+        frozen_weights=options.frozen_weights,
         threads=options.threads,
         seed=0,
         **settings,
@@ -79,6 +81,7 @@ def main() -> None:
             {
                 "losses": losses,
                 "seconds_a_step": median(seconds[1:] or seconds),
+                "fastest_step": min(seconds),
                 "peak_rss_bytes": peak_rss_bytes(),
                 "predicted_peak_bytes": summary["predicted_peak_bytes"],
                 "arena_bytes": summary["arena_bytes"],

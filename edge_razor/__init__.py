@@ -19,6 +19,7 @@ from edge_razor.errors import (
     MemoryCapError,
     NonFiniteError,
     PlanError,
+    RunLockedError,
     UnsupportedOpError,
     UsageError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "NonFiniteError",
     "Plan",
     "PlanError",
+    "RunLockedError",
     "Trainer",
     "UnsupportedOpError",
     "UsageError",

@@ -49,7 +49,7 @@ def auto_budget(root: Path = Path("/"), held: int | None = None) -> Budget:
         held: resident bytes of this process; None: as they are.
     """
     held = rss_bytes() if held is None else held
-    limits = [("free on the device", _available(root)), *_cgroup_headroom(root)]
+    limits = [("free on the device", _available(root)), *_cgroup_headroom(root, held)]
     what, free = min(limits, key=lambda limit: limit[1])
     shared = _is_jetson(root)
     margin = max(LEAST_MARGIN, int(free * (SHARED_MARGIN if shared else MARGIN)))
@@ -75,10 +75,12 @@ def _available(root: Path) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _cgroup_headroom(root: Path) -> Iterator[tuple[str, int]]:
+def _cgroup_headroom(root: Path, held: int) -> Iterator[tuple[str, int]]:
     """(what it is, bytes left) for every memory cgroup with a limit that this process is in.
 
     File pages that were not used lately count in a group's usage, but the kernel drops them before it refuses memory.
+    Library pages that another group has paid for count in this process's resident memory (`held`) alone; a cap above
+    the group's limit would be of no use all the same.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -98,12 +100,12 @@ def _cgroup_headroom(root: Path) -> Iterator[tuple[str, int]]:
         for directory in (folder, *folder.parents):
             if directory == mount.parent:
                 break
-            left = _left(directory, *names)
+            left = _left(directory, held, *names)
             if left is not None:
                 yield f"left in the memory cgroup {'/' + str(directory.relative_to(mount)).strip('.')}", left
 
 
-def _left(directory: Path, limit_file: str, usage_file: str, reclaimable: str) -> int | None:
+def _left(directory: Path, held: int, limit_file: str, usage_file: str, reclaimable: str) -> int | None:
     """Bytes left in one cgroup; None if it has no limit, or is not there (its mount may begin further down)."""
     try:
         limit = int((directory / limit_file).read_text())
@@ -116,7 +118,7 @@ def _left(directory: Path, limit_file: str, usage_file: str, reclaimable: str) -
                 usage -= int(value)
     except (OSError, ValueError):
         return None
-    return max(limit - max(usage, 0), 0)
+    return max(limit - max(usage, held), 0)
 
 
 def _is_jetson(root: Path) -> bool:

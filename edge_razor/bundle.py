@@ -14,7 +14,8 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,6 +66,7 @@ class Bundle:
             manifest_member = self._member(MANIFEST)
             if manifest_member.size > _MANIFEST_LIMIT:
                 raise BundleError(f"{self.path}: {MANIFEST} is too large to be real")
+            self._opened = self._weights_stamp()
             self.manifest: Manifest = parse_manifest(self._read(manifest_member), str(self.path))
             for name in self.manifest.files:
                 self._verify(name)
@@ -103,12 +105,57 @@ class Bundle:
         Raises:
             BundleError: no such tensor, or the file was truncated after the bundle was opened.
         """
-        try:
+        with self._errors(name):
             return self._weights.read(name)
+
+    def spec(self, name: str) -> TensorSpec:
+        """What weights.safetensors says of a tensor.
+
+        Raises:
+            BundleError: no such tensor.
+        """
+        with self._errors(name):
+            return self.tensors[name]
+
+    def read_parts(self, name: str, buffer: np.ndarray) -> Iterator[np.ndarray]:
+        """One tensor part by part: `edge_razor.tensors.TensorFile.parts`.
+
+        Raises:
+            BundleError: as `read_tensor`.
+        """
+        with self._errors(name):
+            yield from self._weights.parts(name, buffer)
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except KeyError:
             raise BundleError(f"{self.path}: weights.safetensors has no tensor {name!r}") from None
         except (ValueError, OSError) as error:
             raise BundleError(f"{self.path}: weights.safetensors: {error}") from error
+
+    @property
+    def weights_place(self) -> tuple[Path, int, int]:
+        """File, first byte and number of bytes of weights.safetensors, for whoever reads it in place."""
+        return self._member("weights.safetensors")
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            BundleError: the file that holds the weights has another size or time of modification than when it was
+                verified, or another file is in its place.
+        """
+        try:
+            same = self._weights_stamp() == self._opened
+        except OSError:
+            same = False
+        if not same:
+            raise BundleError(f"{self.path}: its weights were altered while the bundle was open; start again")
+
+    def _weights_stamp(self) -> tuple[int, ...]:
+        status = os.stat(self._member("weights.safetensors").path)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def close(self) -> None:
         self._weights.close()

@@ -17,6 +17,7 @@ __all__ = [
     "MemoryCapError",
     "NonFiniteError",
     "PlanError",
+    "RunLockedError",
     "UnsupportedOpError",
     "UsageError",
 ]
@@ -92,6 +93,10 @@ class PlanError(EdgeRazorError):
 
 class CheckpointError(EdgeRazorError):
     """A checkpoint is missing, damaged, or belongs to another bundle."""
+
+
+class RunLockedError(EdgeRazorError):
+    """Another process is training in the run directory."""
 
 
 class DataError(EdgeRazorError):

@@ -7,9 +7,10 @@ added up, and every parameter as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from math import sqrt
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["Fidelity", "Probe", "SPARSITIES", "harm", "training_curves"]
 
 # Those that the planner chooses from.
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
+SESSION_BYTES, PLAN_BYTES = 2_000_000, 500_000  # a second session's tables, a plan that waits: MobileNetV2's are less
 _MOST = 1e9  # stands for infinity, which JSON does not have
 _CHUNK = 1 << 18  # elements that are compared at a time, in float64
 
@@ -192,14 +194,21 @@ class Probe:
             "momentum": 0.5,  # above 0: there is a buffer
             "threads": threads,
             "base_bytes": rss_bytes(),
-            # the copy of the exact gradient, one gradient as it is read, and what is compared at a time
-            "data_bytes": data_bytes + sum(sizes) + max(sizes, default=0) + 3 * 8 * _CHUNK,
+            # the copy of the exact gradient, one gradient as it is read, what is compared at a time, and the plans
+            "data_bytes": data_bytes
+            + sum(sizes)
+            + max(sizes, default=0)
+            + 3 * 8 * _CHUNK
+            + SESSION_BYTES
+            + PLAN_BYTES * len(sparsities),
         }
         self.plans: dict[float, Plan] = {}
         for sparsity in (0.0, *sparsities):
-            self.plans[sparsity] = plan_in_child(self.bundle.path, sparsity=sparsity, **arguments)
+            made = plan_in_child(self.bundle.path, sparsity=sparsity, **arguments)
+            summary = {key: value for key, value in made.summary.items() if key != "kept"}
+            self.plans[sparsity] = replace(made, summary=summary)
             planned(sparsity)
-        self._sessions: dict[tuple[float, int | None], Session] = {}
+        self._base: Session | None = None
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -215,20 +224,16 @@ class Probe:
             NonFiniteError: the loss or a gradient is NaN or infinite.
             UsageError: as `Trainer.step`, or there is no batch.
         """
-        self._open()
-        exact_session = self._sessions[0.0, None]
-        names = [name for name, p in exact_session.parameters().items() if p.trainable]
+        names = [name for name, p in self._memory().parameters().items() if p.trainable]
         sums = {name: {s: Sums() for s in self.plans if s} for name in names}
         losses: list[float] = []
         for number, (inputs, targets) in enumerate(batches, 1):
-            loss, gradients = self._gradients(0.0, inputs, targets, number, seed)
-            exact = dict(gradients)
-            losses.append(loss)
+            batch = self._checked(inputs, targets)
+            exact: dict[str, np.ndarray] = {}
+            losses.append(self._gradients(0.0, batch, number, seed, exact.__setitem__))
             for sparsity in self.plans:
                 if sparsity:
-                    for name, gradient in self._gradients(sparsity, inputs, targets, number, seed)[1]:
-                        sums[name][sparsity].add(exact[name], gradient)
-            del exact
+                    self._gradients(sparsity, batch, number, seed, partial(_compare, sums, sparsity, exact))
         if not losses:
             raise UsageError("there is nothing to measure: the data set has no batches")
         plan = self.plans[0.0]
@@ -237,51 +242,51 @@ class Probe:
             self.razor, len(losses), plan.batch_size, plan.micro_batch, mean, self.predicted_peak_bytes, sums
         )
 
-    def _open(self) -> None:
-        """Opens all sessions on the memory of the one with the largest arena, with the bundle's weights."""
-        if self._sessions:
-            return
-        largest = max(self.plans, key=lambda s: self.plans[s].arena_bytes)
-        base = Session(self.plans[largest].binary)
-        for sparsity, plan in self.plans.items():
-            session = base if sparsity == largest else Session(plan.binary, base)
-            self._sessions[sparsity, None] = session
-            for tokens, binary in plan.buckets.items():
-                self._sessions[sparsity, tokens] = Session(binary, base)
-        for name in base.parameters():
-            base.write_parameter(name, self.bundle.read_tensor(name))
+    def _memory(self) -> Session:
+        """The session with the largest arena, whose memory the others share, with the bundle's weights."""
+        if self._base is None:
+            self._base = Session(max(self.plans.values(), key=lambda plan: plan.arena_bytes).binary)
+            for name in self._base.parameters():
+                self._base.write_parameter(name, self.bundle.read_tensor(name))
+        return self._base
+
+    def _checked(self, inputs: Any, targets: Any) -> tuple[list[np.ndarray], np.ndarray, bool, int | None]:
+        """Inputs and target as a session takes them, whether channels are last, and the number of tokens."""
+        manifest = self.bundle.manifest
+        arrays, channels_last = check_inputs(inputs, manifest, tuple(self.plans[0.0].buckets))
+        tokens = next((int(a.shape[1]) for a in arrays if a.ndim == 2 and a.dtype == np.int32), None)
+        return list(arrays), check_targets(targets, manifest, len(arrays[0]), tokens), channels_last, tokens
 
     def _gradients(
-        self, sparsity: float, inputs: Any, targets: Any, update: int, seed: int
-    ) -> tuple[float, Iterator[tuple[str, np.ndarray]]]:
-        """Loss, and (name, gradient in torch's shape) of every trainable parameter, to be read before the next call."""
-        manifest = self.bundle.manifest
-        lengths = tuple(tokens for s, tokens in self._sessions if s == sparsity and tokens is not None)
-        arrays, channels_last = check_inputs(inputs, manifest, lengths)
-        tokens = next((int(a.shape[1]) for a in arrays if a.ndim == 2 and a.dtype == np.int32), None)
-        target = check_targets(targets, manifest, len(arrays[0]), tokens)
-        session = self._sessions.get((sparsity, tokens), self._sessions[sparsity, None])
-        trainable = [p for p in session.parameters().values() if p.trainable]
-        for parameter in trainable:
-            session.write_state(parameter.name, 0, np.zeros(parameter.shape, np.float32))
-        loss = session.train_step(
-            arrays, target, learning_rate=0.0, update=update, seed=seed, channels_last=channels_last
-        )
-
-        def read() -> Iterator[tuple[str, np.ndarray]]:
+        self,
+        sparsity: float,
+        batch: tuple[list[np.ndarray], np.ndarray, bool, int | None],
+        update: int,
+        seed: int,
+        take: Callable[[str, np.ndarray], None],
+    ) -> float:
+        """Hands (name, gradient in torch's shape) of every trainable parameter to `take`; returns the loss."""
+        arrays, target, channels_last, tokens = batch
+        plan = self.plans[sparsity]
+        with Session(plan.buckets.get(tokens or 0, plan.binary), self._memory()) as session:
+            trainable = [p for p in session.parameters().values() if p.trainable]
+            for parameter in trainable:
+                session.write_state(parameter.name, 0, np.zeros(parameter.shape, np.float32))
+            loss = session.train_step(
+                arrays, target, learning_rate=0.0, update=update, seed=seed, channels_last=channels_last
+            )
             for parameter in trainable:
                 gradient = session.read_state(parameter.name, 0)
                 if not np.isfinite(gradient.sum(dtype=np.float64)):
                     raise NonFiniteError(f"the gradient of {parameter.name} holds NaN or infinite values")
-                yield parameter.name, gradient
-
-        return loss, read()
+                take(parameter.name, gradient)
+        return loss
 
     def close(self) -> None:
-        """Frees the sessions."""
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+        """Frees the memory."""
+        if self._base is not None:
+            self._base.close()
+            self._base = None
         self.bundle.close()
 
     def __enter__(self) -> Probe:
@@ -289,6 +294,16 @@ class Probe:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _compare(
+    sums: Mapping[str, Mapping[float, Sums]],
+    sparsity: float,
+    exact: Mapping[str, np.ndarray],
+    name: str,
+    gradient: np.ndarray,
+) -> None:
+    sums[name][sparsity].add(exact[name], gradient)
 
 
 def training_curves(

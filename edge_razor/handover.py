@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 
@@ -12,22 +12,28 @@ from edge_razor.runtime import Session
 
 __all__ = ["put_aside", "take_back"]
 
-_WEIGHTS, _STATE = "weights.safetensors", "optimizer-state"
+_VALUES = "values"
+_PARAMETER = -1  # in place of a slot
 
 
-def put_aside(session: Session, folder: Path) -> dict[tuple[str, int], int]:
-    """Writes every parameter and the optimizer state into `folder`, one tensor in memory at a time.
+def put_aside(session: Session, folder: Path, names: Collection[str]) -> dict[tuple[str, int], int]:
+    """Writes parameters and the optimizer state into `folder`, one tensor in memory at a time.
+
+    Args:
+        names: parameters that may be others than the bundle's; the rest stays in the bundle.
 
     Returns:
-        (parameter, slot) → where in the file of states it begins.
+        (parameter, slot) → where in the file it begins; the parameter itself has the slot −1.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    session.save_weights(folder / _WEIGHTS)
     places = {}
-    with open(folder / _STATE, "wb") as file:
+    with open(folder / _VALUES, "wb") as file:
         for name, parameter in session.parameters().items():
+            if name in names:
+                places[name, _PARAMETER] = file.tell()
+                session.read_parameter(name).tofile(file)
             for slot in range(parameter.states):
                 places[name, slot] = file.tell()
                 session.read_state(name, slot).tofile(file)
@@ -35,13 +41,15 @@ def put_aside(session: Session, folder: Path) -> dict[tuple[str, int], int]:
 
 
 def take_back(session: Session, folder: Path, places: Mapping[tuple[str, int], int]) -> None:
-    """Reads what `put_aside` wrote into a session of the same model, whatever its plan."""
-    session.load_weights(folder / _WEIGHTS)
+    """Reads what `put_aside` wrote into a session, of any plan for the same model, that has the bundle's weights."""
     parameters = session.parameters()
-    with open(folder / _STATE, "rb") as file:
+    with open(folder / _VALUES, "rb") as file:
         for (name, slot), place in places.items():
             parameter = parameters[name]
             if slot < parameter.states:
                 file.seek(place)
                 value = np.fromfile(file, np.float32, prod(parameter.shape))
-                session.write_state(name, slot, value.reshape(parameter.shape))
+                if slot == _PARAMETER:
+                    session.write_parameter(name, value.reshape(parameter.shape))
+                else:
+                    session.write_state(name, slot, value.reshape(parameter.shape))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +20,57 @@ __all__ = ["MetricsLog", "correct_count", "loss_sum"]
 class MetricsLog:
     """Appends to a run's `metrics.jsonl`. Every line has `event` ("step", "epoch", …) and `update`."""
 
-    def __init__(self, path: Path, resume_at: int | None = None) -> None:
-        """`resume_at`: drop what was logged after that update; None: start an empty file."""
-        kept = []
-        if resume_at is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["update"] <= resume_at:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
-                    continue
+    def __init__(self, path: Path, resume_at: tuple[int, int] | None = None) -> None:
+        """`resume_at`: (update, epoch) at which the run goes on: what was logged later, and will be again, is dropped;
+        None: start an empty file."""
         with replacing(path) as file:
-            file.write("".join(kept).encode())
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            if resume_at is not None and path.exists():
+                with open(path, "rb") as old:  # line by line: the log of a long run is larger than the cap may allow
+                    file.writelines(line for line in old if _is_before(line, *resume_at))
+        self._path = path
+        # Unbuffered: a buffer that a full disk refused would be written, and refused, once more when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, event: str, update: int, **values: Any) -> None:
-        """Appends one line and hands it to the operating system."""
-        self._file.write(json.dumps({"event": event, "update": update, **values}) + "\n")
-        self._file.flush()
+        """Appends one line and hands it to the operating system.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        rest = memoryview((json.dumps({"event": event, "update": update, **values}) + "\n").encode())
+        with self._naming():
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def sync(self) -> None:
+        """Makes what was written durable: a checkpoint that is newer must not survive alone.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        with self._naming():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Errors of an open file do not say which."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+
+def _is_before(line: bytes, update: int, epoch: int) -> bool:
+    try:
+        entry = json.loads(line)
+        is_epoch = entry["event"] == "epoch"
+        return line.endswith(b"\n") and entry["update"] <= update and not (is_epoch and entry["epoch"] >= epoch)
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
+        return False
 
 
 def loss_sum(

@@ -7,9 +7,11 @@ u64 header length, JSON header (name → dtype, shape, [begin, end] relative to 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +20,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["TensorFile", "TensorSpec", "TensorWriter"]
+__all__ = [
+    "TensorFile",
+    "TensorSpec",
+    "TensorWriter",
+    "make_directory",
+    "remove_leftovers",
+    "replacing",
+    "sync_directory",
+]
 
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the format's reference implementation
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -87,15 +97,35 @@ class TensorFile:
         """
         spec = self.tensors[name]
         array = np.empty(spec.shape, spec.dtype)
-        view = array.reshape(-1).view(np.uint8).data
         self._file.seek(self._data_start + spec.begin)
-        filled = 0
-        while filled < len(view):
-            count = self._file.readinto(view[filled:])
-            if not count:
-                raise ValueError(f"truncated in tensor {name!r}")
-            filled += count
+        _fill(self._file, array.reshape(-1).view(np.uint8).data, name)
         return array
+
+    def parts(self, name: str, buffer: np.ndarray) -> Iterator[np.ndarray]:
+        """Tensor `name` part by part, in the file's order.
+
+        Args:
+            buffer: uint8 [n], n a multiple of the element's size. What is yielded lies in it, as the tensor's type, and
+                holds until the next part is asked for.
+
+        Raises:
+            KeyError, ValueError: as `read`.
+        """
+        spec = self.tensors[name]
+        for position in range(spec.begin, spec.end, buffer.size):
+            part = buffer[: min(buffer.size, spec.end - position)]
+            self._file.seek(self._data_start + position)
+            _fill(self._file, part.data, name)
+            yield part.view(spec.dtype)
+
+    def header(self) -> bytes:
+        """The bytes of the file before its data section.
+
+        Raises:
+            ValueError: the file was truncated since it was opened.
+        """
+        self._file.seek(self._data_start - self.data_offset)
+        return _read_exactly(self._file, self.data_offset)
 
     def close(self) -> None:
         self._file.close()
@@ -105,6 +135,15 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _fill(file: io.FileIO, view: memoryview, name: str) -> None:
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])
+        if not count:
+            raise ValueError(f"truncated in tensor {name!r}")
+        filled += count
 
 
 def _read_exactly(file: BinaryIO, count: int) -> bytes:
@@ -165,7 +204,6 @@ class TensorWriter:
     """
 
     def __init__(self, file: BinaryIO, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None):
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         self.specs: dict[str, TensorSpec] = {}
         position = 0
         for name, spec in tensors.items():
@@ -173,28 +211,58 @@ class TensorWriter:
             if dtype not in _NAMES:
                 raise ValueError(f"tensor {name!r}: safetensors has no type for {spec.dtype}")
             end = position + prod(spec.shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
             self.specs[name] = TensorSpec(dtype, tuple(spec.shape), position, end)
             position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.data_offset = 8 + len(text)
+        text = self.header(metadata)
+        self.data_offset = len(text)
         self._file = file
         self._pending = iter(self.specs.items())
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(text)
+
+    def header(self, metadata: Mapping[str, str] | None = None) -> bytes:
+        """The bytes before the data section: length and JSON, padded to a multiple of 8."""
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        for name, spec in self.specs.items():
+            offsets = [spec.begin, spec.end]
+            header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Appends the data of the next tensor in `specs`."""
-        expected, spec = next(self._pending, ("", None))
-        if name != expected or spec is None or array.shape != spec.shape:
-            raise ValueError(f"tensor {name!r} {array.shape} is not the one that comes next ({expected!r})")
+        spec = self._next(name)
+        if array.shape != spec.shape:
+            raise ValueError(f"tensor {name!r} is {array.shape} where its header says {spec.shape}")
         data = np.ascontiguousarray(array, dtype=spec.dtype)
         self._file.write(data.reshape(-1).view(np.uint8).data)
+
+    def write_parts(self, name: str, parts: Iterable[np.ndarray]) -> None:
+        """Appends the data of the next tensor in `specs`, given as contiguous parts of its type, in its order."""
+        spec = self._next(name)
+        written = 0
+        for part in parts:
+            if part.dtype != spec.dtype:
+                raise ValueError(f"tensor {name!r} is {part.dtype} where its header says {spec.dtype}")
+            self._file.write(part.reshape(-1).view(np.uint8).data)
+            written += part.nbytes
+        if written != spec.end - spec.begin:
+            raise ValueError(f"tensor {name!r} has {written} bytes where its header says {spec.end - spec.begin}")
+
+    def _next(self, name: str) -> TensorSpec:
+        expected, spec = next(self._pending, ("", None))
+        if name != expected or spec is None:
+            raise ValueError(f"tensor {name!r} is not the one that comes next ({expected!r})")
+        return spec
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes `path`'s place, durably, when the block ends without an error; until then the old one stays."""
+    """A file that takes `path`'s place, durably, when the block ends without an error; until then the old one stays.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -203,8 +271,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None  # a failed write has no name, a failed rename another
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Deletes what processes that died in `replacing` left; nobody else may be writing in `directory`."""
+    for file in directory.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def make_directory(path: Path) -> None:
+    """Makes `path` and the directories above it, durably."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
 
 
 def sync_directory(path: Path) -> None:

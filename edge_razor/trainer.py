@@ -7,8 +7,9 @@ child process because it needs onnx.
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ import numpy as np
 from edge_razor.batches import Array, check_inputs, check_targets
 from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
-from edge_razor.checkpoint import Checkpoint, write_checkpoint
+from edge_razor.checkpoint import BUFFER_BYTES, Checkpoint, write_checkpoint
 from edge_razor.errors import CheckpointError, MemoryCapError, NonFiniteError, PlanError, UsageError
 from edge_razor.guard import MemoryGuard, MemoryPart, cap_error, memory_parts
 from edge_razor.handover import put_aside, take_back
@@ -25,15 +26,17 @@ from edge_razor.manifest import IGNORE_INDEX
 from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
+from edge_razor.run_lock import run_lock
 from edge_razor.runtime import Session, SpillInfo, abi_version
 from edge_razor.schedule import Schedule
-from edge_razor.tensors import TensorSpec
+from edge_razor.tensors import TensorSpec, make_directory
 from edge_razor.to_peft import merged
 from edge_razor.units import format_bytes
 
 __all__ = ["Trainer", "bundle_of", "check_bundle"]
 
 Arrays: TypeAlias = "Array | Sequence[Array]"
+KEEP = 2  # checkpoints: the newest, and one to fall back to
 ASKED = ("sparsity", "micro_batch")  # what the planner may choose again when the cap changes
 STATE_NAMES = {"sgd": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -61,6 +64,7 @@ class Trainer:
         batch_size: int = 8,
         sparsity: float | str = "auto",
         razor: str = "centered",
+        attention: str = "recompute",
         optimizer: str = "sgd",
         lr: float = 1e-2,
         *,
@@ -75,6 +79,7 @@ class Trainer:
         threads: int | None = None,
         seed: int = 0,
         micro_batch: int | None = None,
+        frozen_weights: str = "fp32",
         plan: Plan | None = None,
         data_bytes: int | None = None,
         prefer: str = "balanced",
@@ -92,12 +97,15 @@ class Trainer:
             batch_size: samples of a full batch; `step` takes 1 … batch_size.
             sparsity: share of each kept activation that is dropped, 0 … 0.99, or "auto": chosen for each value.
             razor: "centered" or "plain".
+            attention: "recompute" or "probabilities", see `edge_razor.plan`.
             optimizer: "sgd" (momentum, nesterov, weight_decay) or "adamw" (betas, eps, weight_decay), as in torch.
             lr: base learning rate.
             schedule, warmup_steps, total_steps: see `edge_razor.schedule.Schedule`.
             threads: worker threads; None: one for each processor that this process may use.
             seed: of dropout.
             micro_batch: samples that pass at a time; None: the planner's choice.
+            frozen_weights: how weights that do not train are held: "fp32" (read in the bundle's file), "bf16" or
+                "int8" (in memory, rounded; what is written in the end adds to the bundle's own float32).
             plan: a plan made ahead for this bundle; then everything that it fixes is taken from it, and
                 `mem_budget`, `batch_size`, `sparsity`, `razor`, the optimizer and `threads` are ignored.
             data_bytes: what the caller's data will hold while training; None: one float32 batch.
@@ -126,14 +134,18 @@ class Trainer:
                 raise PlanError(f"the plan was made for another bundle than {self.bundle.path}; plan again")
             made = plan.summary["optimizer"]
             batch_size, razor, threads = plan.batch_size, plan.summary["razor"], plan.threads
+            attention = plan.summary.get("attention", "recompute")  # of a plan made before there was a choice
+            frozen_weights = plan.summary["frozen_weights"]
             optimizer, momentum, nesterov = made["name"], made["momentum"], made["nesterov"]
             betas, eps, weight_decay = made["betas"], made["eps"], made["weight_decay"]
         if data_bytes is None:
             data_bytes = 4 * batch_size * sum(int(np.prod(i.shape)) for i in self.bundle.manifest.inputs)
+            data_bytes += BUFFER_BYTES  # of `save`
         self._planning: dict[str, Any] = {
             "batch_size": batch_size,
             "sparsity": sparsity,
             "razor": razor,
+            "attention": attention,
             "optimizer": optimizer,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -142,6 +154,7 @@ class Trainer:
             "weight_decay": weight_decay,
             "threads": threads,
             "micro_batch": micro_batch,
+            "frozen_weights": frozen_weights,
             "base_bytes": rss_bytes(),
             "data_bytes": data_bytes,
             "prefer": prefer,
@@ -157,16 +170,16 @@ class Trainer:
         self.seed = seed
         self.update = 0
         self.position = (0, 0)
+        self._damaged_checkpoints: tuple[Path, ...] = ()  # that the next `save` replaces
         self.data_resident: Callable[[], int] | None = None
         self._profiling = False
+        self._replaced: set[str] = set()  # frozen parameters that are not the bundle's any more
         self._open(plan)
-        for name in self._parameters:
-            self._session.write_parameter(name, self.bundle.read_tensor(name))
         self.guard = MemoryGuard(plan.summary["mem_budget"], plan.predicted_peak_bytes)
         self._guard_stop = weakref.finalize(self, self.guard.stop)
 
     def _open(self, plan: Plan) -> None:
-        """Opens the sessions of a plan; parameters and state are zero."""
+        """Opens the sessions of a plan; parameters are the bundle's, and state is zero."""
         session = Session(plan.binary, spill_dir=self._spill_dir)
         try:
             spilled = session.spill_info().file_bytes
@@ -175,6 +188,8 @@ class Trainer:
             self._shorter = {
                 tokens: Session(data, session, spill_dir=self._spill_dir) for tokens, data in plan.buckets.items()
             }
+            session.load_weights(*self.bundle.weights_place)
+            self.bundle.check_unchanged()
         except BaseException:
             session.close()
             raise
@@ -209,6 +224,11 @@ class Trainer:
         """What a checkpoint holds: also what the present plan has frozen, which an earlier one may have trained."""
         allowed = set(self.bundle.manifest.trainable)
         return [name for name, p in self._parameters.items() if p.trainable or name in allowed]
+
+    @property
+    def _changing(self) -> set[str]:
+        """Parameters that may be others than the bundle's."""
+        return {*self.bundle.manifest.trainable, *self._replaced}
 
     @property
     def classes(self) -> int | None:
@@ -349,7 +369,7 @@ class Trainer:
         budget = resolve_budget(mem_budget)
         old = self.plan
         with tempfile.TemporaryDirectory(prefix=".edge-razor-", dir=scratch) as folder:
-            places = put_aside(self._session, Path(folder))
+            places = put_aside(self._session, Path(folder), self._changing)
             self._close_sessions()
             try:
                 self._open(plan_in_child(self.bundle.path, mem_budget=budget.bytes, **self._planning))
@@ -376,7 +396,10 @@ class Trainer:
         return merged(self.bundle, stored, self._read_stored)
 
     def _read_stored(self, name: str) -> np.ndarray:
-        return self._session.read_parameter(name) if name in self._parameters else self.bundle.read_tensor(name)
+        """A tensor as it is now; one that never trains as the bundle has it, which the session may hold rounded."""
+        if name not in self._parameters or name not in self._changing:
+            return self.bundle.read_tensor(name)
+        return self._session.read_parameter(name)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """All tensors under the names and in the layout and order of the user's torch state dict (copies)."""
@@ -399,6 +422,10 @@ class Trainer:
                 raise UsageError(f"{name!r} has shape {list(array.shape)}, the model needs {list(parameter.shape)}")
             chosen[name] = array
         for name, array in chosen.items():
+            if name not in self.bundle.manifest.trainable:
+                if name not in self._replaced and np.array_equal(array, self.bundle.read_tensor(name)):
+                    continue  # it stays where it is, perhaps in the bundle's file
+                self._replaced.add(name)
             self._session.write_parameter(name, array)
         lora = self.bundle.manifest.lora
         for layer in lora.layers.values() if lora is not None else ():  # what was loaded is the sum already
@@ -417,6 +444,8 @@ class Trainer:
             "choices": summary["choices"],
             "prefer": summary["prefer"],
             "razor": summary["razor"],
+            "attention": summary.get("attention", "recompute"),  # of a plan made before there was a choice
+            "frozen_weights": summary["frozen_weights"],
             "optimizer": optimizer["name"],
             "lr": self.lr,
             **{key: optimizer[key] for key in ("momentum", "nesterov", "weight_decay", "betas", "eps")},
@@ -424,19 +453,28 @@ class Trainer:
             "warmup_steps": self.schedule.warmup_steps,
             "total_steps": self.schedule.total_steps,
             "seed": self.seed,
+            "threads": summary["threads"],
+            "mem_budget": summary.get("mem_budget"),
         }
 
-    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Writes `path`/checkpoint; the checkpoint that was there stays until the new one is durable.
+    def save(self, path: str | os.PathLike[str], keep: int = KEEP, **extra: Any) -> None:
+        """Writes a checkpoint into `path`; those that were there stay until the new one is durable.
+
+        It takes `BUFFER_BYTES` of memory, whatever the size of the model.
 
         Args:
             path: run directory, made if it is missing.
+            keep: how many checkpoints stay, this one included. With one alone, nothing is left to fall back to if the
+                disk damages it.
             extra: JSON-able values that `Checkpoint.state["extra"]` gives back.
 
         Raises:
-            NonFiniteError: a parameter is NaN or infinite; the old checkpoint stays.
-            OSError: the disk is full or not writable; the old checkpoint stays.
+            NonFiniteError: a parameter is NaN or infinite; the old checkpoints stay.
+            OSError: the disk is full or not writable; the newest old checkpoint stays.
+            RunLockedError: another process is training in `path`.
         """
+        if keep < 1:
+            raise UsageError(f"keep must be at least 1 checkpoint, not {keep}")
         specs: dict[str, TensorSpec] = {}
         for name in self._saved:
             specs[name] = TensorSpec(np.dtype("<f4"), tuple(self._parameters[name].shape))
@@ -453,8 +491,21 @@ class Trainer:
             "asked": {name: self._planning[name] for name in ASKED},
             "extra": extra,
         }
-        file = Path(path) / "checkpoint" / "checkpoint.safetensors"
-        write_checkpoint(file, specs, self._read_checkpoint_tensor, state)
+        buffer = np.empty(BUFFER_BYTES // 4, np.float32)
+
+        def parts(name: str) -> Iterator[Array]:
+            if not name.startswith("optimizer/"):
+                return self._session.read_parts(name, None, buffer)
+            _, slot, parameter = name.split("/", 2)
+            return self._session.read_parts(parameter, self._state_names(parameter).index(slot), buffer)
+
+        run = Path(path)
+        make_directory(run)
+        with run_lock(run):
+            write_checkpoint(
+                run / "checkpoint", self.update, specs, parts, state, keep=keep, damaged=self._damaged_checkpoints
+            )
+        self._damaged_checkpoints = ()
 
     @classmethod
     def resume(
@@ -472,6 +523,8 @@ class Trainer:
             BudgetError, BundleError, PlanError, UsageError: as `Trainer`.
         """
         with Checkpoint(path) as checkpoint:
+            for problem in checkpoint.damaged.values():
+                warnings.warn(f"{problem}; going on from {checkpoint.path}", RuntimeWarning, stacklevel=2)
             settings = checkpoint.state.get("settings")
             if not isinstance(settings, dict):
                 raise CheckpointError(f"{checkpoint.path}: has no settings; it is damaged")
@@ -497,10 +550,13 @@ class Trainer:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path}: has no valid step or data position; it is damaged") from error
         for name in self._saved:
-            self._session.write_parameter(name, checkpoint.read(name))
-            for index, slot in enumerate(self._state_names(name)):
-                if f"optimizer/{slot}/{name}" in checkpoint.tensors:  # not if the parameter was frozen then
-                    self._session.write_state(name, index, checkpoint.read(f"optimizer/{slot}/{name}"))
+            stored: list[tuple[int | None, str]] = [(None, name)]
+            stored += [(i, f"optimizer/{slot}/{name}") for i, slot in enumerate(self._state_names(name))]
+            for index, tensor in stored:
+                if index is None or tensor in checkpoint.tensors:  # no state if the parameter was frozen then
+                    shape = checkpoint.spec(tensor).shape
+                    self._session.write_parts(name, index, shape, checkpoint.parts(tensor))
+        self._damaged_checkpoints = tuple(checkpoint.damaged)
         self.update = update
         self.position = (epoch, batch)
         asked = checkpoint.state.get("asked")
@@ -510,12 +566,6 @@ class Trainer:
     def _state_names(self, name: str) -> tuple[str, ...]:
         """Names of a parameter's optimizer state tensors, in slot order."""
         return STATE_NAMES[self.plan.summary["optimizer"]["name"]][: self._parameters[name].states]
-
-    def _read_checkpoint_tensor(self, name: str) -> np.ndarray:
-        if name.startswith("optimizer/"):
-            _, slot, parameter = name.split("/", 2)
-            return self._session.read_state(parameter, self._state_names(parameter).index(slot))
-        return self._session.read_parameter(name)
 
     # ---- Export back, figures ----
 

@@ -1,8 +1,7 @@
 """Front end for torch: ``nn.Module`` → ONNX graph with a symbolic batch dimension and the state dict's names.
 
-``torch.onnx.export(dynamo=True)`` traces the module in eval mode, so batch statistics, stochastic depth and functional
-dropout vanish. ``nn.Dropout`` modules are kept: while tracing, each one calls a custom operator that becomes an ONNX
-Dropout node.
+``torch.onnx.export(dynamo=True)`` traces the module in eval mode, so batch statistics and stochastic depth vanish.
+Dropout is kept (`training_dropout`): while tracing it is a custom operator that becomes an ONNX Dropout node.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_razor.errors import UsageError
+from edge_razor.exporters.multihead import batch_first_attention
+from edge_razor.exporters.training_dropout import mark_probabilities, training_dropout, translations
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
         example_inputs: a tensor, a tuple of tensors, or a mapping from the names of forward()'s arguments to tensors:
             float32, int64 or bool, first dimension = batch (of any size). Whole numbers are indices of an embedding, or
             masks.
-        dropout: keep nn.Dropout for training.
+        dropout: keep dropout for training.
 
     Raises:
         UsageError: an input is no such tensor, a parameter is not float32, or torch cannot
@@ -82,7 +83,8 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
     # A batch of one would be specialized by torch.export; two rows of the same data trace the same graph.
     inputs = tuple(torch.cat([x[:1], x[:1]]) for x in inputs)
     traced = _first_output(model, names) if names or hasattr(model, "config") else model
-    with _eval_mode(model), _without_cache(model), _visible_dropout(model, enabled=dropout), _quiet():
+    visible = training_dropout(model, traced, inputs, enabled=dropout)
+    with _eval_mode(model), _without_cache(model), batch_first_attention(model), visible, _quiet():
         try:
             program = torch.onnx.export(
                 traced,
@@ -91,13 +93,14 @@ def capture(model: torch.nn.Module, example_inputs: Any, *, dropout: bool = True
                 optimize=False,
                 opset_version=OPSET,
                 dynamic_shapes=_dynamic_shapes(traced, len(inputs)),
-                custom_translation_table=_dropout_translation(),
+                custom_translation_table=translations(OPSET),
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
             raise UsageError(f"torch cannot export the model: {_root_cause(error)}") from error
     assert program is not None
     graph = program.model.graph
+    mark_probabilities(graph)
     if traced is not model:
         _unwrap(graph, names or list(inspect.signature(model.forward).parameters))
     state = model.state_dict()
@@ -258,71 +261,6 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
-
-
-@contextlib.contextmanager
-def _visible_dropout(model: torch.nn.Module, *, enabled: bool) -> Iterator[None]:
-    """While active, nn.Dropout modules with p > 0 call ``edge_razor::dropout``, which the trace keeps.
-
-    An instance attribute hides the class's forward method; nothing in the module tree is replaced.
-    """
-    import torch
-
-    patched = []
-    if enabled:
-        for module in model.modules():
-            # Subclasses may mean something else (a user's own schedule), and Dropout2d drops whole channels.
-            if type(module) is torch.nn.Dropout and 0.0 < module.p < 1.0:
-                module.forward = _traced_dropout(module.p)  # type: ignore[method-assign]
-                patched.append(module)
-    try:
-        yield
-    finally:
-        for module in patched:
-            del module.forward
-
-
-def _traced_dropout(ratio: float) -> Any:
-    operator = _dropout_operator()
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return operator(x, ratio)
-
-    return forward
-
-
-_registered: list[Any] = []
-
-
-def _dropout_operator() -> Any:
-    """The custom operator ``edge_razor::dropout(x, ratio)``, registered with torch on first use."""
-    import torch
-
-    if not _registered:
-        # The schema is explicit since torch reads string annotations of this module otherwise.
-        operator = torch.library.custom_op(
-            "edge_razor::dropout",
-            lambda x, ratio: x.clone(),
-            mutates_args=(),
-            schema="(Tensor x, float ratio) -> Tensor",
-        )
-        operator.register_fake(lambda x, ratio: torch.empty_like(x))
-        _registered.append(operator)
-    return _registered[0]
-
-
-def _dropout_translation() -> dict[Any, Any]:
-    import onnxscript
-    import torch
-
-    _dropout_operator()
-    op = onnxscript.values.Opset("", OPSET)
-
-    def dropout(x: Any, ratio: float) -> Any:
-        # training_mode = true keeps constant folding from removing the node.
-        return op.Dropout(x, op.Constant(value_float=ratio), op.Constant(value=ir.tensor(np.array(True))))[0]
-
-    return {torch.ops.edge_razor.dropout.default: dropout}
 
 
 @contextlib.contextmanager

@@ -66,8 +66,9 @@ def export(
         classes: names of the output's classes.
         preprocessing: what `edge-razor train` does with images: ``resize``, ``crop`` (pixels), ``mean``, ``std`` (per
             channel), ``interpolation``; see docs/bundle.md.
-        dropout: keep ``nn.Dropout`` (ONNX: Dropout nodes) for training. Functional dropout, DropPath and stochastic
-            depth are never kept.
+        dropout: keep dropout for training: ``nn.Dropout``, ``F.dropout``, that of attention's probabilities (ONNX:
+            Dropout nodes). DropPath and stochastic depth are never kept. A UserWarning names modules whose dropout
+            cannot be kept, see `training_dropout`.
         tokenizer: tokenizer.json of a language model, or the directory that it is in; goes into the bundle, so that
             `edge-razor train` takes texts.
         buckets: for a model of texts: fewer tokens, for which training graphs are made, too, so that short texts cost

@@ -58,7 +58,7 @@ def _linear(layout: Layout, node: ir.Node) -> None:
 
 
 def _natural(layout: Layout, node: ir.Node) -> None:
-    """Attention, Embedding, Rotary, BatchMatMul, ExpandBatch: every operand as the user's graph has it."""
+    """What reads and writes rows as a linear layer does: every operand as the user's graph has it."""
     rank = len(dims(node.outputs[0]))
     operands: list[ir.Value | None] = [
         None if v is None else layout.in_order(v, tuple(range(len(dims(v))))) for v in node.inputs
@@ -208,6 +208,7 @@ RULES: dict[tuple[str, str], Rule] = {
     (DOMAIN, "Attention"): _natural,
     (DOMAIN, "ExpandBatch"): _natural,
     (DOMAIN, "Embedding"): _natural,
+    (DOMAIN, "SelectPosition"): _natural,
     (DOMAIN, "Rotary"): _natural,
     (DOMAIN, "BatchMatMul"): _natural,
     (DOMAIN, "Dropout"): _any_order,

@@ -84,6 +84,7 @@ ATTENTION = (
     Attribute("ratio", 0.0, "float"),
     Attribute("stream", 0, "int"),
 )
+POSITION = (Attribute("kind", kind="string"), Attribute("number", kind="int"))
 RMS = (Attribute("rms", 0, "int"),)
 DROPOUT = (Attribute("ratio", 0.5, "float"), Attribute("stream", 0, "int"))
 X, Y, DY, DX, W = Operand("X"), Operand("Y"), Operand("dY"), Operand("dX"), Operand("W")
@@ -226,7 +227,7 @@ OPERATORS = (
             _opt("key_mask", "[N,S]"),
             _opt("bias", "[T,S] or [heads,T,S]"),
         ),
-        (Operand("Y", "[N,T,heads·d]"),),
+        (Operand("Y", "[N,T,heads·d]"), KEPT_OUT),
         ATTENTION,
         "per head Y = dropout(P)·V, P = softmax(scale·Q·Kᵀ + bias) over the keys that key_mask (1: look, 0: not) and "
         "causal leave; 0 where they leave none",
@@ -240,10 +241,11 @@ OPERATORS = (
             _opt("key_mask"),
             _opt("bias"),
             DY,
+            Operand("kept", "", KEPT, optional=True),
         ),
         (_opt("dQ"), _opt("dK"), _opt("dV")),
         ATTENTION,
-        "P again from Q and K; gradients of Attention",
+        "gradients of Attention, from what it kept of P, or P again from Q and K",
     ),
     Operator(
         "Embedding",
@@ -258,6 +260,21 @@ OPERATORS = (
         (Operand("G", "[V,C]"),),
         (WEIGHT_SHAPE, Attribute("padding_idx", -1, "int")),
         "sum of the rows of dY by index",
+    ),
+    Operator(
+        "SelectPosition",
+        (Operand("X", "[N,T,C]"), Operand("source", "[N,T]", INDEX)),
+        (Operand("Y", "[N,C]"),),
+        POSITION,
+        "a row of each sample: of the positions whose source (an input) is not `number`, kind = last: the last, or 0; "
+        "kind = count: their number less one, or the last of all",
+    ),
+    Operator(
+        "SelectPositionGrad",
+        (DY, Operand("source", "[N,T]", INDEX)),
+        (DX,),
+        (*POSITION, INPUT_SHAPE),
+        "dY at the position of SelectPosition, 0 elsewhere; input_shape is [T,C]",
     ),
     Operator(
         "BatchMatMul",

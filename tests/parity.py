@@ -1,7 +1,8 @@
-"""One optimizer step in edge-razor and in PyTorch from the same start: how far apart the updates are."""
+"""One optimizer step in edge-razor and in PyTorch from the same start: how far apart the updates are, or gradients."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,3 +176,36 @@ def _train_in_torch(
         update.step()
         losses.append(loss.item())
     return losses, {name: (parameters[name].detach() - start[name]).numpy() for name in trained}
+
+
+def torch_gradients(model: nn.Module, inputs: dict[str, Tensor], target: Tensor) -> tuple[float, dict[str, np.ndarray]]:
+    """In float64, which no rounding hides; in the model's own mode, training or evaluation."""
+    model = copy.deepcopy(model).double()
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        model.config.use_cache = False
+    result = model(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    logits = result if isinstance(result, Tensor) else result.logits
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
+    loss.backward()
+    return loss.item(), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def moves(
+    trainer: edge_razor.Trainer, inputs: dict[str, Tensor], target: Tensor
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Gradients as one step of plain SGD with a learning rate of 1 shows them, without the rounding of parameters:
+    training starts at zero momentum, so that the momentum is the gradient."""
+    loss = trainer.step([v.numpy() for v in inputs.values()], target.numpy())
+    return loss, {name: trainer._session.read_state(name, 0) for name in trainer.trainable}
+
+
+def errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The worst parameter's largest error, as a share of its largest gradient. Keys' biases have a gradient of zero (a
+    constant added to all scores of a query changes nothing): every gradient counts as at least 1e-3 of the largest."""
+    largest = max(float(np.abs(g).max()) for g in expected.values())
+    scores = {
+        name: float(np.abs(found[name] - g).max()) / max(float(np.abs(g).max()), 1e-3 * largest)
+        for name, g in expected.items()
+    }
+    worst = max(scores, key=scores.__getitem__)
+    return scores[worst], worst

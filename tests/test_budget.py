@@ -52,6 +52,7 @@ def v1(limit: int, used: int, inactive: int = 0) -> dict[str, str]:
         (v2(500 * MiB, 300 * MiB), 200 * MiB, 0.1, "left in the memory cgroup /app"),
         (v2(500 * MiB, 300 * MiB, 100 * MiB), 300 * MiB, 0.1, "cgroup /app"),
         (v2(400 * MiB, 100 * MiB, group="app/run"), 300 * MiB, 0.1, "cgroup /app/run"),
+        (v2(500 * MiB, 1 * MiB), 500 * MiB - HELD, 0.1, "cgroup /app"),  # held, but charged to another group
         (v2(5000 * MiB, 300 * MiB), 1000 * MiB, 0.1, "free on the device"),
         (v1(500 * MiB, 300 * MiB, 50 * MiB), 250 * MiB, 0.1, "cgroup /app"),
         (v1(2**63 - 4096, 300 * MiB), 1000 * MiB, 0.1, "free on the device"),

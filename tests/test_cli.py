@@ -158,7 +158,13 @@ def test_train_eval_and_both_exports(
         "sgd",
     ):
         assert text in shown
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "metrics.jsonl", "plan.json", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
+        "checkpoint",
+        "metrics.jsonl",
+        "plan.json",
+        "report.html",
+    ]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines if line["event"] == "step"] == [1, *range(2, 29, 2)]
     epochs = [line for line in lines if line["event"] == "epoch"]

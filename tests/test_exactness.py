@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from edge_razor.bundle import Bundle
+from edge_razor.planner.graph import read_graph
+from edge_razor.planner.search import Search
 from tests.models import FAMILIES
 from tests.parity import compare_step, export_model, randomize_norms
+from tests.planner.conftest import settings
 
 IMAGE, CLASSES = (3, 64, 64), 10
 LOSS_LIMIT, UPDATE_LIMIT = 1e-5, 1e-3
@@ -56,6 +60,20 @@ def test_one_step_at_sparsity_90_equals_the_definition(
     family: str, form: str, bundles: Callable[[str, str], Path]
 ) -> None:
     check(bundles, family, sparsity=0.9, form=form)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_arena_is_within_3_percent_of_the_live_bytes(
+    family: str, sparsity: float, bundles: Callable[[str, str], Path]
+) -> None:
+    """With nothing made again, and with as much as there is."""
+    with Bundle(bundles(family, "all")) as bundle:
+        graph = read_graph(bundle.read_file("training.onnx"), bundle.manifest.raw["output"]["name"])
+    search = Search(graph, settings(batch_size=8))
+    for level in {0, len(search.levels) - 1}:
+        candidate = search.candidate(sparsity, 8, level)
+        assert candidate.accounting.arena <= 1.03 * candidate.peak_live
 
 
 @pytest.mark.parametrize(

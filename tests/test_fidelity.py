@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import edge_razor
 from edge_razor import BudgetError, UsageError
 from edge_razor.bundle import Bundle
 from edge_razor.cli import main
@@ -36,8 +37,7 @@ def torch_gradients(x: np.ndarray, y: np.ndarray, sparsity: float, form: str) ->
     return {name: p.grad.numpy().astype(np.float64) for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("form", ["centered", "plain"])
-@pytest.mark.parametrize("samples", [4, 3])
+@pytest.mark.parametrize(("form", "samples"), [("centered", 4), ("plain", 3)])
 def test_errors_are_those_of_the_definition(bundle: Path, form: str, samples: int) -> None:
     x, y = small_data(samples)
     with Probe(bundle, sparsities=(0.5, 0.9), razor=form, batch_size=4, threads=2) as probe:
@@ -61,7 +61,7 @@ def test_the_probe_changes_no_parameter_and_adds_micro_batches_up(bundle: Path) 
     with Probe(bundle, sparsities=(0.9,), batch_size=128, threads=1) as probe:
         assert probe.plans[0.0].micro_batch == 128
         whole = probe.run(batches)
-        session, stored = probe._sessions[0.0, None], Bundle(bundle)
+        session, stored = probe._memory(), Bundle(bundle)
         for name in session.parameters():
             np.testing.assert_array_equal(session.read_parameter(name), stored.read_tensor(name))
         again = probe.run(batches)
@@ -76,6 +76,36 @@ def test_the_probe_changes_no_parameter_and_adds_micro_batches_up(bundle: Path) 
     for name, sums in whole.parameters.items():
         assert parts.parameters[name][0.9].exact == pytest.approx(sums[0.9].exact, rel=1e-4)
         assert parts.parameters[name][0.9].difference == pytest.approx(sums[0.9].difference, rel=0.05, abs=1e-12)
+
+
+def test_texts_of_two_lengths_are_measured_exactly(tmp_path: Path) -> None:
+    from tests.test_text import make_tokenizer
+    from tests.test_transformers import torch_gradients as of_texts
+    from tests.text_models import MODELS, TOKENS, batch
+
+    model, (inputs, target) = MODELS["mean_pooled"]("sdpa"), batch("mean_pooled", 4)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer.json")
+    path = tmp_path / "texts.razor"
+    edge_razor.export(
+        model,
+        batch("mean_pooled", 2)[0],
+        path,
+        dropout=False,
+        buckets=(12,),
+        classes=list("abcde"),
+        tokenizer=tokenizer,
+    )
+    batches, expected = [], {}
+    for tokens in (12, TOKENS):
+        short = {key: value[:, :tokens] for key, value in inputs.items()}
+        for name, gradient in of_texts(MODELS["mean_pooled"]("sdpa"), short, target)[1].items():
+            expected[name] = expected.get(name, 0.0) + float((gradient.astype(np.float64) ** 2).sum())
+        batches.append(([np.ascontiguousarray(v) for v in short.values()], np.asarray(target)))
+    with Probe(path, sparsities=(0.9,), batch_size=4, threads=2) as probe:
+        result = probe.run(batches)
+    assert result.parameters.keys() == expected.keys()
+    for name, sums in result.parameters.items():
+        assert sums[0.9].exact == pytest.approx(expected[name], rel=2e-3, abs=1e-10), name
 
 
 def test_sums_at_the_edges() -> None:

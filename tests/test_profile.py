@@ -44,8 +44,10 @@ def test_multiply_adds_of_convolutions(kernel: str, rest: list[int], expected: i
 def test_multiply_adds_of_attention() -> None:
     sizes = [2, 5, 7, 6, 3, 4]  # n, t, s, heads, kv_heads, d
     product = 2 * 6 * 5 * 7 * 4
-    assert step_multiply_adds(step("attention", [*sizes, 1, 0, 0])) == 2 * product
-    assert step_multiply_adds(step("attention_grad", [*sizes, 1, 0, 0, 0, 0, 0])) == 5 * product
+    assert step_multiply_adds(step("attention", [*sizes, 1, 0, 0, 0])) == 2 * product
+    assert step_multiply_adds(step("attention_grad", [*sizes, 1, 0, 0, *[0] * 7])) == 5 * product
+    kept = step("attention_grad", [*sizes, 1, 0, 0, *[0] * 6, 3])
+    assert step_multiply_adds(kept) == 4 * product // sizes[2] * 3
 
 
 def test_other_kernels_count_no_multiply_adds() -> None:

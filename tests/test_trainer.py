@@ -197,6 +197,17 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(bundle: Path, tmp_pa
                 assert np.array_equal(resumed.state_dict()[name], array)
 
 
+def test_a_resumed_run_keeps_the_planners_choices(bundle: Path, tmp_path: Path) -> None:
+    with trainer(bundle, sparsity="auto", prefer="fast", mem_budget="400MB") as first:
+        first.step(*batch())
+        first.save(tmp_path)
+        choices = first.plan.summary["choices"]
+    assert choices is not None
+    with Trainer.resume(tmp_path, threads=1, mem_budget="1GB") as resumed:
+        assert resumed.plan.summary["choices"] == choices
+        assert resumed.plan.summary["prefer"] == "fast"
+
+
 def test_a_checkpoint_of_another_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     other = write_linear_bundle(tmp_path / "other.razor", classes=4)
     with trainer(bundle) as t:

@@ -3,7 +3,6 @@ spelling of attention."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 import edge_razor
 from edge_razor.bundle import Bundle
 from edge_razor.errors import UnsupportedOpError, UsageError
+from tests.parity import errors, moves, torch_gradients
+from tests.reference.dropout import SameMasks
 from tests.reference.graph_backward import run_training_graph
 from tests.text_models import CAUSAL, MODELS, TOKENS, VOCABULARY, MeanPooled, batch
 
@@ -38,39 +39,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
     return bundle
 
 
-def torch_gradients(model: nn.Module, inputs: dict[str, Tensor], target: Tensor) -> tuple[float, dict[str, np.ndarray]]:
-    """In float64, which no rounding hides."""
-    model = copy.deepcopy(model).double()
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        model.config.use_cache = False
-    result = model(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
-    logits = result if isinstance(result, Tensor) else result.logits
-    loss = nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
-    loss.backward()
-    return loss.item(), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def moves(
-    trainer: edge_razor.Trainer, inputs: dict[str, Tensor], target: Tensor
-) -> tuple[float, dict[str, np.ndarray]]:
-    """Gradients as one step of plain SGD with a learning rate of 1 shows them, without the rounding of parameters:
-    training starts at zero momentum, so that the momentum is the gradient."""
-    loss = trainer.step([v.numpy() for v in inputs.values()], target.numpy())
-    return loss, {name: trainer._session.read_state(name, 0) for name in trainer.trainable}
-
-
-def errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, str]:
-    """The worst parameter's largest error, as a share of its largest gradient. Keys' biases have a gradient of zero (a
-    constant added to all scores of a query changes nothing): every gradient counts as at least 1e-3 of the largest."""
-    largest = max(float(np.abs(g).max()) for g in expected.values())
-    scores = {
-        name: float(np.abs(found[name] - g).max()) / max(float(np.abs(g).max()), 1e-3 * largest)
-        for name, g in expected.items()
-    }
-    worst = max(scores, key=scores.__getitem__)
-    return scores[worst], worst
-
-
 def trainer_of(bundle: Path, **options: object) -> edge_razor.Trainer:
     settings = {"batch_size": SAMPLES, "sparsity": 0, "lr": 1e-3, "momentum": 0.9, "threads": 2} | options
     return edge_razor.Trainer(bundle, **settings)  # type: ignore[arg-type]
@@ -89,10 +57,52 @@ def test_one_step_at_sparsity_0_equals_pytorch(name: str, attention: str, bundle
     assert error <= 2e-4, f"{worst} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("form", ["centered", "plain"])
-@pytest.mark.parametrize("name", MODELS)
+DROPOUT = {
+    "bert": (MODELS["bert"], {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3}, 8),
+    "gpt2": (MODELS["gpt2"], {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.4}, 7),
+    "vit": (MODELS["vit"], {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3}, 7),
+    "llama": (MODELS["llama"], {"attention_dropout": 0.25}, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("attention", "name", "micro_batch"),
+    [("sdpa", "bert", 5), ("eager", "gpt2", 1), ("sdpa", "vit", 5), ("sdpa", "llama", 5)],
+)
+def test_dropout_of_residuals_and_of_attention_equals_pytorch_with_the_same_masks(
+    attention: str, name: str, micro_batch: int, tmp_path: Path
+) -> None:
+    make, changes, streams = DROPOUT[name]
+    model = make(attention, **changes)
+    inputs, target = batch(name, SAMPLES)
+    loss = "token_cross_entropy" if name in CAUSAL else "cross_entropy"
+    path = edge_razor.export(model, batch(name, 2)[0], tmp_path / "b", loss=loss)
+    masks = SameMasks(seed=2**40 + 9, update=1)
+    with masks.active():
+        wanted, expected = torch_gradients(model.train(), inputs, target)
+    assert masks.stream == streams
+    with trainer_of(path, seed=masks.seed, micro_batch=micro_batch) as trainer:
+        ours, found = moves(trainer, inputs, target)
+        assert ours == pytest.approx(wanted, rel=1e-5)
+        error, worst = errors(found, expected)
+        assert error <= 2e-4, f"{worst} is off by {error:.1e}"
+    with Bundle(path) as bundle:
+        inference = onnx.load_model_from_string(bundle.read_file("inference.onnx")).graph
+    assert not any("Dropout" in node.op_type for node in inference.node)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "attention"),
+    [
+        *((name, form, "recompute") for name in MODELS for form in ("centered", "plain")),
+        *(
+            (name, form, "probabilities")
+            for name, form in (("bert", "plain"), ("llama", "centered"), ("vit", "centered"))
+        ),
+    ],
+)
 def test_one_step_at_sparsity_90_equals_the_definition(
-    name: str, form: str, bundles: Callable[[str, str], Path]
+    name: str, form: str, attention: str, bundles: Callable[[str, str], Path]
 ) -> None:
     """The training graph in float64 with everything kept as design.md defines it. An element on a threshold may fall on
     either side in float32, so single elements may differ, but not the whole."""
@@ -106,8 +116,10 @@ def test_one_step_at_sparsity_90_equals_the_definition(
     for (label, order), value in zip(orders, inputs.values(), strict=True):
         indices = label == "input_ids"
         arrays[label] = np.transpose(value.numpy() if indices else value.numpy().astype(np.float32), order)
-    expected = run_training_graph(model, arrays, target, parameters, sparsity=0.9, form=form)  # type: ignore[arg-type]
-    with trainer_of(path, sparsity=0.9, razor=form) as trainer:
+    expected = run_training_graph(model, arrays, target, parameters, sparsity=0.9, form=form, attention=attention)  # type: ignore[arg-type]
+    with trainer_of(path, sparsity=0.9, razor=form, attention=attention) as trainer:
+        kept = {row["form"] for row in trainer.plan.summary["kept"] if row["operator"] == "Attention"}
+        assert kept == ({"rows"} if attention == "probabilities" else set())
         loss, found = moves(trainer, inputs, target)
     assert loss == pytest.approx(float(expected.loss), rel=1e-5)
     norm = sum(float((g**2).sum()) for g in expected.gradients.values()) ** 0.5

@@ -18,7 +18,7 @@ def _made(kind: type, config: Any, attention: str) -> nn.Module:
     return kind(config).eval()  # type: ignore[no-any-return]
 
 
-def bert(attention: str = "sdpa") -> nn.Module:
+def bert(attention: str = "sdpa", **changes: Any) -> nn.Module:
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -28,11 +28,12 @@ def bert(attention: str = "sdpa") -> nn.Module:
         max_position_embeddings=80,
         num_labels=CLASSES,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.BertForSequenceClassification, config, attention)
 
 
-def distilbert(attention: str = "sdpa") -> nn.Module:
+def distilbert(attention: str = "sdpa", **changes: Any) -> nn.Module:
     config = transformers.DistilBertConfig(
         vocab_size=VOCABULARY,
         dim=32,
@@ -42,11 +43,12 @@ def distilbert(attention: str = "sdpa") -> nn.Module:
         max_position_embeddings=80,
         num_labels=CLASSES,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.DistilBertForSequenceClassification, config, attention)
 
 
-def gpt2(attention: str = "sdpa") -> nn.Module:
+def gpt2(attention: str = "sdpa", **changes: Any) -> nn.Module:
     """Input and output embeddings are one tensor."""
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
@@ -57,11 +59,12 @@ def gpt2(attention: str = "sdpa") -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.GPT2LMHeadModel, config, attention)
 
 
-def llama(attention: str = "sdpa") -> nn.Module:
+def llama(attention: str = "sdpa", **changes: Any) -> nn.Module:
     """Rotary positions, RMSNorm, SwiGLU and grouped-query attention."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -72,13 +75,15 @@ def llama(attention: str = "sdpa") -> nn.Module:
         intermediate_size=64,
         max_position_embeddings=80,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.LlamaForCausalLM, config, attention)
 
 
-def vit(attention: str = "sdpa") -> nn.Module:
+def vit(attention: str = "sdpa", **changes: Any) -> nn.Module:
+    """65 tokens: its mask, which hides nothing, is too large for constant folding."""
     config = transformers.ViTConfig(
-        image_size=32,
+        image_size=64,
         patch_size=8,
         hidden_size=32,
         num_hidden_layers=2,
@@ -86,8 +91,56 @@ def vit(attention: str = "sdpa") -> nn.Module:
         intermediate_size=64,
         num_labels=CLASSES,
         initializer_range=0.2,
+        **changes,
     )
     return _made(transformers.ViTForImageClassification, config, attention)
+
+
+def gpt2_classifier(attention: str = "sdpa", **changes: Any) -> nn.Module:
+    """Classifies by the logits of the last token that is no padding (token 0)."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        n_positions=80,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        num_labels=CLASSES,
+        initializer_range=0.2,
+        **changes,
+    )
+    return _made(transformers.GPT2ForSequenceClassification, config, attention)
+
+
+def llama_classifier(attention: str = "sdpa", **changes: Any) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=80,
+        pad_token_id=3,
+        num_labels=CLASSES,
+        initializer_range=0.2,
+        **changes,
+    )
+    return _made(transformers.LlamaForSequenceClassification, config, attention)
+
+
+class LastToken(nn.Module):
+    """A classifier that finds the last token by the length of its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = torch.relu(self.body(self.table(input_ids)))
+        return self.head(x[torch.arange(x.shape[0]), attention_mask.sum(1) - 1])
 
 
 class MeanPooled(nn.Module):
@@ -124,7 +177,7 @@ def batch(name: str, samples: int, seed: int = 0) -> tuple[dict[str, Tensor], Te
     """(inputs, targets): texts of several lengths, padded behind, targets of padding −100 for causal models."""
     generator = torch.Generator().manual_seed(seed)
     if name == "vit":
-        images = torch.randn(samples, 3, 32, 32, generator=generator)
+        images = torch.randn(samples, 3, 64, 64, generator=generator)
         return {"pixel_values": images}, torch.randint(0, CLASSES, (samples,), generator=generator)
     ids = torch.randint(0, VOCABULARY, (samples, TOKENS), generator=generator)
     mask = torch.ones(samples, TOKENS, dtype=torch.int64)

@@ -181,6 +181,18 @@ def _add_planning(parser: _Parser) -> None:
     )
     add("--harm", type=Path, metavar="FILE", help="harm table of 'fidelity' (default: usual errors of each form)")
     add("--razor", default="centered", choices=("centered", "plain"), help="how they are kept (default centered)")
+    add(
+        "--attention",
+        default="recompute",
+        choices=("recompute", "probabilities"),
+        help="what its backward pass works from: probabilities made again exactly (default), or the largest, kept",
+    )
+    add(
+        "--frozen-weights",
+        default="fp32",
+        choices=("fp32", "bf16", "int8"),
+        help="weights that do not train: read in the bundle (fp32, default), or rounded in memory",
+    )
     add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="default sgd")
     add("--momentum", type=_at_least(float, 0), default=0.9, metavar="M", help="SGD (default 0.9); 0 needs no state")
     parser.add_argument("--nesterov", action=_WrittenFlag, help="SGD: Nesterov momentum")
@@ -234,8 +246,18 @@ def _add_train(parser: _Parser) -> None:
     add("--plan", dest="plan_file", type=Path, metavar="FILE", help="plan of 'plan -o'; fixes batch size to threads")
     add("--spill-dir", type=Path, metavar="DIR", help="let the plan keep tensors in a file there until they are needed")
     flag("--resume", "go on from the checkpoint in the run directory")
-    add("--save-every", type=_COUNT, metavar="STEPS", help="checkpoints beside the one after each epoch")
+    add(
+        "--checkpoint-every",
+        default="10m",
+        metavar="N|TIME",
+        help="steps (500) or time (30s, 5m) between checkpoints, beside the one after each epoch (default 10m)",
+    )
+    add("--keep", type=_COUNT, default=2, metavar="N", help="checkpoints that stay (default 2: one to fall back to)")
     add("--log-every", type=_COUNT, default=10, metavar="STEPS", help="lines of metrics.jsonl (default 10)")
+    add("--nice", type=int, default=0, metavar="N", help="lower the process's priority: 0 to 19 (default 0)")
+    add("--max-cpu", default="100%", metavar="SHARE", help="share of the time spent training: 50%% (default 100%%)")
+    flag("--pause-on-battery", "train only while the machine is plugged in")
+    add("--max-temperature", type=float, metavar="C", help="pause above so many degrees Celsius, until it is 5 cooler")
     flag("--profile", "show time, GFLOP/s and GB/s by kernel, and the slowest steps, at the end")
 
 
@@ -329,7 +351,8 @@ def _info(o: argparse.Namespace) -> None:
 
 
 _PLANNING = (
-    *("batch_size", "sparsity", "razor", "optimizer", "momentum", "nesterov", "weight_decay"),
+    *("batch_size", "sparsity", "razor", "attention", "frozen_weights"),
+    *("optimizer", "momentum", "nesterov", "weight_decay"),
     *("prefer", "allow_freeze", "harm"),
 )
 
@@ -347,15 +370,32 @@ def _plan(o: argparse.Namespace) -> None:
 
 
 def _train(o: argparse.Namespace) -> int:
+    from edge_razor.checkpointing import parse_every
+    from edge_razor.throttle import Throttle, parse_share
+
     from .train import RunOptions, run
 
     names = (*_PLANNING, "lr", "schedule", "warmup_steps", "betas", "eps", "seed")
     settings = {name: getattr(o, name) for name in names}
     out = o.out or Path("runs") / o.bundle.name.removesuffix(".razor")
     data = ("bundle", "data", "mem_budget", "threads", "epochs", "val_split", "flip", "random_crop", "skip_bad")
-    run_names = ("plan_file", "spill_dir", "resume", "save_every", "log_every", "profile")
+    run_names = ("plan_file", "spill_dir", "resume", "keep", "log_every", "profile", "nice")
     options = {name: getattr(o, name) for name in (*data, *run_names)}
-    return run(RunOptions(out=out, settings=settings, given=frozenset(o.given), text=_text(o), **options))
+    throttle = None
+    if {"max_cpu", "pause_on_battery", "max_temperature"} & set(o.given):
+        throttle = Throttle(parse_share(o.max_cpu), o.pause_on_battery, o.max_temperature)
+    every = parse_every(o.checkpoint_every)
+    return run(
+        RunOptions(
+            out=out,
+            settings=settings,
+            given=frozenset(o.given),
+            text=_text(o),
+            checkpoint_every=every,
+            throttle=throttle,
+            **options,
+        )
+    )
 
 
 def _evaluate(o: argparse.Namespace) -> None:

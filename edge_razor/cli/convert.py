@@ -16,6 +16,8 @@ from edge_razor.to_torch import write_state_dict
 from edge_razor.trainer import bundle_of, check_bundle
 from edge_razor.units import format_bytes
 
+from .tables import show_damaged
+
 __all__ = ["to_onnx", "to_peft", "to_torch"]
 
 
@@ -23,6 +25,7 @@ __all__ = ["to_onnx", "to_peft", "to_torch"]
 def _tuned(run: Path, bundle: Path | None) -> Iterator[tuple[Bundle, Callable[[str], np.ndarray]]]:
     """The run's bundle, and a function from a name of its state dict to the tuned tensor."""
     with Checkpoint(run) as checkpoint, Bundle(bundle_of(checkpoint, bundle)) as opened:
+        show_damaged(checkpoint)
         check_bundle(checkpoint, opened)
 
         def stored(name: str) -> np.ndarray:

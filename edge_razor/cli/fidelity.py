@@ -67,6 +67,9 @@ def run(options: FidelityOptions) -> None:
             text=options.text,
         )
     show_text(source)
+    import rich.console  # what prints belongs to the base that the planner is told
+    import rich.table  # noqa: F401
+
     ring = BatchRing(source, options.batch_size)
     loader = Loader(source, np.arange(len(source)), ring, seed=options.seed, shuffle=True)
 
@@ -96,6 +99,7 @@ def run(options: FidelityOptions) -> None:
         print(f"memory of the probe: {format_bytes(probe.predicted_peak_bytes)} planned{cap}")
         with closing(batches()) as feed:
             result = probe.run(islice(feed, wanted), options.seed)
+    print(f"peak resident memory: {format_bytes(peak_rss_bytes())}")
     if options.train_steps is not None:
         result.curves = training_curves(
             options.bundle,
@@ -107,7 +111,6 @@ def run(options: FidelityOptions) -> None:
         )
         note.end()
     _show(result, sparsities if options.sparsities is not None else SHOWN)
-    print(f"peak resident memory: {format_bytes(peak_rss_bytes())}")
     _write(options, result)
 
 

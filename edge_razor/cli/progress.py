@@ -85,7 +85,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:
-            print(text)
+            print(text, flush=True)
 
 
 def _clock(seconds: float) -> str:

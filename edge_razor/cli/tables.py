@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from edge_razor.checkpoint import Checkpoint
     from edge_razor.data import Source
 
-__all__ = ["print_pairs", "print_table", "show_text"]
+__all__ = ["print_pairs", "print_table", "show_damaged", "show_text"]
 
 
 def print_pairs(rows: Sequence[tuple[str, str]]) -> None:
@@ -27,6 +29,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
         print("  ".join(cells).rstrip())
         if number == 0:
             print("  ".join("-" * w for w in widths))
+
+
+def show_damaged(checkpoint: Checkpoint) -> None:
+    """Warns of newer checkpoints that are not whole, on standard error."""
+    for problem in checkpoint.damaged.values():
+        print(f"warning: {problem}; using {checkpoint.path.name}", file=sys.stderr)
 
 
 def show_text(source: Source) -> None:

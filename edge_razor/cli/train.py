@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import platform
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,17 @@ from edge_razor import __version__
 from edge_razor.batches import normalizes
 from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
-from edge_razor.checkpoint import Checkpoint, checkpoint_file
+from edge_razor.checkpoint import BUFFER_BYTES, Checkpoint, checkpoint_files
+from edge_razor.checkpointing import Every
 from edge_razor.data import Augmentation, BatchRing, Loader, Source, open_source, split
 from edge_razor.data.text import TextOptions
 from edge_razor.errors import CheckpointError, MemoryCapError, UsageError
 from edge_razor.fit import Events, FitResult, fit
 from edge_razor.planner import Plan
+from edge_razor.run_lock import run_lock
 from edge_razor.runtime import isa
 from edge_razor.schedule import Schedule
+from edge_razor.throttle import Throttle, be_nice
 from edge_razor.trainer import Trainer, check_bundle
 from edge_razor.units import format_bytes
 
@@ -34,13 +34,12 @@ from .plan import show_accounting
 from .progress import Progress
 from .rebudget import budget_signal
 from .report import write_report
-from .tables import print_table, show_text
+from .stopping import Stop, stop_signals
+from .tables import print_table, show_damaged, show_text
 
 __all__ = ["RunOptions", "run"]
 
 SLOWEST_STEPS = 15  # that --profile lists one by one
-# Signal → exit status, as shells expect: 128 + its number.
-_STOPPING = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +59,12 @@ class RunOptions:
     plan_file: Path | None
     spill_dir: Path | None
     resume: bool
-    save_every: int | None
+    checkpoint_every: Every
+    keep: int
     log_every: int
     profile: bool
+    nice: int
+    throttle: Throttle | None
     text: TextOptions
     settings: dict[str, Any]
     given: frozenset[str]
@@ -80,18 +82,29 @@ class RunOptions:
 
 def run(options: RunOptions) -> int:
     """Returns the exit status: 0, or 128 + signal after an interrupt (the checkpoint is written)."""
-    budget, why = resolve_budget(options.mem_budget)
-    if why is not None:
-        print(f"cap: {why}")
+    be_nice(options.nice)
+    with stop_signals() as stop, ExitStack() as stack:
+        if options.out.is_dir():  # else `fit` makes it, once it is known that there is something to train
+            stack.enter_context(run_lock(options.out))
+        return _run(options, stop)
+
+
+def _run(options: RunOptions, stop: Stop) -> int:
     checkpoint = _checkpoint(options)
     recipe, settings = options.recipe, dict(options.settings)
     if checkpoint is not None:
         recipe, settings = _resumed(options, checkpoint)
+    if options.mem_budget is not None:
+        settings["mem_budget"], why = resolve_budget(options.mem_budget)
+        if why is not None:
+            print(f"cap: {why}")
+    if options.threads is not None:
+        settings["threads"] = options.threads
+    budget = settings.get("mem_budget")
     plan = None if options.plan_file is None else Plan.load(options.plan_file)
     batch_size = plan.batch_size if plan is not None else settings["batch_size"]
     with Bundle(options.bundle) as bundle:
         manifest = bundle.manifest
-        largest_tensor = max((bundle.tensors[n].end - bundle.tensors[n].begin for n in manifest.trainable), default=0)
         if checkpoint is not None:
             check_bundle(checkpoint, bundle)
         source = open_source(
@@ -105,21 +118,26 @@ def run(options: RunOptions) -> int:
             text=options.text,
         )
     show_text(source)
-    training, held_out = split(len(source), recipe["val_split"], settings["seed"])
+    samples = len(source)
+    if checkpoint is not None and samples != checkpoint.state["extra"].get("samples", samples):
+        print(
+            f"warning: {options.data} has {samples} samples, and had {checkpoint.state['extra']['samples']} when the "
+            "run began: which of them are held out, and their order, differ from then",
+            file=sys.stderr,
+        )
+    training, held_out = split(samples, recipe["val_split"], settings["seed"])
     data_bytes = BatchRing.bytes_for(source, batch_size)
     if source.input_dtype == "uint8" and not normalizes(manifest.inputs[0], manifest):
         data_bytes += 2 * 4 * batch_size * prod(source.input_shape)  # x/255 in float32, and its unscaled copy
-    data_bytes += largest_tensor  # a checkpoint copies one at a time
+    data_bytes += BUFFER_BYTES  # a checkpoint passes through it
     steps = -(-len(training) // batch_size) * recipe["epochs"]
     settings["total_steps"] = steps
     Schedule(settings["schedule"], settings["warmup_steps"], steps)
-    if checkpoint is None and checkpoint_file(options.out).is_file() and not options.resume:
+    if checkpoint is None and checkpoint_files(options.out):
         raise UsageError(f"{options.out}: holds a run already; add --resume to go on with it, or choose another --out")
     progress = Progress(steps, budget)  # its libraries belong to the base that the planner is told
     trainer = Trainer(
         options.bundle,
-        mem_budget=budget,
-        threads=options.threads,
         plan=plan,
         data_bytes=data_bytes,
         spill_dir=options.spill_dir,
@@ -139,7 +157,7 @@ def run(options: RunOptions) -> int:
         trainer.data_resident = lambda: ring.bytes
         if options.profile:
             trainer.profile(True)
-        with _stop_flag() as stop, budget_signal() as changes, progress:
+        with stop.gracefully(), budget_signal() as changes, progress:
             progress.start_at(trainer.update)
             result = fit(
                 trainer,
@@ -148,14 +166,21 @@ def run(options: RunOptions) -> int:
                 validation=Loader(source, held_out, ring) if len(held_out) else None,
                 out=options.out,
                 log_every=options.log_every,
-                save_every=options.save_every,
+                checkpoint_every=options.checkpoint_every,
+                keep=options.keep,
+                throttle=options.throttle,
                 events=Events(
                     progress.step,
                     progress.epoch,
+                    on_message=progress.say,
                     between_steps=lambda: changes.apply(trainer, options.out, options.mem_budget, progress),
                     should_stop=lambda: stop.signal is not None,
                 ),
-                extra={"recipe": recipe, "classes": source.classes and list(source.classes)},
+                extra={
+                    "recipe": recipe,
+                    "classes": source.classes and list(source.classes),
+                    "samples": samples,
+                },
             )
         _report(options, trainer, source, result)
         plan, alarm = trainer.plan, result.alarm
@@ -165,18 +190,20 @@ def run(options: RunOptions) -> int:
     if alarm is not None:
         whole = f"the checkpoint in {options.out} is whole, go on with --resume and a larger --mem-budget"
         raise MemoryCapError(f"{alarm}\nstopped between steps; {whole}", alarm.parts)
-    if stop.signal is not None:
+    if result.interrupted and stop.signal is not None:
         print(f"interrupted; the checkpoint in {options.out} is whole, go on with --resume", file=sys.stderr)
-        return _STOPPING[stop.signal]
+        return 128 + stop.signal
     return 0
 
 
 def _checkpoint(options: RunOptions) -> Checkpoint | None:
     if not options.resume:
         return None
-    if not checkpoint_file(options.out).is_file():
+    if not checkpoint_files(options.out):
         raise CheckpointError(f"{options.out}: there is no checkpoint to resume; leave --resume out to start")
-    return Checkpoint(options.out)
+    checkpoint = Checkpoint(options.out)
+    show_damaged(checkpoint)
+    return checkpoint
 
 
 def _resumed(options: RunOptions, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,7 +218,7 @@ def _resumed(options: RunOptions, checkpoint: Checkpoint) -> tuple[dict[str, Any
         raise CheckpointError(f"{checkpoint.path}: was not written by 'edge-razor train'; resume it from Python")
     wanted = {**options.settings, **options.recipe}
     for name, old in {**stored, **recipe}.items():
-        if name not in options.given or name == "epochs":
+        if name not in options.given or name in ("epochs", "threads", "mem_budget"):
             continue
         new = list(wanted[name]) if isinstance(wanted[name], tuple) else wanted[name]
         if name == "sparsity" and new != "auto":
@@ -210,28 +237,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise UsageError(f'--sparsity must be "auto" or a number, not {text!r}') from None
-
-
-class _Stop:
-    signal: signal.Signals | None = None
-
-
-@contextmanager
-def _stop_flag() -> Iterator[_Stop]:
-    """Turns the first SIGINT or SIGTERM into a flag, so that training stops between steps; a second one kills."""
-    stop = _Stop()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = signal.Signals(number)
-
-    previous = {number: signal.signal(number, handle) for number in _STOPPING}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _listed(options: RunOptions, trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +265,11 @@ def _report(options: RunOptions, trainer: Trainer, source: Source, result: FitRe
             print(f"  {name}: {reason}", file=sys.stderr)
     if result.seconds:
         rate = result.samples / result.seconds
-        print(f"{result.steps} steps in {result.seconds:.1f} s, {rate:.1f} samples/s, last loss {result.last_loss:.4f}")
+        paused = f" and {result.paused_seconds:.1f} s of pauses" if result.paused_seconds else ""
+        print(
+            f"{result.steps} steps in {result.seconds:.1f} s{paused}, {rate:.1f} samples/s, "
+            f"last loss {result.last_loss:.4f}"
+        )
     if result.evaluation is not None:
         accuracy = result.evaluation["accuracy"]
         shown = "" if accuracy is None else f", accuracy {accuracy:.2%}"

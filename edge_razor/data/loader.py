@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -142,6 +144,10 @@ class IterableLoader:
             yield from batches
 
 
+class _Life:
+    """Lives as long as a thread."""
+
+
 def _ahead(
     produce: Callable[[Callable[[Any], bool], Callable[[], Any]], None], free: queue.SimpleQueue[Any] | None
 ) -> Generator[Any, None, None]:
@@ -170,18 +176,30 @@ def _ahead(
                 continue
         return None
 
-    def run() -> None:
+    def run(life: _Life) -> None:
         try:
             produce(put, take)
             put(None, "end")
         except BaseException as error:  # handed to the consumer, whatever it is
             put(error, "error")
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, name="edge-razor data", daemon=True)
-    thread.start()
+    # Not threading.Thread: its start() waits for ever if the system refuses the new thread's first 16 KB. Here the
+    # thread's argument dies with it, however it ends.
+    ended = threading.Event()
+    life = _Life()
+    alive = weakref.ref(life)
+    _thread.start_new_thread(run, (life,))
+    del life
     try:
         while True:
-            kind, item = ready.get()
+            try:
+                kind, item = ready.get(timeout=1.0)
+            except queue.Empty:
+                if alive() is None and ready.empty():
+                    raise MemoryError("the thread that reads data could not run") from None
+                continue
             if kind == "end":
                 return
             if kind == "error":
@@ -189,7 +207,8 @@ def _ahead(
             yield item
     finally:
         stopped.set()
-        thread.join()
+        while not ended.wait(0.1) and alive() is not None:
+            pass
         while not ready.empty():  # buffers that were filled in vain go back
             kind, item = ready.get_nowait()
             if free is not None and kind == "item":

@@ -37,6 +37,7 @@ class Accounting:
     growth: int
     data: int
     parameters: int
+    mapped: int
     optimizer_state: int
     accumulators: int
     arena: int
@@ -49,6 +50,7 @@ class Accounting:
             "growth while training": self.growth,
             "data pipeline": self.data,
             "parameters": self.parameters,
+            "frozen weights in the file": self.mapped,
             "optimizer state": self.optimizer_state,
             "gradient accumulators": self.accumulators,
             "arena": self.arena,

@@ -126,9 +126,10 @@ def calibrate(threads: int) -> dict[str, float]:
         rates[f"razor block {name}"] = work / 64 / (fast - value * few)
     sizes = [1, 196, 196, 6, 6, 64, 0, 0, 0]
     tokens = 4 * 196 * 384
-    for kernel, ints, count in (("attention", sizes, 4), ("attention_grad", [*sizes, 0, 0, 0], 7)):
-        given = bench.buffers(*[tokens] * count)
-        operands = [*given[:3], None, None, *given[3:]]
+    # Probabilities are not kept: no values of them, and no operand.
+    for kernel, ints in (("attention", [*sizes, 0]), ("attention_grad", [*sizes, *[0] * 7])):
+        given = bench.buffers(*[tokens] * (4 if kernel == "attention" else 7))
+        operands = [*given[:3], None, None, given[3], None, *given[4:]]
         step = Step(kernel, "", ints, [0.125, 0.0], operands)
         rates[kernel] = step_multiply_adds(step) / bench.seconds(step)
     packing = bench.pack(1, 3136, 96, _SPARSE)

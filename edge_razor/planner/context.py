@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from math import prod
 
@@ -13,7 +14,7 @@ from .graph import Graph, Node
 from .program import KERNELS, Buffer, Step
 from .storage import Storage
 
-__all__ = ["CONV_PERM", "LINEAR_PERM", "Lowering", "Tensor", "collapse", "parameter_perms", "row_major"]
+__all__ = ["CONV_PERM", "LINEAR_PERM", "Lowering", "ParamForm", "Tensor", "collapse", "parameter_perms", "row_major"]
 
 # Runtime dimension d of a parameter is torch dimension perm[d]: OIHW is stored HWIO, Linear [out, in] as [in, out].
 CONV_PERM = (2, 3, 1, 0)
@@ -23,16 +24,29 @@ LINEAR_PERM = (1, 0)
 _WEIGHT_INPUT = {"Conv": 1, "ConvGradInput": 1, "Linear": 1, "LinearGradInput": 1, "ColumnDot": 0}
 
 
+class ParamForm(IntEnum):
+    """How a parameter is stored; the numbers are those of the plan file."""
+
+    FLOAT = 0
+    IN_FILE = 1
+    BF16 = 2
+    INT8 = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A float tensor: `shape` as the graph states it (torch layout for parameters and their gradients).
 
-    `perm` is None for row-major storage in that shape, else the stored order of the dimensions.
+    `perm` is None for row-major storage in that shape, else the stored order of the dimensions. A gradient with
+    `row_capacity` is a row set of so many rows at most (docs/plan-format.md), 0: an ordinary tensor. `form` is a
+    parameter's.
     """
 
     buffer: Buffer
     shape: tuple[int, ...]
     perm: tuple[int, ...] | None = None
+    row_capacity: int = 0
+    form: ParamForm = ParamForm.FLOAT
 
     @property
     def elements(self) -> int:
@@ -88,12 +102,20 @@ class Lowering:
     """Collects the steps of one program while the rules walk the graph."""
 
     def __init__(
-        self, graph: Graph, samples: int, storage: dict[str, Storage], params: dict[str, Tensor], threads: int
+        self,
+        graph: Graph,
+        samples: int,
+        storage: dict[str, Storage],
+        params: dict[str, Tensor],
+        threads: int,
+        row_gradients: frozenset[str] = frozenset(),
     ) -> None:
+        """`row_gradients`: values that are made as row sets."""
         self.graph = graph
         self.samples = samples
         self.storage = storage
         self.threads = threads
+        self.row_gradients = row_gradients
         self.steps: list[Step] = []
         self.tensors: dict[str, Tensor] = dict(params)
         self.kept: dict[str, Buffer] = {}
@@ -115,6 +137,8 @@ class Lowering:
         tensor = self.tensor(node, index)
         if tensor.perm is not None:
             node.fail(f"input {node.input(index)!r} is stored as {list(tensor.perm)}, which this operator cannot read")
+        if tensor.form in (ParamForm.BF16, ParamForm.INT8):
+            node.fail(f"input {node.input(index)!r} is stored in {tensor.form.name}, which this operator cannot read")
         return tensor
 
     def optional(self, node: Node, index: int) -> Buffer | None:
@@ -142,6 +166,8 @@ class Lowering:
     def alias(self, node: Node, source: Tensor) -> None:
         """Output 0 is `source`'s memory, in another shape if its storage is row-major."""
         shape = self.graph.shape(node.output(0), node).at(self.samples)
+        if source.form in (ParamForm.BF16, ParamForm.INT8):
+            node.fail(f"cannot view a parameter that is stored in {source.form.name}")
         if prod(shape) != source.elements or source.perm is not None and shape != source.shape:
             node.fail(f"cannot view shape {list(source.shape)}, stored as {source.perm}, as {list(shape)}")
         self.tensors[node.output(0)] = Tensor(source.buffer, shape, source.perm)

@@ -64,7 +64,10 @@ def step_multiply_adds(step: Step) -> int:
         return batch * m * k * p
     if step.kernel in ("attention", "attention_grad"):
         n, t, s, heads, _, d = step.ints[:6]
-        return (2 if step.kernel == "attention" else 5) * n * heads * t * s * d  # products, QKᵀ again among the five
+        if step.kernel == "attention":
+            return 2 * n * heads * t * s * d
+        keep = step.ints[-1]
+        return 4 * n * heads * t * keep * d if keep else 5 * n * heads * t * s * d  # QKᵀ again among the five
     if not step.kernel.startswith("conv"):
         return 0
     n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = step.ints[:_CONV_SHAPE]

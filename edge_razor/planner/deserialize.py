@@ -15,7 +15,7 @@ __all__ = ["PlanSteps", "read_steps"]
 
 
 # Fields of a parameter, an input and an output, which lie before the steps: "s" is a string, "[x]" a vector.
-_RECORDS = ("sB[Q][B]Q[Q]", "sB[Q][B]QQ[f][f]", "s[Q][B]Q")
+_RECORDS = ("sBB[Q][B]Q[Q]", "sB[Q][B]QQ[f][f]", "s[Q][B]Q")
 
 
 class PlanSteps(NamedTuple):

@@ -100,10 +100,11 @@ def lower_inference(graph: Graph, samples: int, memory: Memory, threads: int) ->
 
 def _walk(graph: Graph, samples: int, storage: dict[str, Storage], memory: Memory, threads: int) -> Lowering:
     params = {
-        name: Tensor(p.buffer, p.shape, None if p.perm == tuple(range(len(p.perm))) else p.perm)
+        name: Tensor(p.buffer, p.shape, None if p.perm == tuple(range(len(p.perm))) else p.perm, form=p.form)
         for name, p in memory.parameters.items()
     }
-    lowering = Lowering(graph, samples, storage, params, threads)
+    by_rows = frozenset(v for p, v in graph.gradients.items() if p in params and memory.parameters[p].row_capacity)
+    lowering = Lowering(graph, samples, storage, params, threads, by_rows)
     for name in graph.inputs:
         lowering.bind_input(name)
     for node in graph.nodes:

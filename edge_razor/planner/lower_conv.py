@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from .context import Lowering, Tensor, weight_perm
+from .context import Lowering, ParamForm, Tensor, weight_perm
 from .graph import Node
 from .program import Buffer
 from .storage import ACTIVATIONS, ActivationKeep, Form, Storage
 
 __all__ = ["RULES"]
+
+_ROWS_FLOAT, _ROWS_BF16, _ROWS_INT8 = 1, 2, 3  # forms of a weight by rows of an output channel
 
 
 def activation(node: Node) -> tuple[int, list[float]]:
@@ -55,11 +57,16 @@ def linear_shape(node: Node, samples: int, x: Sequence[int], w: Sequence[int], y
     return [n, rows, 1, inner, rows, 1, out, 1, 1, 1, 1, 0, 0, 1, 1, 1]
 
 
-def _weight(lowering: Lowering, node: Node, index: int) -> Tensor:
+def _weight(lowering: Lowering, node: Node, index: int) -> tuple[Tensor, list[int]]:
+    """The weight, and what the kernel is told of its form: nothing if it is float32 as trained weights are stored."""
     weight = lowering.tensor(node, index)
+    if weight.form in (ParamForm.BF16, ParamForm.INT8):
+        return weight, [_ROWS_BF16 if weight.form == ParamForm.BF16 else _ROWS_INT8]
+    if weight.form == ParamForm.IN_FILE and weight_perm(node) is not None:
+        return weight, [_ROWS_FLOAT]
     if weight.perm != weight_perm(node):
         node.fail(f"weight {node.input(index)!r} must be a parameter")
-    return weight
+    return weight, []
 
 
 def _shape(lowering: Lowering, node: Node, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> list[int]:
@@ -69,26 +76,25 @@ def _shape(lowering: Lowering, node: Node, x: Sequence[int], w: Sequence[int], y
 
 
 def _forward(lowering: Lowering, node: Node) -> None:
-    x, weight = lowering.plain(node, 0), _weight(lowering, node, 1)
+    x, (weight, form) = lowering.plain(node, 0), _weight(lowering, node, 1)
     y = lowering.output(node)
     shape = _shape(lowering, node, x.shape, weight.shape, y.shape)
     code, bounds = activation(node)
     scale, shift = lowering.vector(node, 2, shape[6]), lowering.vector(node, 3, shape[6])
     kept = lowering.keep(node, 1)
     keep = lowering.storage[node.output(1)].form if kept else ActivationKeep.NOTHING
-    lowering.emit(
-        node, "conv", [*shape, code, int(keep or 0)], bounds, [x.buffer, weight.buffer, scale, shift, y.buffer, kept]
-    )
+    operands = [x.buffer, weight.buffer, scale, shift, y.buffer, kept]
+    lowering.emit(node, "conv", [*shape, code, int(keep or 0), *form], bounds, operands)
 
 
 def _grad_input(lowering: Lowering, node: Node) -> None:
-    dy, weight = lowering.plain(node, 0), _weight(lowering, node, 1)
+    dy, (weight, form) = lowering.plain(node, 0), _weight(lowering, node, 1)
     dx = lowering.output(node)
     shape = _shape(lowering, node, dx.shape, weight.shape, dy.shape)
     scale = lowering.vector(node, 2, shape[6])
     # No activation, no sums, no accumulation yet: that is the schedule's.
     operands = [dy.buffer, weight.buffer, scale, dx.buffer, None, None]
-    lowering.emit(node, "conv_grad_input", [*shape, 0, 0, 0, 0], [0.0, 0.0], operands)
+    lowering.emit(node, "conv_grad_input", [*shape, 0, 0, 0, 0, *form], [0.0, 0.0], operands)
 
 
 def _kept_or_dense(lowering: Lowering, node: Node, index: int) -> tuple[Buffer, Storage | None]:
@@ -195,7 +201,9 @@ def _batch_norm_grad(lowering: Lowering, node: Node) -> None:
 
 
 def _column_dot(lowering: Lowering, node: Node) -> None:
-    weight, gradient, out = _weight(lowering, node, 0), lowering.tensor(node, 1), lowering.output(node)
+    (weight, form), gradient, out = _weight(lowering, node, 0), lowering.tensor(node, 1), lowering.output(node)
+    if form:
+        node.fail(f"weight {node.input(0)!r} is stored by rows, which this operator cannot read")
     if gradient.perm != weight.perm or gradient.shape != weight.shape or weight.elements % out.elements:
         node.fail(f"W {list(weight.shape)}, G {list(gradient.shape)} and output {list(out.shape)} do not fit")
     rows = weight.elements // out.elements

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from math import inf, isfinite, prod
 
-from .context import LINEAR_PERM, Lowering, Tensor, collapse
+from .context import LINEAR_PERM, Lowering, ParamForm, Tensor, collapse
 from .graph import Node
 from .lower_math import broadcast_strides
+from .optimizer import row_set_bytes
 from .program import Buffer
 from .storage import Form
 
 __all__ = ["RULES"]
+
+_TABLE_FORMS = {ParamForm.BF16: 2, ParamForm.INT8: 3}  # of `embedding`; 0 and 1 are float32, as it is and transposed
 
 
 def _used(lowering: Lowering, node: Node, index: int) -> Tensor | None:
@@ -118,14 +121,14 @@ def _attention(lowering: Lowering, node: Node) -> None:
     y = lowering.output(node)
     if y.elements != q.elements:
         node.fail(f"Y {list(y.shape)} must have Q's shape {list(q.shape)}")
-    lowering.emit(node, "attention", ints, floats, [q.buffer, k.buffer, v.buffer, mask, bias, y.buffer])
+    kept = lowering.keep(node, 1)
+    keep = lowering.storage[node.output(1)].keep if kept is not None else 0
+    lowering.emit(node, "attention", [*ints, keep], floats, [q.buffer, k.buffer, v.buffer, mask, bias, y.buffer, kept])
 
 
 def _attention_grad(lowering: Lowering, node: Node) -> None:
     operands = [_kept_or_dense(lowering, node, index) for index in range(3)]
-    forms = [layout[0] for _, layout in operands]
-    if any(form not in (Form.DENSE, Form.BF16) for form in forms):
-        node.fail("Q, K and V are kept as float32 or bf16")
+    forms, keeps = ([layout[i] for _, layout in operands] for i in (0, 4))
     sizes = [(layout[1], layout[2], layout[3]) for _, layout in operands]
     ints, floats, mask, bias = _attention_ints(lowering, node, sizes[0], sizes[1], sizes[2])
     dy = lowering.plain(node, 5)
@@ -133,8 +136,15 @@ def _attention_grad(lowering: Lowering, node: Node) -> None:
     for tensor, size in zip([dy, *outputs], [sizes[0], *sizes], strict=True):
         if tensor is not None and tensor.elements != prod(size):
             node.fail(f"a gradient has shape {list(tensor.shape)}, expected {list(size)}")
-    buffers = [*(buffer for buffer, _ in operands), mask, bias, dy.buffer, *map(_buffer, outputs)]
-    lowering.emit(node, "attention_grad", [*ints, *forms], floats, buffers)
+    kept, keep = None, 0
+    if node.input(6) in lowering.kept:
+        kept, storage = lowering.kept_input(node, 6)
+        n, t, s, heads = ints[:4]
+        if storage.form is not Form.ROWS or (storage.samples, storage.rows, storage.cols) != (n * heads, t, s):
+            node.fail("its probabilities are kept for something else")
+        keep, mask, bias, ints[7] = storage.keep, None, None, 0  # what is masked was never kept
+    buffers = [*(buffer for buffer, _ in operands), mask, bias, dy.buffer, kept, *map(_buffer, outputs)]
+    lowering.emit(node, "attention_grad", [*ints, *forms, *keeps, keep], floats, buffers)
 
 
 def _expand_batch(lowering: Lowering, node: Node) -> None:
@@ -160,6 +170,8 @@ def _table(node: Node, shape: tuple[int, ...], perm: tuple[int, ...] | None) -> 
 def _embedding(lowering: Lowering, node: Node) -> None:
     ids, w, y = lowering.tensor(node, 0), lowering.tensor(node, 1), lowering.output(node)
     table = _table(node, w.shape, w.perm)
+    if w.form in _TABLE_FORMS:
+        table[2] = _TABLE_FORMS[w.form]
     if y.elements != ids.elements * table[1]:
         node.fail(f"rows of {list(w.shape)} by indices {list(ids.shape)} do not give {list(y.shape)}")
     lowering.emit(node, "embedding", [ids.elements, *table], [], [_ids(lowering, node), w.buffer, y.buffer])
@@ -168,12 +180,29 @@ def _embedding(lowering: Lowering, node: Node) -> None:
 def _embedding_grad(lowering: Lowering, node: Node) -> None:
     ids, dy = lowering.tensor(node, 0), lowering.plain(node, 1)
     shape = tuple(node.integers("weight_shape"))
+    if node.output(0) in lowering.row_gradients:
+        _embedding_grad_rows(lowering, node, ids, dy, shape)
+        return
     g = lowering.output(node, perm=_stored_as(lowering, node))
     table = _table(node, g.shape, g.perm)
     if shape != g.shape or dy.elements != ids.elements * table[1]:
         node.fail(f"dY {list(dy.shape)} of indices {list(ids.shape)} does not fit {list(g.shape)}")
     ints = [ids.elements, *table, node.integer("padding_idx", -1)]
     lowering.emit(node, "embedding_grad", ints, [], [_ids(lowering, node), dy.buffer, g.buffer])
+
+
+def _embedding_grad_rows(lowering: Lowering, node: Node, ids: Tensor, dy: Tensor, shape: tuple[int, ...]) -> None:
+    """The gradient as a row set: no buffer as large as the table."""
+    value = node.output(0)
+    stated = lowering.graph.shape(value, node).at(lowering.samples)
+    vocabulary, cols, _ = _table(node, stated, None)
+    if shape != stated or dy.elements != ids.elements * cols:
+        node.fail(f"dY {list(dy.shape)} of indices {list(ids.shape)} does not fit {list(stated)}")
+    capacity = min(ids.elements, vocabulary)
+    rows = Buffer(value, row_set_bytes(vocabulary, cols, capacity))
+    lowering.tensors[value] = Tensor(rows, stated, None, capacity)
+    ints = [ids.elements, vocabulary, cols, capacity, node.integer("padding_idx", -1)]
+    lowering.emit(node, "embedding_grad_rows", ints, [], [_ids(lowering, node), dy.buffer, rows])
 
 
 def _stored_as(lowering: Lowering, node: Node) -> tuple[int, ...] | None:
@@ -214,7 +243,36 @@ def _batch_matmul(lowering: Lowering, node: Node) -> None:
     lowering.emit(node, "batch_matmul", [prod(lead), m, k, p, *trans], [], [a.buffer, b.buffer, y.buffer])
 
 
+def _position(lowering: Lowering, node: Node) -> tuple[Buffer, list[int]]:
+    """The source of SelectPosition, an input of the model, and (kind, number, integer)."""
+    name, kind = node.input(1), node.text("kind", "")
+    if name not in lowering.graph.inputs or name == "target" or kind not in ("last", "count"):
+        node.fail(f"its source {name!r} must be an input of the model, and its kind last or count, not {kind!r}")
+    indices = any(reader.op in ("Embedding", "EmbeddingGrad") for reader in lowering.graph.consumers[name])
+    return lowering.tensor(node, 1).buffer, [int(kind == "count"), node.integer("number"), int(indices)]
+
+
+def _select_position(lowering: Lowering, node: Node) -> None:
+    x, y = lowering.plain(node, 0), lowering.output(node)
+    n, positions, cols = _sizes(node, x)
+    source, choice = _position(lowering, node)
+    if y.elements != n * cols or lowering.tensor(node, 1).elements != n * positions:
+        node.fail(f"cannot select one of {positions} positions from {list(x.shape)} as {list(y.shape)}")
+    lowering.emit(node, "select_position", [n, positions, cols, *choice], [], [x.buffer, source, y.buffer])
+
+
+def _select_position_grad(lowering: Lowering, node: Node) -> None:
+    dy, dx = lowering.plain(node, 0), lowering.output(node)
+    n, positions, cols = _sizes(node, dx)
+    source, choice = _position(lowering, node)
+    if dy.elements != n * cols or lowering.tensor(node, 1).elements != n * positions:
+        node.fail(f"dY {list(dy.shape)} is no position of {list(dx.shape)}")
+    lowering.emit(node, "select_position_grad", [n, positions, cols, *choice], [], [dy.buffer, source, dx.buffer])
+
+
 RULES = {
+    "SelectPosition": _select_position,
+    "SelectPositionGrad": _select_position_grad,
     "BatchMatMul": _batch_matmul,
     "Embedding": _embedding,
     "EmbeddingGrad": _embedding_grad,

@@ -7,11 +7,12 @@ from math import isfinite, prod
 
 from edge_razor.errors import UsageError
 
-from .context import Tensor
-from .graph import Graph
+from .context import ParamForm, Tensor
+from .frozen import stored_bytes
+from .graph import Graph, Node
 from .program import ALIGNMENT, Buffer, Region, Step
 
-__all__ = ["Memory", "Optimizer", "Parameter", "lay_out_parameters", "update_step"]
+__all__ = ["Memory", "Optimizer", "Parameter", "lay_out_parameters", "row_set_bytes", "table_rows", "update_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,11 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter or frozen tensor in the params region, with its state in the state region."""
+    """A parameter or frozen tensor in the params region or the weights file, with its state in the state region.
+
+    `row_capacity`: rows of a table that the gradient of a whole batch may touch, if the gradient is kept as a row set
+    (the accumulator then is one, too); 0: an ordinary gradient.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -56,25 +61,59 @@ class Parameter:
     buffer: Buffer
     states: tuple[Buffer, ...]
     accumulator: Buffer | None
+    row_capacity: int = 0
+    form: ParamForm = ParamForm.FLOAT
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The two regions that do not depend on the schedule."""
+    """The regions that do not depend on the schedule; `mapped_bytes` are those of parameters in the weights file."""
 
     parameters: dict[str, Parameter]
     params_bytes: int
     state_bytes: int
+    mapped_bytes: int
     accumulator_bytes: int  # the part of state_bytes that only micro-batches need
 
 
+def row_set_bytes(rows: int, cols: int, capacity: int) -> int:
+    """Bytes of the gradient of a table [rows, cols] that touches at most `capacity` rows (docs/plan-format.md)."""
+    return -(-4 * rows // ALIGNMENT) * ALIGNMENT + 4 * capacity * cols
+
+
+def table_rows(graph: Graph, perms: dict[str, tuple[int, ...] | None]) -> dict[str, int]:
+    """Tables whose gradient is kept by rows → rows that one sample may touch, fewer than the table has.
+
+    Those whose only use is one embedding: the gradient of a table that is an output layer, too, is dense anyway.
+    """
+    makers: dict[str, Node] = {n.output(0): n for n in graph.nodes if n.op == "EmbeddingGrad"}
+    tables = {}
+    for parameter, value in graph.gradients.items():
+        node, shape = makers.get(value), graph.initializers[parameter].shape
+        if node is None or value in graph.consumers or perms.get(parameter) is not None or len(shape) != 2:
+            continue
+        ids = graph.shape(node.input(0), node).sample_elements
+        if ids < shape[0]:
+            tables[parameter] = ids
+    return tables
+
+
 def lay_out_parameters(
-    graph: Graph, perms: dict[str, tuple[int, ...] | None], optimizer: Optimizer, micro_batches: int
+    graph: Graph,
+    perms: dict[str, tuple[int, ...] | None],
+    optimizer: Optimizer,
+    batch_size: int,
+    micro_batches: int,
+    tables: dict[str, int],
+    forms: dict[str, ParamForm],
 ) -> Memory:
-    """Places every float initializer that the graph uses, in file order, and its optimizer state."""
+    """Places every float initializer that the graph uses, in file order, and its optimizer state.
+
+    `tables` is `table_rows` of the graph of the longest samples, `forms` those of `frozen_forms`.
+    """
     parameters: dict[str, Parameter] = {}
     sizes = {Region.PARAMS: 0, Region.STATE: 0}
-    accumulators = 0
+    accumulators = mapped = 0
 
     def claim(name: str, size: int, region: Region) -> Buffer:
         offset = sizes[region]
@@ -85,30 +124,44 @@ def lay_out_parameters(
         if name not in perms:
             continue
         size = 4 * prod(initializer.shape)
-        trainable = name in graph.gradients
-        buffer = claim(name, size, Region.PARAMS)
+        trainable, form = name in graph.gradients, forms.get(name, ParamForm.FLOAT)
+        if form == ParamForm.IN_FILE:
+            mapped += size
+            buffer = Buffer(name, size, Region.MAPPED, len(parameters))
+        else:
+            buffer = claim(name, stored_bytes(initializer.shape, perms[name], form), Region.PARAMS)
         states: tuple[Buffer, ...] = ()
-        accumulator = None
+        accumulator, row_capacity = None, 0
         if trainable:
+            if name in tables:
+                row_capacity = min(initializer.shape[0], batch_size * tables[name])
             states = tuple(claim(f"state {i} of {name}", size, Region.STATE) for i in range(optimizer.states))
             if optimizer.accumulates(micro_batches):
                 before = sizes[Region.STATE]
-                accumulator = claim(f"accumulator of {name}", size, Region.STATE)
+                added = (
+                    row_set_bytes(initializer.shape[0], initializer.shape[1], row_capacity) if row_capacity else size
+                )
+                accumulator = claim(f"accumulator of {name}", added, Region.STATE)
                 accumulators += sizes[Region.STATE] - before
         perm = perms[name] or tuple(range(len(initializer.shape)))
-        parameters[name] = Parameter(name, initializer.shape, perm, trainable, buffer, states, accumulator)
-    return Memory(parameters, sizes[Region.PARAMS], sizes[Region.STATE], accumulators)
+        parameters[name] = Parameter(
+            name, initializer.shape, perm, trainable, buffer, states, accumulator, row_capacity, form
+        )
+    return Memory(parameters, sizes[Region.PARAMS], sizes[Region.STATE], mapped, accumulators)
 
 
 def update_step(parameter: Parameter, gradient: Tensor, optimizer: Optimizer) -> Step:
     """The step that updates one parameter from its complete gradient."""
-    n = gradient.elements
     label = f"{parameter.name}:update"
+    ints, rows = [gradient.elements], ""
+    if gradient.row_capacity:
+        accumulated = parameter.row_capacity if parameter.accumulator else 0
+        ints, rows = [*parameter.shape, gradient.row_capacity, accumulated], "_rows"
     if optimizer.name == "adamw":
         floats = [*optimizer.betas, optimizer.eps, optimizer.weight_decay]
         operands = [parameter.buffer, gradient.buffer, *parameter.states, parameter.accumulator]
-        return Step("adamw", label, [n], floats, operands, backward=True)
+        return Step(f"adamw{rows}", label, ints, floats, operands, backward=True)
     momentum = parameter.states[0] if parameter.states else None
-    ints, floats = [n, int(optimizer.nesterov)], [optimizer.momentum, optimizer.weight_decay]
+    ints, floats = [*ints, int(optimizer.nesterov)], [optimizer.momentum, optimizer.weight_decay]
     operands = [parameter.buffer, gradient.buffer, momentum, parameter.accumulator]
-    return Step("sgd", label, ints, floats, operands, backward=True)
+    return Step(f"sgd{rows}", label, ints, floats, operands, backward=True)

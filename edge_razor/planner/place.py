@@ -2,8 +2,9 @@
 
 Each buffer is live from its first to its last step; buffers that live at the same time must not overlap. Finding the
 smallest arena is NP-hard; placing buffers one by one, largest first, each into the smallest gap that holds it, comes
-within a few percent of the lower bound (the maximum of live bytes). Several orders are tried, and the buffer that
-ends highest is moved forward in the order while that helps.
+within a few percent of the lower bound (the maximum of live bytes). Beside that order, others are tried: by lifetime,
+and step by step from the fullest (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net
+Inference", 2020); in the best of them the buffer that ends highest is moved forward while that helps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ __all__ = ["Lifetime", "lifetimes", "live_bytes", "place"]
 _NO_GAP = np.iinfo(np.int64).max
 GOOD_ENOUGH = 1.005  # of the lower bound: stop searching
 MAX_ROUNDS = 60
+LARGE = (16, 32)  # a buffer of at least such a part of the lower bound is large
+IMPROVED = 3  # orders, those that begin best
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +64,54 @@ def place(lives: list[Lifetime], enough: int = 0) -> int:
     """Sets every buffer's offset; returns the arena's bytes. The search for a smaller one ends at `enough` bytes."""
     if not lives:
         return 0
-    bound = int(live_bytes(lives).max())
-    good = max(enough, int(bound * GOOD_ENOUGH))
+    live = live_bytes(lives)
+    good = max(enough, int(live.max() * GOOD_ENOUGH))
     sizes = np.array([life.size for life in lives], np.int64)
     starts = np.array([life.start for life in lives], np.int64)
     ends = np.array([life.end for life in lives], np.int64)
     spans = ends - starts + 1
-    best: tuple[int, np.ndarray] | None = None
-    for order in (np.lexsort((starts, -sizes)), np.lexsort((-sizes, -spans)), np.lexsort((starts, -sizes * spans))):
-        offsets, total = _improve(order, sizes, starts, ends, good)
-        if best is None or total < best[0]:
+    fullest = _by_fullest_step(live, spans, starts, ends)
+    orders = [
+        np.lexsort((starts, -sizes)),
+        fullest,
+        # The few large buffers first, so that small ones do not part the room that those need.
+        *(fullest[np.argsort(sizes[fullest] * part < live.max(), kind="stable")] for part in LARGE),
+        np.lexsort((-sizes, -spans)),
+        _by_fullest_step(live, sizes, starts, ends),
+    ]
+    best = (int(sizes.sum()) + 1, starts)
+    begun: list[tuple[int, int]] = []
+    for number, order in enumerate(orders):
+        offsets, total = _best_fit(order, sizes, starts, ends)
+        begun.append((total, number))
+        if total < best[0]:
             best = (total, offsets)
         if total <= good:
             break
-    assert best is not None
+    else:
+        for _, number in sorted(begun)[:IMPROVED]:
+            offsets, total = _improve(orders[number], sizes, starts, ends, good)
+            if total < best[0]:
+                best = (total, offsets)
+            if total <= good:
+                break
     for life, offset in zip(lives, best[1].tolist(), strict=True):
         life.buffer.offset = offset
     return best[0]
+
+
+def _by_fullest_step(live: np.ndarray, first: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Buffers of the fullest step, largest `first` in front, then those of the next fullest that are new, and so on:
+    where memory is short nothing is wasted."""
+    placed = np.zeros(len(starts), bool)
+    order: list[int] = []
+    for step in np.argsort(-live, kind="stable").tolist():
+        new = np.flatnonzero((starts <= step) & (ends >= step) & ~placed)
+        order += new[np.argsort(-first[new], kind="stable")].tolist()
+        placed[new] = True
+        if len(order) == len(starts):
+            break
+    return np.array(order, np.int64)
 
 
 def _improve(

@@ -36,6 +36,7 @@ def plan(
     batch_size: int = 8,
     sparsity: float | str = "auto",
     razor: str = "centered",
+    attention: str = "recompute",
     optimizer: str = "sgd",
     momentum: float = 0.9,
     nesterov: bool = False,
@@ -44,6 +45,7 @@ def plan(
     weight_decay: float = 0.0,
     threads: int | None = None,
     micro_batch: int | None = None,
+    frozen_weights: str = "fp32",
     base_bytes: int | None = None,
     data_bytes: int = 0,
     prefer: str = "balanced",
@@ -60,9 +62,12 @@ def plan(
         batch_size: samples of one optimizer update.
         sparsity: share of each packed value that is dropped, or "auto": chosen for each value.
         razor: "centered" or "plain".
+        attention: "recompute" its probabilities from Q, K and V in the backward pass, or keep the largest
+            "probabilities" of each query, at the same sparsity.
         optimizer, momentum, nesterov, betas, eps, weight_decay: as torch.optim.SGD and AdamW define them.
         threads: worker threads; None: one for each processor that this process may use.
         micro_batch: samples at a time, a divisor of batch_size; None: the largest that fits.
+        frozen_weights: weights that do not train: "fp32" (read in the bundle's file), "bf16" or "int8" (in memory).
         base_bytes: resident bytes of the process that will train, after its imports; None: measured in a fresh process.
         data_bytes: what the data pipeline will hold.
         prefer: "balanced": the least error of the gradient that fits, "exact": none, however slow, or "fast": the least
@@ -98,12 +103,14 @@ def plan(
         sparsity=None if sparsity == "auto" else float(sparsity),
         micro_batch=micro_batch,
         razor=razor,
+        attention=attention,
         optimizer=rule,
         threads=threads,
         process_bytes=measure_base() if base_bytes is None else base_bytes,
         blas_bytes=BLAS_BYTES_PER_THREAD * threads,
         growth_bytes=GROWTH_BYTES,
         data_bytes=data_bytes,
+        frozen_weights=frozen_weights,
         prefer=prefer,
         allow_freeze=allow_freeze,
         harm=table,
@@ -134,8 +141,11 @@ def plan_graph(
     graph = read_graph(training, output["name"])
     interface = read_interface(graph, manifest)
     shorter = {tokens: (read_graph(data, output["name"]), stated) for tokens, (data, stated) in (buckets or {}).items()}
-    perms = _share_parameters([graph, *(other for other, _ in shorter.values())])
-    parts = searches(graph, settings, perms) if choices is None else [_frozen_as(graph, settings, perms, choices)]
+    relatives = [graph, *(other for other, _ in shorter.values())]
+    _share_parameters(relatives)
+    parts = (
+        searches(graph, settings, relatives) if choices is None else [_frozen_as(graph, settings, relatives, choices)]
+    )
     decision = choose(parts, budget) if choices is None else _again(parts[0], choices, budget)
     if decision is None:
         assert budget is not None
@@ -159,7 +169,7 @@ def plan_graph(
 
     plans = {}
     for tokens, (other, stated) in shorter.items():
-        candidate = _alike(Search(other, settings, perms, best.search.frozen), best)
+        candidate = _alike(Search(other, settings, relatives, best.search.frozen), best)
         if candidate.accounting.arena > arena:
             raise BundleError(f"training-{tokens}.onnx needs more memory than training.onnx; export the model again")
         plans[tokens] = encoded(candidate, read_interface(other, stated))
@@ -171,13 +181,11 @@ def plan_graph(
     return Plan(encoded(best, interface), summary | {"slowdown": slowdown}, plans)
 
 
-def _frozen_as(
-    graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None], choices: Mapping[str, Any]
-) -> Search:
+def _frozen_as(graph: Graph, settings: Settings, relatives: Sequence[Graph], choices: Mapping[str, Any]) -> Search:
     frozen = choices.get("frozen", [])
     if not isinstance(frozen, (list, tuple)) or not all(name in graph.gradients for name in frozen):
         raise UsageError("the choices freeze parameters that the model does not train; they belong to another model")
-    return Search(graph, settings, perms, tuple(frozen))
+    return Search(graph, settings, relatives, tuple(frozen))
 
 
 def _again(search: Search, choices: Mapping[str, Any], budget: int | None) -> Decision | None:
@@ -236,15 +244,14 @@ def _alike(search: Search, best: Candidate) -> Candidate:
     return found[0]
 
 
-def _share_parameters(graphs: Sequence[Graph]) -> dict[str, tuple[int, ...] | None]:
-    """Gives every graph the initializers of all, in one order, so that their parameters and states lie alike; returns
-    how they are stored.
+def _share_parameters(graphs: Sequence[Graph]) -> None:
+    """Gives every graph the initializers of all, in one order, so that their parameters and states lie alike.
 
     Raises:
         BundleError: two graphs state one name with different shapes, or train different parameters.
     """
     if len(graphs) == 1:
-        return {}
+        return
     first = graphs[0]
     union: dict[str, Initializer] = {}
     perms: dict[str, tuple[int, ...] | None] = {}
@@ -259,4 +266,3 @@ def _share_parameters(graphs: Sequence[Graph]) -> dict[str, tuple[int, ...] | No
                 raise BundleError(f"the training graphs of the bundle disagree on {name!r}; export the model again")
     for graph in graphs:
         graph.initializers = {**union, **{k: v for k, v in graph.initializers.items() if k not in union}}
-    return perms

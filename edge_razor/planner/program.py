@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["KERNELS", "Buffer", "Places", "Program", "Region", "Signature", "Step", "touches"]
+__all__ = ["ACCUMULATE", "KERNELS", "UPDATES", "Buffer", "Places", "Program", "Region", "Signature", "Step", "touches"]
 
 ALIGNMENT = 64  # bytes; every offset in a plan is a multiple
 
@@ -18,6 +18,7 @@ class Region(IntEnum):
     ARENA = 1
     PARAMS = 2
     STATE = 3
+    MAPPED = 4  # a parameter in the weights file; its offset is its number among the plan's parameters
 
 
 @dataclass(eq=False, slots=True)
@@ -81,10 +82,13 @@ KERNELS: dict[str, Signature] = {
     "softmax_grad": _signature("dY Y dX!", (2, 0)),
     "layer_norm": _signature("X gamma? beta? Y! xhat?! rstd?!"),
     "layer_norm_grad": _signature("xhat dY rstd gamma? dX?! dgamma?! dbeta?!", (4, 1), scratch=True),
-    "attention": _signature("Q K V key_mask? bias? Y!", scratch=True),
-    "attention_grad": _signature("Q K V key_mask? bias? dY dQ?! dK?! dV?!", scratch=True),
+    "attention": _signature("Q K V key_mask? bias? Y! probabilities?!", scratch=True),
+    "attention_grad": _signature("Q K V key_mask? bias? dY probabilities? dQ?! dK?! dV?!", scratch=True),
+    "select_position": _signature("X source Y!"),
+    "select_position_grad": _signature("dY source dX!"),
     "embedding": _signature("ids W Y!"),
     "embedding_grad": _signature("ids dY G!"),
+    "embedding_grad_rows": _signature("ids dY R!"),
     "batch_matmul": _signature("A B Y!"),
     "rotary": _signature("X cos sin Y!", (3, 0)),
     "copy": _signature("src dst!"),
@@ -98,7 +102,11 @@ KERNELS: dict[str, Signature] = {
     "spill_wait": _signature("X"),
     "sgd": _signature("param! grad momentum?! accumulator?!"),
     "adamw": _signature("param! grad m! v! accumulator?!"),
+    "sgd_rows": _signature("param! grad momentum?! accumulator?!"),
+    "adamw_rows": _signature("param! grad m! v! accumulator?!"),
 }
+ACCUMULATE = 19  # the integer of conv_grad_input that says dX += …
+UPDATES = frozenset({"sgd", "adamw", "sgd_rows", "adamw_rows"})  # what they write they read first
 
 
 @dataclass(eq=False, slots=True)
@@ -132,9 +140,9 @@ class Step:
         reads = [
             b for i, b in enumerate(self.operands[: signature.operands]) if b is not None and i not in signature.writes
         ]
-        if self.kernel in ("sgd", "adamw"):
+        if self.kernel in UPDATES:
             reads += self.writes  # updated, not overwritten
-        if self.kernel == "conv_grad_input" and self.ints[-1] and self.operands[3] is not None:
+        if self.kernel == "conv_grad_input" and self.ints[ACCUMULATE] and self.operands[3] is not None:
             reads.append(self.operands[3])
         return reads
 

@@ -211,7 +211,11 @@ class _Repetition:
         # Result of an activation → its pre-activation, where that stays in memory.
         self.before_activation: dict[Buffer, tuple[Step, Buffer]] = {}
         for step in steps:
-            if not step.backward and step.kernel in _KEEPING and step.ints[-1] == ActivationKeep.DENSE:
+            if (
+                not step.backward
+                and step.kernel in _KEEPING
+                and step.ints[_KEEP_INT[step.kernel]] == ActivationKeep.DENSE
+            ):
                 y, kept = step.operands[_KEEPING[step.kernel] - 1], step.operands[_KEEPING[step.kernel]]
                 if y is not None and kept is not None and kept in self.there:
                     self.before_activation[y] = (step, kept)
@@ -285,7 +289,7 @@ class _Repetition:
         _, kept = self.before_activation[y]
         n, _, _, _, oh, ow, oc = step.ints[:7] if step.kernel == "conv" else (step.ints[0], 0, 0, 0, 1, 1, step.ints[1])
         operands = [kept, None, None, self._again(y), None]
-        ints = [n * oh * ow, oc, step.ints[-2], ActivationKeep.NOTHING]
+        ints = [n * oh * ow, oc, step.ints[_KEEP_INT[step.kernel] - 1], ActivationKeep.NOTHING]
         return Step("affine", f"{step.label} again", [int(i) for i in ints], list(step.floats), operands, True)
 
     def _measure(self, step: Step) -> None:
@@ -297,6 +301,7 @@ class _Repetition:
 
 # Operand with what an activation keeps, after its result; the last attribute says how.
 _KEEPING = {"conv": 5, "affine": 4}
+_KEEP_INT = {"conv": 17, "affine": 3}  # the integer that says in what form
 
 
 def _leave_out(step: Step, unread: set[Buffer]) -> None:
@@ -306,4 +311,4 @@ def _leave_out(step: Step, unread: set[Buffer]) -> None:
         if step.operands[index] in unread:
             step.operands[index] = None
             if _KEEPING.get(step.kernel) == index:
-                step.ints[-1] = ActivationKeep.NOTHING
+                step.ints[_KEEP_INT[step.kernel]] = ActivationKeep.NOTHING

@@ -9,6 +9,7 @@ from math import sqrt
 from edge_razor.errors import Advice, BudgetError
 from edge_razor.units import format_bytes
 
+from .context import ParamForm
 from .graph import Graph
 from .search import SPARSITY_GRID, Candidate, Search, Settings, searches, trained_layers
 
@@ -51,7 +52,7 @@ def _changes(search: Search) -> Iterator[tuple[str, Graph, Settings]]:
     if settings.sparsity is not None and settings.sparsity < SPARSITY_GRID[-1] and settings.prefer != "exact":
         yield f"sparsity {SPARSITY_GRID[-1]}", graph, replace(settings, sparsity=SPARSITY_GRID[-1])
     if settings.prefer == "exact":
-        yield "prefer balanced", graph, replace(settings, prefer="balanced", sparsity=None)
+        yield "prefer balanced", graph, replace(settings, prefer="balanced", sparsity=None, attention="recompute")
     if settings.micro_batch is not None and settings.micro_batch > 1:
         yield "micro-batch auto", graph, replace(settings, micro_batch=None)
     if settings.batch_size > 1:
@@ -61,6 +62,8 @@ def _changes(search: Search) -> Iterator[tuple[str, Graph, Settings]]:
     elif settings.optimizer.momentum:
         plain = replace(settings.optimizer, momentum=0.0, nesterov=False)
         yield "momentum 0", graph, replace(settings, optimizer=plain)
+    if settings.frozen_weights != "int8" and any(form != ParamForm.FLOAT for form in search.forms.values()):
+        yield "frozen weights int8", graph, replace(settings, frozen_weights="int8")
     layers = trained_layers(search.whole.restricted(None))
     half = len(layers) // 2
     if settings.allow_freeze < half:

@@ -8,7 +8,7 @@ independently.
 from __future__ import annotations
 
 from .finish import fuse_finish
-from .program import KERNELS, Buffer, Program, Region, Step, touches
+from .program import ACCUMULATE, KERNELS, Buffer, Program, Region, Step, touches
 from .recompute import make_again
 from .spill import spill
 
@@ -64,12 +64,12 @@ def fuse_accumulation(steps: list[Step], gradients: set[Buffer | None]) -> list[
                 continue
             producer = users[made][0]
             before = users[other][:-1]
-            if producer.kernel != "conv_grad_input" or producer.ints[-1] or not before:
+            if producer.kernel != "conv_grad_input" or producer.ints[ACCUMULATE] or not before:
                 continue
             if order[before[-1]] >= order[producer]:
                 continue
             producer.operands[3] = other
-            producer.ints[-1] = 1
+            producer.ints[ACCUMULATE] = 1
             for user in users[total]:
                 user.operands[:] = [other if o is total else o for o in user.operands]
             users[other] = [*before, producer, *(u for u in users.pop(total) if u is not add)]
@@ -95,7 +95,7 @@ def order_weight_gradients(steps: list[Step]) -> list[Step]:
         kept, gradient, made = weight_step.operands[0], weight_step.operands[2], input_step.operands[3]
         assert kept is not None and gradient is not None and made is not None
         k = 0 if any(kept in s.operands for s in steps[max(i, j) + 1 :]) or kept.region != Region.ARENA else kept.bytes
-        g, x = gradient.bytes, 0 if input_step.ints[-1] else made.bytes
+        g, x = gradient.bytes, 0 if input_step.ints[ACCUMULATE] else made.bytes
         sw, sx = (s.scratch.bytes if s.scratch else 0 for s in (weight_step, input_step))
         if max(k + g + sw, g + x + sx) <= k + x + max(sx, g + sw):
             end = _branch_end(steps, j)

@@ -6,7 +6,7 @@ values as exact and all as small as the settings allow. So `Search.smallest` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,13 +15,15 @@ from typing import NamedTuple
 from edge_razor.errors import PlanError, UsageError
 
 from .accounting import Accounting
+from .attention_storage import ATTENTION, keep_probabilities
 from .context import parameter_perms
 from .cost import Rates, program_seconds
+from .frozen import FROZEN_WEIGHTS, frozen_forms
 from .graph import Graph
 from .harm import Fed, HarmModel, HarmTable
 from .live_model import LiveModel
 from .lower import check_operators, lower_inference, lower_training
-from .optimizer import Memory, Optimizer, lay_out_parameters
+from .optimizer import Memory, Optimizer, lay_out_parameters, table_rows
 from .place import Lifetime, lifetimes, live_bytes, place
 from .program import Program
 from .recompute import recompute_levels
@@ -69,13 +71,21 @@ class Settings:
     harm: HarmTable | None = None
     rates: Rates | None = None
     spill: bool = False
+    attention: str = "recompute"
+    frozen_weights: str = "fp32"
 
     def __post_init__(self) -> None:
+        if self.frozen_weights not in FROZEN_WEIGHTS:
+            raise UsageError(f"frozen weights must be {', '.join(FROZEN_WEIGHTS)}, not {self.frozen_weights!r}")
         if self.batch_size < 1 or self.threads < 1 or self.data_bytes < 0 or self.process_bytes < 0:
             raise UsageError(
                 f"batch size {self.batch_size} and threads {self.threads} must be at least 1, "
                 f"data bytes {self.data_bytes} and base bytes {self.process_bytes} at least 0"
             )
+        if self.attention not in ATTENTION:
+            raise UsageError(f"attention must be {' or '.join(ATTENTION)}, not {self.attention!r}")
+        if self.attention == "probabilities" and self.sparsity is None:
+            raise UsageError("attention probabilities are kept at one sparsity for all values: give it, such as 0.9")
         if self.batch_size > 2**20 or self.threads > 1024:
             raise UsageError(f"batch size {self.batch_size} or threads {self.threads} is not sensible")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
@@ -150,6 +160,8 @@ class Candidate:
             storage = search.storage(Structure(micro_batch, level), choices)
         elif storage is None:
             storage = choose_storage(search.graph, micro_batch, sparsity or 0.0, settings.razor)
+        if settings.attention == "probabilities" and sparsity and not level:
+            storage = keep_probabilities(search.graph, storage, micro_batch, sparsity, settings.razor)
         self.storage: dict[str, Storage] = storage
         self.choices: dict[str, Choice] = dict(choices or {})
         self.memory: Memory = search.memory(settings.batch_size // micro_batch)
@@ -209,12 +221,13 @@ class Search:
         self,
         graph: Graph,
         settings: Settings,
-        perms: dict[str, tuple[int, ...] | None] | None = None,
+        relatives: Sequence[Graph] = (),
         frozen: tuple[str, ...] = (),
     ) -> None:
         """
         Args:
-            perms: parameters that shall have a place though this graph does not use them, and how they are stored.
+            relatives: graphs of the same model for other sizes of samples, that of the longest first, with which this
+                one shares parameters and their state: all are laid out alike.
             frozen: parameters that are not trained though the graph has gradients for them.
         """
         if not graph.gradients:
@@ -222,11 +235,15 @@ class Search:
         check_operators(graph)
         self.settings = settings
         self.whole = graph
-        self.perms = perms or {}
         self.frozen = frozen
         self.graph = graph.restricted([p for p in graph.gradients if p not in frozen] if frozen else None)
         self.inference = graph.inference()
-        self.layouts = self.perms | parameter_perms(self.graph) | parameter_perms(self.inference)
+        parts = [part for g in relatives or (graph,) for part in (g.restricted(None), g.inference())]
+        perms: dict[str, tuple[int, ...] | None] = {}
+        for part in parts:
+            perms |= parameter_perms(part)
+        self.forms, self.layouts = frozen_forms(parts, perms, settings.frozen_weights)
+        self.tables = table_rows(parts[0], self.layouts)
         self.rates = settings.rates or Rates.default(settings.threads)
         self.tried = 0
         """Candidates whose need was computed so far."""
@@ -248,7 +265,16 @@ class Search:
     def memory(self, micro_batches: int) -> Memory:
         key = self.settings.optimizer.accumulates(micro_batches)
         if key not in self._memory:
-            self._memory[key] = lay_out_parameters(self.graph, self.layouts, self.settings.optimizer, micro_batches)
+            settings = self.settings
+            self._memory[key] = lay_out_parameters(
+                self.graph,
+                self.layouts,
+                settings.optimizer,
+                settings.batch_size,
+                micro_batches,
+                self.tables,
+                self.forms,
+            )
         return self._memory[key]
 
     def accounting(self, memory: Memory, arena: int) -> Accounting:
@@ -259,6 +285,7 @@ class Search:
             growth=settings.growth_bytes,
             data=settings.data_bytes,
             parameters=memory.params_bytes,
+            mapped=memory.mapped_bytes,
             optimizer_state=memory.state_bytes - memory.accumulator_bytes,
             accumulators=memory.accumulator_bytes,
             arena=arena,
@@ -281,7 +308,7 @@ class Search:
     @cached_property
     def levels(self) -> list[Level]:
         """Nothing, then sets of values to make again, and if allowed what to put into the spill file."""
-        again = recompute_levels(self.graph)
+        again = [frozenset[str](), *filter(None, recompute_levels(self.graph))]
         step = max(1.0, (len(again) - 1) / (MAX_LEVELS - 1))
         levels = [Level("recompute", again[round(i * step)]) for i in range(min(len(again), MAX_LEVELS))]
         if self.settings.spill:
@@ -421,14 +448,14 @@ class Search:
         return best
 
 
-def searches(graph: Graph, settings: Settings, perms: dict[str, tuple[int, ...] | None] | None = None) -> list[Search]:
+def searches(graph: Graph, settings: Settings, relatives: Sequence[Graph] = ()) -> list[Search]:
     """A search for each number of early layers that may stay frozen, none first."""
     layers = trained_layers(graph.restricted(None)) if settings.allow_freeze else []
     allowed = min(settings.allow_freeze, len(layers) - 1) if layers else 0
-    found = [Search(graph, settings, perms)]
+    found = [Search(graph, settings, relatives)]
     for count in sorted({round(allowed * i / MAX_LEVELS) for i in range(1, MAX_LEVELS + 1)} - {0}):
         names = [name for layer in layers[:count] for name in layer]
-        found.append(Search(graph, settings, perms, tuple(names)))
+        found.append(Search(graph, settings, relatives, tuple(names)))
     return found
 
 

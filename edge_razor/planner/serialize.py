@@ -16,7 +16,7 @@ from .program import Buffer, Program, Region, Step
 __all__ = ["HEADER", "MAGIC", "check_header", "encode"]
 
 MAGIC = b"EDGERZR\n"
-VERSION = 3
+VERSION = 4
 HEADER = struct.Struct("<8sIIQ")  # magic, version, crc32 of the payload, payload bytes
 _ABSENT = 2**64 - 1
 
@@ -77,10 +77,10 @@ def encode(
 
     def parameter(p: Any) -> None:
         writer.text(p.name)
-        writer.pack("B", int(p.trainable))
+        writer.pack("BB", int(p.trainable), int(p.form))
         writer.items("Q", p.shape)
         writer.items("B", p.perm)
-        writer.pack("Q", p.buffer.offset)
+        writer.pack("Q", 0 if p.buffer.region == Region.MAPPED else p.buffer.offset)
         writer.items("Q", [s.offset for s in p.states])
 
     writer.each(list(memory.parameters.values()), parameter)

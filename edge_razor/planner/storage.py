@@ -30,6 +30,7 @@ __all__ = [
     "choose_storage",
     "keep_count",
     "kept_values",
+    "packed_storage",
 ]
 
 Place = Literal["memory", "recompute", "spill"]
@@ -44,6 +45,7 @@ class Form(IntEnum):
     BF16 = 1
     RAZOR_PLAIN = 2
     RAZOR_CENTERED = 3
+    ROWS = 4  # of attention's probabilities, the largest of each query
 
 
 class ActivationKeep(IntEnum):
@@ -303,6 +305,11 @@ def _activation(graph: Graph, node: Node, samples: int) -> KeptValue:
     cols = shape.dims[-1]
     rows = shape.sample_elements * samples // cols
     return KeptValue("linear" if activation in PIECEWISE_LINEAR else "smooth", 1, rows, cols, samples)
+
+
+def packed_storage(form: Form, samples: int, rows: int, cols: int, keep: int) -> Storage:
+    """A kept value of this form, with its bytes; `keep` values a sample (of `Form.ROWS`: a row)."""
+    return Storage(form, samples, rows, cols, keep, _packed_bytes(form, samples, rows, cols, keep))
 
 
 @lru_cache(maxsize=65536)

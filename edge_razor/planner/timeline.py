@@ -15,9 +15,9 @@ from .program import ALIGNMENT, KERNELS, Buffer, Region, Step
 
 __all__ = ["KINDS", "Stay", "Timeline", "read_timeline"]
 
-# What a stay holds. "kept" is made by the forward pass and read by the backward pass; "activations" die in the pass
-# that makes them, recomputed ones included.
-KINDS = ("kept", "activations", "gradients", "scratch")
+# What a stay holds. "kept" is made by the forward pass and read by the backward pass; "activations" die in the forward
+# pass; what the backward pass makes from them again is "recomputed".
+KINDS = ("kept", "activations", "recomputed", "gradients", "scratch")
 _LOSSES = frozenset({"cross_entropy", "mse", "bce_logits"})
 
 
@@ -94,7 +94,10 @@ class _Arena:
         from_gradient = (
             step.kernel in _LOSSES or step.kernel == "fill" or any(s.kind == "gradients" for s in reads.values())
         )
-        kind = "gradients" if after_loss and from_gradient else "activations"
+        if after_loss:
+            kind = "gradients" if from_gradient else "recomputed"
+        else:
+            kind = "activations"
         if step.kernel == "spill_read":  # kept in a file until here
             kind = "kept"
         names = KERNELS[step.kernel].names

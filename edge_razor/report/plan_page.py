@@ -23,6 +23,7 @@ _NAMES = {
     "other": "other",
     "kept": "kept for backward",
     "activations": "activations",
+    "recomputed": "activations, made again",
     "gradients": "gradients",
     "scratch": "scratch",
 }
@@ -90,7 +91,7 @@ def memory_section(
     live = timeline.live_bytes()
     steps = len(timeline.labels)
     layers = [Series(_NAMES[c], c, [size] * steps) for c, size in fixed.items() if size]
-    layers += [Series(_NAMES[kind], kind, live[kind]) for kind in KINDS]
+    layers += [Series(_NAMES[kind], kind, live[kind]) for kind in KINDS if any(live[kind])]
     peak = summary["predicted_peak_bytes"]
     rules = [Rule("predicted peak", peak, "plan")]
     if cap is not None:
@@ -164,7 +165,8 @@ def _arena_map(timeline: Timeline, arena_bytes: int, marks: Sequence[tuple[float
             )
         )
     ground = element("rect", {"class": "background", "x": 0, "y": 0, "width": 1000, "height": HEIGHT})
-    named = [Series(_NAMES[kind], kind, ()) for kind in KINDS]
+    present = {stay.kind for stay in timeline.stays}
+    named = [Series(_NAMES[kind], kind, ()) for kind in KINDS if kind in present]
     return chart.shapes([ground, *boxes], named)
 
 

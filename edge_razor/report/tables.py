@@ -18,6 +18,7 @@ ITEM_COLORS = {
     "growth while training": "process",
     "data pipeline": "data",
     "parameters": "parameters",
+    "frozen weights in the file": "parameters",
     "optimizer state": "optimizer",
     "gradient accumulators": "accumulators",
     "arena": "arena",

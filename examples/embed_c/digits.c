@@ -36,7 +36,7 @@ static uint32_t next_random(uint64_t* state) { /* splitmix64, the upper half */
 
 static int32_t draw_digit(uint64_t index, float* image) {
   /* Segments: top, upper left, upper right, middle, lower left, lower right, bottom; x, y, width, height. */
-  static const int segments[7][4] = {{1, 0, 6, 2}, {0, 1, 2, 6},  {6, 1, 2, 6}, {1, 6, 6, 2},
+  static const int segments[7][4] = {{1, 0, 6, 2}, {0, 1, 2, 6}, {6, 1, 2, 6}, {1, 6, 6, 2},
                                      {0, 7, 2, 6}, {6, 7, 2, 6}, {1, 12, 6, 2}};
   static const char* const lit[kClasses] = {"1110111", "0010010", "1011101", "1011011", "0111010",
                                             "1101011", "1101111", "1010010", "1111111", "1111011"};

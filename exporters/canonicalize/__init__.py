@@ -14,13 +14,14 @@ from edge_razor.exporters.canonicalize.activations import canonicalize_activatio
 from edge_razor.exporters.canonicalize.attention import canonicalize_attention, merge_transpositions, remove_nan_guards
 from edge_razor.exporters.canonicalize.axes import canonicalize_axes
 from edge_razor.exporters.canonicalize.convolution import canonicalize_convolutions
-from edge_razor.exporters.canonicalize.dropout import canonicalize_dropout
+from edge_razor.exporters.canonicalize.dropout import canonicalize_dropout, dropout_of_probabilities
 from edge_razor.exporters.canonicalize.elementwise import canonicalize_elementwise
 from edge_razor.exporters.canonicalize.gather import canonicalize_gather, slices_to_split
 from edge_razor.exporters.canonicalize.linear import canonicalize_linear, linear_on_rows
 from edge_razor.exporters.canonicalize.masks import masks_to_float
 from edge_razor.exporters.canonicalize.padding import canonicalize_padding
 from edge_razor.exporters.canonicalize.pooling import canonicalize_pooling
+from edge_razor.exporters.canonicalize.positions import select_positions
 from edge_razor.exporters.canonicalize.reshapes import canonicalize_reshapes
 from edge_razor.exporters.canonicalize.rotary import canonicalize_rotary
 from edge_razor.exporters.canonicalize.supported import check_supported
@@ -35,8 +36,10 @@ __all__ = ["PASSES", "canonicalize"]
 # In order: views first so that patterns meet their neighbours; pooling and convolution before padding, which folds into
 # both.
 PASSES: tuple[Callable[[ir.Model], ir.Model], ...] = (
+    select_positions,
     masks_to_float,
     canonicalize_batch_expansion,
+    dropout_of_probabilities,
     canonicalize_gather,
     remove_nan_guards,
     merge_transpositions,

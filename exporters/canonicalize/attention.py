@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from edge_razor.exporters.canonicalize.dropout import dropout_ratio
 from edge_razor.exporters.canonicalize.heads import HEADS, join_heads, split_heads
 from edge_razor.exporters.graph_edit import (
     DOMAIN,
@@ -190,7 +191,13 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
     assert scores is not None
     if len(dims(scores)) != 4 or softmax.attributes.get_int("axis", -1) % 4 != 3:
         return
-    product = only_consumer(probabilities)
+    product, ratio = only_consumer(probabilities), 0.0
+    if product is not None and product.op_type == "Dropout" and not product.domain:
+        given = dropout_ratio(product)
+        if given is None:
+            return
+        ratio, probabilities = given, product.outputs[0]
+        product = only_consumer(probabilities)
     if product is None or product.op_type != "MatMul" or product.domain or product.inputs[0] is not probabilities:
         return
     masks = Masks()
@@ -234,8 +241,8 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> None:
         "kv_heads": dims(v)[1],
         "scale": factor * more * q_factor * k_factor,
         "causal": causal,
-        "ratio": 0.0,
-        "stream": 0,
+        "ratio": ratio,
+        "stream": 0,  # `canonicalize_dropout` numbers it
     }
     shapes = [(n, t, heads * d)]
     fused = make_node("Attention", [*operands, key, bias], attributes, domain=DOMAIN, shapes=shapes, like=product)

@@ -1,4 +1,5 @@
-"""What a model computes from its integer inputs alone (attention masks, position indices, lengths) → one spelling.
+"""What a model computes from its integer inputs and the shapes of its inputs alone (attention masks, position indices,
+lengths) → one spelling.
 
 Such chains of Gather, Range, comparison, Where, … differ from library to library and from release to release, but there
 are few things that they can mean. So they are recognized by what they compute: each chain is evaluated for several
@@ -24,6 +25,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from edge_razor.errors import UnsupportedOpError
+from edge_razor.exporters.canonicalize.positions import recognize_position, refuse_position, rewrite_position
 from edge_razor.exporters.graph_edit import bypass, constant, is_parameter, remove_dead
 
 Array = np.ndarray
@@ -32,6 +34,7 @@ INTEGER = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 _NUMPY = {ir.DataType.INT64: np.int64, ir.DataType.INT32: np.int32, ir.DataType.BOOL: np.bool_}
 _BATCHES = (3, 3, 3, 3, 3, 5)  # of the trial inputs; two sizes tell the batch dimension from others
 _NONE, _ALL = 0, 1  # the trials in which every mask is 0, and 1
+_MASK_DIMENSIONS = 3
 _MASKED = -1e4  # what is added to a score that shall not count is below this; BERT's own code uses −10,000
 
 
@@ -48,16 +51,26 @@ def resolve_masks(model: ir.Model) -> ir.Model:
     """
     graph = model.graph
     inputs = index_inputs(graph)
-    if not inputs:
-        return model
     dependent = _dependent(graph, inputs)
     frontier = [value for value in dependent if any(_outside(use.node, dependent) for use in value.uses())]
     frontier = [value for value in frontier if value not in inputs]
     if not frontier:
         return model
-    trials = list(_trials(inputs, _numbers(dependent)))
-    results = _evaluate(model, frontier, trials)
+    numbers = _numbers(dependent)
+    trials = list(_trials(graph, inputs, numbers))
+    try:
+        results = _evaluate(model, frontier, trials)
+    except UnsupportedOpError:
+        if inputs:
+            raise
+        return model
     for value, found in zip(frontier, results, strict=True):
+        if not inputs and found[0].ndim < _MASK_DIMENSIONS:
+            continue  # shape arithmetic, which `resolve_shapes` folds
+        position = recognize_position(found, {v: [_mask(v, trial) for trial in trials] for v in inputs}, numbers)
+        if position is not None and rewrite_position(graph, value, position):
+            continue
+        refuse_position(value)
         rewrite = _recognize(graph, inputs, trials, found)
         if rewrite is not None:
             _replace(graph, value, rewrite, ir.DataType.from_numpy(found[0].dtype))
@@ -66,11 +79,14 @@ def resolve_masks(model: ir.Model) -> ir.Model:
 
 
 def _dependent(graph: ir.Graph, inputs: list[ir.Value]) -> dict[ir.Value, None]:
-    """Values that the integer inputs and constants alone determine, constants left out; in order."""
+    """Values that the integer inputs, shapes of inputs and constants alone determine, constants left out; in order."""
     dependent: dict[ir.Value, None] = dict.fromkeys(inputs)
     fixed: set[ir.Value] = set()
     for node in graph:
         operands = [value for value in node.inputs if value is not None]
+        if node.op_type == "Shape" and operands and operands[0].is_graph_input():
+            dependent.update(dict.fromkeys(node.outputs))
+            continue
         known = all(v in dependent or v in fixed or _is_fixed(v) for v in operands)
         if not known or node.domain or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
             continue
@@ -98,7 +114,7 @@ def masks_to_float(model: ir.Model) -> ir.Model:
         users = [use.node for use in value.uses()]
         if any(node.op_type == "Gather" for node in users):
             for node in users:
-                if node.op_type != "Gather":
+                if node.op_type not in ("Gather", "SelectPosition"):
                     node.meta["why"] = f"input {value.name} indexes a table; a mask must be an input of its own"
             value.type = ir.TensorType(ir.DataType.INT64)
             continue
@@ -132,22 +148,27 @@ def _numbers(dependent: dict[ir.Value, None]) -> list[int]:
     return sorted(found)
 
 
-def _trials(inputs: list[ir.Value], numbers: list[int]) -> Iterator[Trial]:
+def _trials(graph: ir.Graph, inputs: list[ir.Value], numbers: list[int]) -> Iterator[Trial]:
     """Inputs of 0 and 1, as masks have them. Indices of a table are random rows of it, and half of them ``numbers``:
-    what happens to one token alone must not look like a constant."""
+    what happens to one token alone must not look like a constant. Of other inputs only the shape matters."""
     rng = np.random.default_rng(0)
     sizes = {v: [size for use in v.uses() if (size := _rows(use.node, use.idx))] for v in inputs}
     tables = {v: min(found) for v, found in sizes.items() if found}
     for number, samples in enumerate(_BATCHES):
         arrays: dict[str, Array] = {}
-        for value in inputs:
+        for value in graph.inputs:
             shape = (samples, *(int(d) for d in list(value.shape or [])[1:] if isinstance(d, int)))
+            if value not in inputs:
+                arrays[str(value.name)] = np.zeros(shape, np.float32)
+                continue
             size = shape[-1] if len(shape) > 1 else 1
             if value in tables:
                 data = rng.integers(0, tables[value], shape)
                 special = [n for n in numbers if 0 <= n < tables[value]]
                 if special:
                     data = np.where(rng.random(shape) < 0.5, rng.choice(special, shape), data)
+                if special and number == _NONE:  # nothing but padding
+                    data[...] = np.resize(special, samples).reshape(-1, *(1,) * (len(shape) - 1))
             elif number in (_NONE, _ALL):
                 data = np.full(shape, number, np.int64)
             elif number in (2, 3):  # padded behind, padded before

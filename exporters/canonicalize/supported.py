@@ -11,7 +11,8 @@ _STANDARD = (
     "Add Sub Mul Div Neg Concat Split Slice Transpose Pad Reshape Softmax ReduceMean ReduceSum BatchNormalization"
 ).split()
 _RAZOR = (
-    "Conv Linear Affine MaxPool AveragePool Dropout LayerNorm Attention ExpandBatch Embedding Rotary BatchMatMul"
+    "Conv Linear Affine MaxPool AveragePool Dropout LayerNorm Attention ExpandBatch Embedding Rotary BatchMatMul "
+    "SelectPosition"
 ).split()
 
 

@@ -21,6 +21,7 @@ RULES: dict[tuple[str, str], GradientRule] = {
     (DOMAIN, "Attention"): transformer.attention,
     (DOMAIN, "ExpandBatch"): transformer.expand_batch,
     (DOMAIN, "Embedding"): transformer.embedding,
+    (DOMAIN, "SelectPosition"): transformer.select_position,
     (DOMAIN, "Rotary"): transformer.rotary,
     (DOMAIN, "BatchMatMul"): transformer.batch_matmul,
     (DOMAIN, "MaxPool"): pool.max_pool,

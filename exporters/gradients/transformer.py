@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from edge_razor.exporters.gradients.tape import Tape
-from edge_razor.exporters.graph_edit import AttributeValue, dims, integer, number
+from edge_razor.exporters.graph_edit import AttributeValue, dims, integer, number, text
 
 Gradients = Sequence[ir.Value | None]
 
@@ -33,7 +33,7 @@ def layer_norm(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
 
 
 def attention(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
-    """Y = softmax(scale·Q·Kᵀ + bias)·V; the probabilities are made again from Q and K."""
+    """Y = softmax(scale·Q·Kᵀ + bias)·V; the probabilities are made again from Q and K, or the planner keeps some."""
     q, k, v, key_mask, bias = [*node.inputs, None, None][:5]
     wanted = [x if tape.needs(x) else None for x in (q, k, v)]
     attributes: dict[str, AttributeValue] = {
@@ -42,7 +42,7 @@ def attention(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
     }
     gradients = tape.emit_many(
         "AttentionGrad",
-        [q, k, v, key_mask, bias, dys[0]],
+        [q, k, v, key_mask, bias, dys[0], tape.kept(node, "probabilities")],
         [dims(x) for x in (q, k, v) if x is not None],
         attributes,
         names=["" if x is None else f"d/{x.name}" for x in wanted],
@@ -60,6 +60,18 @@ def embedding(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
         "padding_idx": integer(node, "padding_idx", -1),
     }
     return None, tape.emit("EmbeddingGrad", [ids, dy], dims(w), attributes, name=f"d/{w.name}")
+
+
+def select_position(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:
+    """Y = one position of X[N, T, C]: dX is dY there, and 0 elsewhere."""
+    x, source = node.inputs
+    assert x is not None
+    attributes: dict[str, AttributeValue] = {
+        "kind": text(node, "kind", "last"),
+        "number": integer(node, "number", 0),
+        "input_shape": list(dims(x)[1:]),
+    }
+    return tape.emit("SelectPositionGrad", [dys[0], source], dims(x), attributes, name=f"d/{x.name}"), None
 
 
 def rotary(tape: Tape, node: ir.Node, dys: Gradients) -> Gradients:

@@ -67,12 +67,14 @@
  *   contiguous, row-major, aligned to their elements. "The user's layout" is PyTorch's: NCHW images, OIHW and [out, in]
  *   weights.
  *
- * - Ownership: the caller owns everything that it passes in; nothing is kept after a call, paths and the plan included.
+ * - Ownership: the caller owns everything that it passes in; nothing is kept after a call, paths and the plan included,
+ *   but a weights file stays open and mapped if the plan reads frozen parameters there.
  *   Names in er_tensor_info and er_profile_entry belong to the session and live as long as it does.
  *
  * - Memory: er_session_create maps `arena_bytes`, `params_bytes` and `state_bytes` of er_info, zeroed, which become
  *   resident as they are touched, and builds the plan's tables. Nothing is allocated after that and er_spill_open,
- *   except for the time of a call the header of a weights or checkpoint file.
+ *   except for the time of a call the header of a weights or checkpoint file, and memory for a frozen parameter of the
+ *   weights file that is written, or lies there unaligned.
  *
  * - Errors: every call returns a status; er_last_error() says in one line what is wrong, of which tensor or file. No
  *   call throws, aborts or prints. A plan, a weights file or a checkpoint from anywhere may be passed: what is damaged,
@@ -164,12 +166,15 @@ ER_API er_status er_output_info(const er_session* session, uint32_t index, er_te
 typedef struct er_resident {
   uint64_t arena, params, state;
 } er_resident;
-/* How many bytes of the session's memory are resident now: those that were touched and are not swapped out. */
+/* How many bytes of the session's memory are resident now: those that were touched and are not swapped out. Pages of a
+ * weights file that is read in place are not among them. */
 ER_API er_status er_session_resident(const er_session* session, er_resident* resident);
 
 /* ---- Parameters and optimizer state ---- */
 
-/* Copies a parameter in or out, torch layout; elements must match. */
+/* Copies a parameter in or out, torch layout; elements must match. Writing one that the plan has in the weights file
+ * gives it memory of its own, which the plan does not count; one that the plan stores in bf16 or int8 is rounded to
+ * that. */
 ER_API er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements);
 ER_API er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements);
 /* Copies optimizer state tensor `slot` of a parameter in or out, torch layout. */
@@ -177,10 +182,24 @@ ER_API er_status er_state_write(er_session* session, uint32_t index, uint32_t sl
                                 uint64_t elements);
 ER_API er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data,
                                uint64_t elements);
+/* Copies elements first … first + elements − 1 (torch order) of a parameter, or of its optimizer state tensor `slot`;
+ * slot = ER_PARAMETER means the parameter itself. So a file is written and read through a buffer of any size. A frozen
+ * parameter that is not float32 in memory can be read so, but is only written whole (er_param_write). */
+#define ER_PARAMETER 0xffffffffu
+ER_API er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
+                                uint64_t elements);
+ER_API er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
+                               uint64_t elements);
 /* Reads all parameters from, or writes them to, a safetensors file. Loading needs every parameter, float32, of the
- * right shape; other tensors are ignored; nothing is changed unless all are there. Saving is durable, like
- * er_checkpoint_save. */
+ * right shape; other tensors are ignored; nothing is changed unless all are there. Parameters that the plan has in the
+ * weights file are mapped read-only and read there from then on: the file must stay as it is (replacing it by a rename
+ * is fine). A step or prediction after its size or modification time has changed fails with ER_BAD_FILE; cutting it
+ * short while a step runs kills the process (SIGBUS). Saving is durable, like er_checkpoint_save, and may replace the
+ * file that was loaded. */
 ER_API er_status er_weights_load(er_session* session, const char* path);
+/* The same for a safetensors file that lies in another: `bytes` bytes from `offset` on, such as a stored zip member. If
+ * its tensors are not aligned to 4 bytes there, they are copied to memory instead of being read in place. */
+ER_API er_status er_weights_load_at(er_session* session, const char* path, uint64_t offset, uint64_t bytes);
 ER_API er_status er_weights_save(const er_session* session, const char* path);
 
 /* ---- Training, evaluation, prediction ---- */
@@ -261,8 +280,8 @@ ER_API er_status er_profile_read(const er_session* session, uint32_t index, er_p
 
 /* ---- For planners, tests and tools ---- */
 
-/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. 0 if
- * the arguments are invalid. */
+/* Size of a kept tensor. form: 0 dense float32, 1 bf16, 2 razor plain, 3 razor centered; keep: values a sample. Form 4
+ * is a matrix [rows, cols] a sample of which each row keeps `keep` values. 0 if the arguments are invalid. */
 ER_API uint64_t er_packed_bytes(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep);
 /* Writes the dense tensor that a kept tensor stands for. */
 ER_API er_status er_unpack(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep,

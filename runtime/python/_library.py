@@ -14,6 +14,7 @@ from edge_razor.errors import BundleError, EdgeRazorError, NonFiniteError, PlanE
 
 ABI_VERSION = 1
 MAX_RANK = 8
+PARAMETER = 0xFFFFFFFF  # ER_PARAMETER: instead of an optimizer state slot
 LIBRARY_NAME = {"darwin": "libedge_razor.dylib", "win32": "edge_razor.dll"}.get(sys.platform, "libedge_razor.so")
 
 i64, u32, u64, size_t, f32, f64 = (
@@ -132,7 +133,10 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_param_read": (u32, _copy),
     "er_state_write": (u32, _copy_state),
     "er_state_read": (u32, _copy_state),
+    "er_range_write": (u32, (void_p, u32, u32, u64, void_p, u64)),
+    "er_range_read": (u32, (void_p, u32, u32, u64, void_p, u64)),
     "er_weights_load": (u32, (void_p, char_p)),
+    "er_weights_load_at": (u32, (void_p, char_p, u64, u64)),
     "er_weights_save": (u32, (void_p, char_p)),
     "er_train_step": (u32, (void_p, POINTER(CArray), u32, f32, u64, u64, POINTER(f32))),
     "er_predict": (u32, (void_p, POINTER(CArray), u64, POINTER(void_p))),
@@ -227,7 +231,7 @@ _ERRORS: dict[int, type[Exception]] = {
     1: UsageError,
     2: PlanError,
     3: BundleError,
-    4: EdgeRazorError,
+    4: MemoryError,
     5: NonFiniteError,
     6: OSError,
 }
@@ -237,7 +241,7 @@ def check(status: int) -> None:
     """Raises what a status other than ``ER_OK`` stands for, with the library's message.
 
     Raises:
-        UsageError, PlanError, BundleError, NonFiniteError, EdgeRazorError (out of memory), OSError (I/O).
+        UsageError, PlanError, BundleError, NonFiniteError, MemoryError, OSError (I/O).
     """
     if status:
         message = library().er_last_error().decode("utf-8", "replace")

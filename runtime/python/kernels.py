@@ -91,7 +91,8 @@ def kernel_scratch(name: str, ints: Sequence[int], floats: Sequence[float] = (),
 
 
 def packed_bytes(form: int, samples: int, rows: int, cols: int, keep: int) -> int:
-    """Bytes of a kept tensor (form 0 float32, 1 bf16, 2 razor plain, 3 razor centered; keep = values a sample).
+    """Bytes of a kept tensor (form 0 float32, 1 bf16, 2 razor plain, 3 razor centered; keep = values a sample; form 4
+    keeps as many of each row as `keep` says).
 
     Raises:
         UsageError: the arguments are not valid.

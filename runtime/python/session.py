@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 
@@ -12,7 +13,18 @@ import numpy as np
 
 from edge_razor.errors import UsageError
 
-from ._library import CArray, CEvaluation, CInfo, CProfileEntry, CResident, CSpillInfo, CTensorInfo, check, library
+from ._library import (
+    PARAMETER,
+    CArray,
+    CEvaluation,
+    CInfo,
+    CProfileEntry,
+    CResident,
+    CSpillInfo,
+    CTensorInfo,
+    check,
+    library,
+)
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.int32)}
 USER_BYTES = 65536  # of a caller's own in a checkpoint
@@ -108,7 +120,7 @@ class Session:
 
     Raises:
         PlanError: the plan is truncated, altered, of another version, or inconsistent.
-        EdgeRazorError: memory or threads cannot be had.
+        MemoryError: memory or threads cannot be had.
         OSError: the spill file cannot be made, or the disk has no room for it.
     """
 
@@ -208,15 +220,68 @@ class Session:
         value = self._tensor(parameter, value)
         check(self._library.er_state_write(self._open(), parameter.index, slot, value.ctypes.data, value.size))
 
-    def load_weights(self, path: str | os.PathLike[str]) -> None:
+    def read_parts(self, name: str, slot: int | None, buffer: np.ndarray) -> Iterator[np.ndarray]:
+        """A parameter (slot None) or its optimizer state tensor ``slot``, part by part in torch's order.
+
+        Args:
+            buffer: float32 [n], n ≥ 1. What is yielded lies in it, and holds until the next part is asked for.
+
+        Raises:
+            UsageError: there is no such parameter or slot.
+        """
+        parameter = self._find(name, slot)
+        total = math.prod(parameter.shape)
+        code = PARAMETER if slot is None else slot
+        for first in range(0, total, buffer.size):
+            part = buffer[: total - first]
+            check(self._library.er_range_read(self._open(), parameter.index, code, first, part.ctypes.data, part.size))
+            yield part
+
+    def write_parts(self, name: str, slot: int | None, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+        """Replaces a parameter (slot None) or its optimizer state tensor ``slot`` by a tensor of ``shape`` in parts,
+        float32, in torch's order.
+
+        Raises:
+            UsageError: there is no such parameter or slot, or it has another shape, or the parts are more or fewer.
+        """
+        parameter = self._find(name, slot)
+        if shape != parameter.shape:
+            raise UsageError(f"parameter '{name}' is float32 {parameter.shape}, not {shape}")
+        if (
+            slot is None and not parameter.trainable
+        ):  # its scales, or its copy of what lies in a file, belong to the whole
+            whole = np.concatenate([np.ravel(np.array(part)) for part in parts] or [np.empty(0, np.float32)])
+            return self.write_parameter(name, whole.reshape(shape))
+        first, total = 0, math.prod(shape)
+        code = PARAMETER if slot is None else slot
+        for given in parts:
+            if given.dtype != np.float32:
+                raise UsageError(f"parameter '{name}' is float32 {shape}, not {given.dtype}")
+            part = np.ascontiguousarray(given)
+            check(self._library.er_range_write(self._open(), parameter.index, code, first, part.ctypes.data, part.size))
+            first += part.size
+        if first != total:
+            raise UsageError(f"parameter '{name}' has {total} elements, not {first}")
+
+    def load_weights(self, path: str | os.PathLike[str], start: int = 0, size: int | None = None) -> None:
         """Reads every parameter from a safetensors file, 64 KB at a time; other tensors in it are ignored.
+
+        Parameters that the plan has in the weights file are mapped read-only and read there from then on, so it must
+        stay as it is. (Replacing it by a rename is fine.) A step or prediction after its size or modification time has
+        changed raises BundleError.
+
+        Args:
+            path: the file.
+            start, size: bytes of it that are the safetensors file (a stored zip member); None: to the end. If its
+                tensors are not aligned to 4 bytes there, they are copied instead of mapped.
 
         Raises:
             BundleError: the file is damaged, or lacks a parameter, or has it in another shape or dtype. No parameter
                 has changed, unless the file was cut short while it was read.
             OSError: it cannot be read.
         """
-        check(self._library.er_weights_load(self._open(), os.fsencode(path)))
+        size = 2**64 - 1 if size is None else size
+        check(self._library.er_weights_load_at(self._open(), os.fsencode(path), start, size))
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Writes every parameter to a safetensors file, durably; a file that was there stays until then.

@@ -44,6 +44,22 @@ er_status check_state(const er_session* session, uint32_t index, uint32_t slot, 
   return ER_OK;
 }
 
+// Checks the arguments of the calls that copy a part of one tensor.
+er_status check_range(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, const void* data,
+                      uint64_t elements) {
+  if (!session || !data) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const std::vector<PlanParam>& params = session->plan().params;
+  if (index >= params.size()) return no_item("parameter", index, params.size());
+  const PlanParam& param = params[index];
+  if (slot != ER_PARAMETER && slot >= param.state_offsets.size())
+    return no_item("state tensor", slot, param.state_offsets.size());
+  if (first > param.elements || elements > param.elements - first)
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has %llu elements, not %llu from %llu on", param.name.c_str(),
+                static_cast<unsigned long long>(param.elements), static_cast<unsigned long long>(elements),
+                static_cast<unsigned long long>(first));
+  return ER_OK;
+}
+
 Layout param_layout(const er_session* session, uint32_t index) {
   const PlanParam& param = session->plan().params[index];
   return make_layout(static_cast<int>(param.shape.size()), param.shape.data(), param.perm.data(), false);
@@ -132,16 +148,21 @@ er_status er_output_info(const er_session* session, uint32_t index, er_tensor_in
 }
 
 er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements) {
-  if (const er_status status = check_copy(session, index, data, elements)) return status;
-  const Session::Turn turn(session->turns());
-  copy_in(param_layout(session, index), 0, elements, data, session->param(index));
-  return ER_OK;
+  return guard([&] {
+    if (const er_status status = check_copy(session, index, data, elements)) return status;
+    const Session::Turn turn(session->turns());
+    session->write_param(index, data);
+    return ER_OK;
+  });
 }
 
 er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements) {
   if (const er_status status = check_copy(session, index, data, elements)) return status;
   const Session::Turn turn(session->turns());
-  copy_out(param_layout(session, index), 0, elements, session->param(index), data);
+  const StoredParam param = session->param(index);
+  if (!param.data)
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file", param.param.name.c_str());
+  param.read(0, elements, data);
   return ER_OK;
 }
 
@@ -159,11 +180,46 @@ er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot
   return ER_OK;
 }
 
+er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
+                         uint64_t elements) {
+  if (const er_status status = check_range(session, index, slot, first, data, elements)) return status;
+  const Session::Turn turn(session->turns());
+  if (slot != ER_PARAMETER) {
+    copy_in(param_layout(session, index), first, elements, data, session->state(index, slot));
+    return ER_OK;
+  }
+  const StoredParam param = session->param(index);
+  if (param.param.form != kFloat)  // its scales, or the copy of what lies in the file, belong to the whole
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' is frozen and not float32 in memory: write it whole",
+                param.param.name.c_str());
+  param.write(first, elements, data);
+  return ER_OK;
+}
+
+er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
+                        uint64_t elements) {
+  if (const er_status status = check_range(session, index, slot, first, data, elements)) return status;
+  const Session::Turn turn(session->turns());
+  if (slot != ER_PARAMETER) {
+    copy_out(param_layout(session, index), first, elements, session->state(index, slot), data);
+    return ER_OK;
+  }
+  const StoredParam param = session->param(index);
+  if (!param.data)
+    return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file", param.param.name.c_str());
+  param.read(first, elements, data);
+  return ER_OK;
+}
+
 er_status er_weights_load(er_session* session, const char* path) {
+  return er_weights_load_at(session, path, 0, UINT64_MAX);
+}
+
+er_status er_weights_load_at(er_session* session, const char* path, uint64_t offset, uint64_t bytes) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
     const Session::Turn turn(session->turns());
-    load_weights(session->plan(), session->params(), path);
+    load_weights(*session, std::make_unique<WeightsFile>(path, offset, bytes));
     return ER_OK;
   });
 }
@@ -172,7 +228,7 @@ er_status er_weights_save(const er_session* session, const char* path) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
     const Session::Turn turn(session->turns());
-    save_weights(session->plan(), session->params(), path);
+    save_weights(*session, path);
     return ER_OK;
   });
 }

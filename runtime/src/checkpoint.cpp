@@ -41,8 +41,9 @@ std::vector<Item> items(const Session& session) {
                    data});
     at += p.elements * 4;
   };
+  // What trains is float32 in memory: read_plan() refuses anything else.
   for (uint32_t i = 0; i < params.size(); i++)
-    if (params[i].trainable) add(params[i].name, params[i], session.param(i));
+    if (params[i].trainable) add(params[i].name, params[i], reinterpret_cast<float*>(session.param(i).data));
   for (uint32_t i = 0; i < params.size(); i++)
     for (uint32_t slot = 0; params[i].trainable && slot < params[i].state_offsets.size(); slot++)
       add("optimizer/" + std::to_string(slot) + "/" + params[i].name, params[i], session.state(i, slot));

@@ -47,6 +47,7 @@ er_status Session::evaluate(const er_array* arrays, uint64_t samples, er_evaluat
   uint64_t counted = 0;
   if (classes)
     if (const er_status status = check_labels(arrays[inputs_.size() - 1], samples, &counted)) return status;
+  if (const er_status status = find_frozen()) return status;
 
   uint8_t* const output = regions_->arena.data() + plan_.outputs[0].eval_offset;
   const er_operand operands[] = {

@@ -41,6 +41,20 @@ bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, in
   return true;
 }
 
+bool rows_layout(int64_t samples, int64_t rows, int64_t cols, int64_t keep, RowsLayout* layout) {
+  constexpr int64_t kElementLimit = int64_t{1} << 40;
+  int64_t all, total;
+  if (samples < 1 || rows < 1 || cols < 1 || keep < 1 || keep > cols) return false;
+  if (__builtin_mul_overflow(samples, rows, &all) || __builtin_mul_overflow(all, cols, &total) || total > kElementLimit)
+    return false;
+  RowsLayout at{};
+  at.rows = all, at.cols = cols, at.keep = keep, at.words = (cols + 63) / 64;
+  at.value = (static_cast<uint64_t>(all * at.words) * sizeof(uint64_t) + 63) / 64 * 64;
+  at.bytes = at.value + static_cast<uint64_t>(all * keep) * sizeof(uint16_t);
+  *layout = at;
+  return true;
+}
+
 // Writes one block and group of a razor tensor into `out` (row stride cols); false if its values lie outside the
 // sample's.
 static bool unpack_group(const PackedLayout& at, const PackedSections& in, int64_t sample, int64_t block, int64_t group,
@@ -92,6 +106,10 @@ static int64_t size(uint64_t x) { return x > INT64_MAX ? -1 : static_cast<int64_
 }  // namespace er
 
 extern "C" uint64_t er_packed_bytes(uint32_t form, uint64_t samples, uint64_t rows, uint64_t cols, uint64_t keep) {
+  if (form == er::kRows) {
+    er::RowsLayout at;
+    return er::rows_layout(er::size(samples), er::size(rows), er::size(cols), er::size(keep), &at) ? at.bytes : 0;
+  }
   er::PackedLayout at;
   return er::packed_layout(form, er::size(samples), er::size(rows), er::size(cols), er::size(keep), &at) ? at.bytes : 0;
 }

@@ -6,7 +6,7 @@
 
 namespace er {
 
-enum Form : int64_t { kDense = 0, kBf16 = 1, kPlain = 2, kCentered = 3 };
+enum Form : int64_t { kDense = 0, kBf16 = 1, kPlain = 2, kCentered = 3, kRows = 4 };
 
 constexpr int64_t kBlockRows = 64;     // at most; rows of one mask word
 constexpr int64_t kGroupColumns = 16;  // columns that share one stored value offset
@@ -26,6 +26,15 @@ struct PackedLayout {
 // more elements a sample for forms 2 and 3, keep negative or above the elements of a sample, or not 0 for forms 0
 // and 1.
 bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, int64_t keep, PackedLayout* layout);
+
+// A matrix of which each row keeps its largest values (form 4): rows of all samples, `keep` values a row.
+struct RowsLayout {
+  int64_t rows, cols, keep, words;  // words of 64 mask bits a row
+  uint64_t value, bytes;            // the mask begins at 0
+};
+
+// False if the arguments are invalid: a dimension or keep below 1, more than 2^40 elements, or keep above cols.
+bool rows_layout(int64_t samples, int64_t rows, int64_t cols, int64_t keep, RowsLayout* layout);
 
 inline float from_bf16(uint16_t half) {
   uint32_t bits = static_cast<uint32_t>(half) << 16;

@@ -8,13 +8,14 @@
 #include "crc32.h"
 #include "error.h"
 #include "registry.h"
+#include "stored.h"
 #include "utf8.h"
 
 namespace er {
 namespace {
 
 constexpr char kMagic[] = "EDGERZR\n";
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 4;
 constexpr size_t kHeaderBytes = 24;
 constexpr uint64_t kAlignment = 64;
 constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 46;  // far above any device, far below overflow
@@ -24,6 +25,60 @@ constexpr uint32_t kMaxBatch = 1u << 20;
   throw Error { ER_BAD_PLAN, text(__VA_ARGS__) }
 
 unsigned long long ull(uint64_t x) { return x; }
+
+// Bit i: the kernel only reads operand i, so that it may lie in memory that cannot be written. What is not listed takes
+// no such operand.
+constexpr struct {
+  const char* kernel;
+  uint32_t reads;
+} kReads[] = {
+    {"conv", 0xf},
+    {"conv_grad_input", 0x17},
+    {"conv_grad_weight", 0x3},
+    {"pack", 0x1},
+    {"affine", 0x7},
+    {"activation_grad", 0x3},
+    {"channel_sum", 0x1},
+    {"batch_norm_fold", 0x1f},
+    {"batch_norm_grad", 0x1f},
+    {"column_dot", 0x3},
+    {"scale_columns", 0x3},
+    {"mul_grad", 0x3},
+    {"binary", 0x3},
+    {"neg", 0x1},
+    {"reduce", 0x1},
+    {"broadcast", 0x1},
+    {"max_pool", 0x1},
+    {"max_pool_grad", 0x3},
+    {"average_pool", 0x1},
+    {"average_pool_grad", 0x1},
+    {"softmax", 0x1},
+    {"softmax_grad", 0x3},
+    {"layer_norm", 0x7},
+    {"layer_norm_grad", 0xf},
+    {"attention", 0x1f},
+    {"attention_grad", 0x3f},
+    {"embedding", 0x3},
+    {"embedding_grad", 0x3},
+    {"embedding_grad_rows", 0x3},
+    {"batch_matmul", 0x3},
+    {"rotary", 0x7},
+    {"copy", 0x1},
+    {"dropout", 0x1},
+    {"cross_entropy", 0x3},
+    {"mse", 0x3},
+    {"bce_logits", 0x3},
+    {"sgd", 0x2},
+    {"adamw", 0x2},
+    {"sgd_rows", 0x2},
+    {"adamw_rows", 0x2},
+};
+
+bool only_reads(const char* kernel, size_t operand) {
+  for (const auto& entry : kReads)
+    if (!std::strcmp(entry.kernel, kernel)) return operand < 32 && entry.reads >> operand & 1;
+  return false;
+}
 
 Spill spill_of(const std::string& kernel) {
   if (kernel == "spill_write") return Spill::kWrite;
@@ -108,7 +163,7 @@ class PlanReader {
   }
 
   void params() {
-    const uint32_t n = bytes_.count(29);
+    const uint32_t n = bytes_.count(30);
     std::set<std::string> names;
     std::vector<std::pair<uint64_t, uint64_t>> values, states;
     for (uint32_t i = 0; i < n; i++) {
@@ -117,12 +172,22 @@ class PlanReader {
       const uint8_t trainable = bytes_.value<uint8_t>();
       if (trainable > 1) ER_BAD("'%.200s': trainable is %u", p.name.c_str(), trainable);
       p.trainable = trainable;
+      p.form = bytes_.value<uint8_t>();
+      if (p.form > kInt8 || (p.form != kFloat && p.trainable))
+        ER_BAD("'%.200s': a parameter that trains (%u) cannot be stored in form %u", p.name.c_str(), trainable, p.form);
       p.shape = shape(p.name, &p.elements);
       p.perm = permutation(p.name, p.shape.size());
       p.offset = bytes_.value<uint64_t>();
       p.state_offsets = bytes_.values<uint64_t>();
-      inside(p.name, "the parameter", p.offset, p.elements * 4, plan_.params_bytes);
-      values.emplace_back(p.offset, p.elements * 4);
+      if (p.form == kInFile) {
+        if (p.offset != 0 || !std::is_sorted(p.perm.begin(), p.perm.end()))
+          ER_BAD("'%.200s' is read in the weights file, but has a place or a layout of its own", p.name.c_str());
+      } else {
+        inside(p.name, "the parameter", p.offset, stored_bytes(p), plan_.params_bytes);
+        values.emplace_back(p.offset, stored_bytes(p));
+      }
+      if (p.form != kFloat && !p.state_offsets.empty())
+        ER_BAD("'%.200s' does not train, but has optimizer state", p.name.c_str());
       for (uint64_t offset : p.state_offsets) {
         inside(p.name, "its state", offset, p.elements * 4, plan_.state_bytes);
         states.emplace_back(offset, p.elements * 4);
@@ -212,7 +277,7 @@ class PlanReader {
       step.ints = bytes_.values<int64_t>();
       step.floats = bytes_.values<float>();
       const uint32_t operands = bytes_.count(17);
-      for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step));
+      for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step, o));
       check(step);
       if (step.kernel->scratch) scratch_apart(step);
       step.spill = spill_of(kernel);
@@ -221,14 +286,22 @@ class PlanReader {
     }
   }
 
-  PlanOperand operand(const PlanStep& step) {
+  PlanOperand operand(const PlanStep& step, uint32_t index) {
     PlanOperand o;
     o.region = bytes_.value<uint8_t>();
     o.offset = bytes_.value<uint64_t>();
     o.bytes = bytes_.value<uint64_t>();
     const uint64_t sizes[] = {0, plan_.arena_bytes, plan_.params_bytes, plan_.state_bytes};
     const std::string owner = std::string(step.kernel->name) + " " + step.label;
-    if (o.region > kState) ER_BAD("'%.200s' has an operand in region %u", owner.c_str(), o.region);
+    if (o.region > kMapped) ER_BAD("'%.200s' has an operand in region %u", owner.c_str(), o.region);
+    if (o.region == kMapped) {
+      if (o.offset >= plan_.params.size() || plan_.params[o.offset].form != kInFile ||
+          o.bytes != stored_bytes(plan_.params[o.offset]))
+        ER_BAD("'%.200s': operand %u is no parameter in the weights file", owner.c_str(), index);
+      if (!only_reads(step.kernel->name, index))
+        ER_BAD("'%.200s' cannot have operand %u in the weights file, which is never written", owner.c_str(), index);
+      return o;
+    }
     inside(owner, "an operand", o.offset, o.bytes, sizes[o.region]);
     return o;
   }

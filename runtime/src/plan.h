@@ -13,11 +13,15 @@ constexpr uint32_t kMaxThreads = 64;
 constexpr int64_t kSpillAlignment = 4096;  // bytes; of every tensor in the spill file
 constexpr int64_t kMaxSpills = 1 << 20;
 
-enum Region : uint8_t { kNone = 0, kArena = 1, kParams = 2, kState = 3 };
+enum Region : uint8_t { kNone = 0, kArena = 1, kParams = 2, kState = 3, kMapped = 4 };
+// How a parameter is stored: float32 in the parameters' region; float32 in the weights file, as it lies there; or rows
+// of an output channel in bf16 or int8, in the parameters' region.
+enum ParamForm : uint8_t { kFloat = 0, kInFile = 1, kBf16Rows = 2, kInt8 = 3 };
 
 struct PlanParam {
   std::string name;
   bool trainable;
+  uint8_t form;                 // ParamForm; only kFloat is trainable
   std::vector<uint64_t> shape;  // torch layout
   std::vector<uint8_t> perm;
   uint64_t elements, offset;
@@ -43,7 +47,7 @@ struct PlanOutput {
 
 struct PlanOperand {
   uint8_t region;
-  uint64_t offset, bytes;
+  uint64_t offset, bytes;  // kMapped: the offset is the parameter's index
 };
 
 enum class Spill : uint8_t { kNone, kWrite, kRead, kWait };

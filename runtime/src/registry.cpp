@@ -17,11 +17,13 @@ namespace er::ER_ISA {
   X(layer_norm)        \
   X(attention)         \
   X(embedding)         \
+  X(select_position)   \
   X(matmul)            \
   X(dropout)           \
   X(loss)              \
   X(spill)             \
-  X(optimizer)
+  X(optimizer)         \
+  X(optimizer_rows)
 
 #define ER_DECLARE(family) extern const Kernel family##_kernels[];
 ER_FAMILIES(ER_DECLARE)

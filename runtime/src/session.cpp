@@ -83,14 +83,16 @@ Regions::Regions(const Plan& plan)
     : arena(plan.arena_bytes),
       params(plan.params_bytes),
       state(plan.state_bytes),
-      pool(static_cast<int>(plan.threads)) {}
+      pool(static_cast<int>(plan.threads)),
+      frozen(plan.params.size()),
+      copies(plan.params.size()) {}
 
 namespace {
 
 std::shared_ptr<Regions> shared_regions(const Plan& plan, const Plan& base, const std::shared_ptr<Regions>& regions) {
   const auto same = [](const PlanParam& a, const PlanParam& b) {
-    return a.name == b.name && a.trainable == b.trainable && a.shape == b.shape && a.perm == b.perm &&
-           a.offset == b.offset && a.state_offsets == b.state_offsets;
+    return a.name == b.name && a.trainable == b.trainable && a.form == b.form && a.shape == b.shape &&
+           a.perm == b.perm && a.offset == b.offset && a.state_offsets == b.state_offsets;
   };
   if (plan.params_bytes != base.params_bytes || plan.state_bytes != base.state_bytes ||
       !std::equal(plan.params.begin(), plan.params.end(), base.params.begin(), base.params.end(), same))
@@ -129,13 +131,17 @@ Session::Session(Plan plan, std::shared_ptr<Regions> regions)
 }
 
 std::vector<Session::Step> Session::prepare(const std::vector<PlanStep>& steps) {
-  uint8_t* const regions[] = {nullptr, regions_->arena.data(), regions_->params.data(), regions_->state.data()};
+  uint8_t* const regions[] = {nullptr, regions_->arena.data(), regions_->params.data(), regions_->state.data(),
+                              nullptr};
   std::vector<Step> out;
   out.reserve(steps.size());
   for (const PlanStep& step : steps) {
     const er_operand* first = operands_.data() + operands_.size();
-    for (const PlanOperand& o : step.operands)
-      operands_.push_back({o.region == kNone ? nullptr : regions[o.region] + o.offset, o.bytes});
+    for (const PlanOperand& o : step.operands) {
+      uint8_t* const region = regions[o.region];
+      if (o.region == kMapped) frozen_operands_.emplace_back(operands_.size(), o.offset);
+      operands_.push_back({region ? region + o.offset : nullptr, o.bytes});
+    }
     const Call call{step.ints.data(),
                     static_cast<uint32_t>(step.ints.size()),
                     step.floats.data(),
@@ -197,7 +203,9 @@ er_status Session::check_labels(const er_array& labels, uint64_t samples, uint64
   return ER_OK;
 }
 
-// Copies micro-batch samples [first, first + valid) into the runtime's layout at `to`; the rest of it becomes 0.
+// Copies micro-batch samples [first, first + valid) into the runtime's layout at `to`. Rows past the valid ones get a
+// zero gradient, but 0 times what a model makes of zeros may be NaN (a mean over a mask without any key): they repeat
+// the last valid sample.
 void Session::bind_input(size_t input, const er_array& array, uint8_t* to, uint64_t first, uint64_t valid) {
   const PlanInput& in = plan_.inputs[input];
   const Port& port = inputs_[input];
@@ -206,10 +214,9 @@ void Session::bind_input(size_t input, const er_array& array, uint8_t* to, uint6
   regions_->pool.split(plan_.micro_batch, 1, [&](int64_t begin, int64_t end, int) {
     for (uint64_t s = static_cast<uint64_t>(begin); s < static_cast<uint64_t>(end); s++) {
       uint8_t* sample = to + s * elements * 4;
-      const uint8_t* from = static_cast<const uint8_t*>(array.data) + (first + s) * elements * kTypeBytes[array.dtype];
-      if (s >= valid)
-        std::memset(sample, 0, elements * 4);
-      else if (array.dtype == kUint8)
+      const uint64_t source = first + std::min(s, valid - 1);
+      const uint8_t* from = static_cast<const uint8_t*>(array.data) + source * elements * kTypeBytes[array.dtype];
+      if (array.dtype == kUint8)
         bind_sample<uint8_t, float>(layout, from, sample,
                                     [&](uint8_t x, uint64_t c) { return x * in.mul[c] + in.add[c]; });
       else if (array.dtype == kInt32)
@@ -225,6 +232,56 @@ void Session::bind(const er_array* arrays, size_t count, bool train, uint64_t fi
     const PlanInput& in = plan_.inputs[i];
     bind_input(i, arrays[i], regions_->arena.data() + (train ? in.train_offset : in.eval_offset), first, valid);
   }
+}
+
+void Session::write_param(uint32_t index, const float* user) {
+  const PlanParam& p = plan_.params[index];
+  if (p.form == kInFile && !regions_->copies[index]) {
+    regions_->copies[index] = std::make_unique<Pages>(stored_bytes(p));
+    regions_->frozen[index] = regions_->copies[index]->data();
+    regions_->changes++;
+  }
+  const StoredParam stored = param(index);
+  if (stored.needs_scales()) {
+    for (uint64_t i = 0; i < p.elements; i++)
+      if (!std::isfinite(user[i]))
+        throw Error{ER_INVALID_ARGUMENT,
+                    text("parameter '%.200s' is stored in int8, which has no NaN or infinity", p.name.c_str())};
+    stored.begin_scales();
+    stored.scan(0, p.elements, user);
+    stored.end_scales();
+  }
+  stored.write(0, p.elements, user);
+}
+
+void Session::set_frozen(std::vector<uint8_t*> places, std::vector<std::unique_ptr<Pages>> copies,
+                         std::unique_ptr<WeightsFile> file) {
+  regions_->frozen = std::move(places);
+  regions_->copies = std::move(copies);
+  regions_->file = std::move(file);
+  regions_->changes++;
+}
+
+// Gives the steps the parameters of the weights file, wherever they are now.
+er_status Session::find_frozen() {
+  if (frozen_operands_.empty()) return ER_OK;
+  if (regions_->file && !regions_->file->unchanged())
+    return fail(ER_BAD_FILE,
+                "%.400s was changed while a session reads its weights there; copy a whole one there and "
+                "start again",
+                regions_->file->path().c_str());
+  if (frozen_seen_ == regions_->changes) {
+    if (frozen_seen_) return ER_OK;
+    return fail(ER_INVALID_ARGUMENT, "no weights file has been loaded, and the plan reads parameters there");
+  }
+  for (const auto& [operand, index] : frozen_operands_) {
+    if (!regions_->frozen[index])
+      return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file",
+                  plan_.params[index].name.c_str());
+    operands_[operand].data = regions_->frozen[index];
+  }
+  frozen_seen_ = regions_->changes;
+  return ER_OK;
 }
 
 void Session::open_spill(const char* directory) {
@@ -303,6 +360,7 @@ er_status Session::train_step(const er_array* arrays, uint32_t samples, float le
   uint64_t counted = 0;
   if (plan_.inputs.back().dtype == kInt32)
     if (const er_status status = check_labels(arrays[inputs_.size() - 1], samples, &counted)) return status;
+  if (const er_status status = find_frozen()) return status;
   const uint32_t micro = plan_.micro_batch;
   // Micro-batches without a valid sample do not run; the optimizer updates at the last one that does.
   const uint32_t count = (samples + micro - 1) / micro;
@@ -322,6 +380,7 @@ er_status Session::predict(const er_array* inputs, uint64_t samples, float* cons
   if (eval_.empty()) return fail(ER_INVALID_ARGUMENT, "the plan has no evaluation part");
   const size_t count = inputs_.size() - 1;
   if (const er_status status = check_arrays(inputs, count, samples)) return status;
+  if (const er_status status = find_frozen()) return status;
   for (size_t o = 0; o < outputs_.size(); o++)
     if (!outputs[o]) return fail(ER_INVALID_ARGUMENT, "output '%.200s' is NULL", plan_.outputs[o].name.c_str());
   const uint64_t micro = plan_.micro_batch;

@@ -4,8 +4,10 @@
 #include <vector>
 
 #include "layout.h"
+#include "mapped_file.h"
 #include "plan.h"
 #include "spill_file.h"
+#include "stored.h"
 #include "turns.h"
 
 namespace er {
@@ -30,7 +32,12 @@ struct Regions {
   Regions(const Plan& plan);
   Pages arena, params, state;
   ThreadPool pool;
-  Turns turns;                       // one call at a time
+  Turns turns;  // one call at a time
+  // Of the parameters in the weights file: where they are now, and, where they are not read in the file, their memory.
+  std::vector<uint8_t*> frozen;
+  std::vector<std::unique_ptr<Pages>> copies;
+  std::unique_ptr<WeightsFile> file;
+  uint64_t changes = 0;              // counts changes of `frozen`
   std::unique_ptr<SpillFile> spill;  // goes first: its thread works on the arena
 };
 
@@ -45,8 +52,17 @@ class Session {
   Turns& turns() const { return regions_->turns; }
 
   const Plan& plan() const { return plan_; }
-  float* params() const { return reinterpret_cast<float*>(regions_->params.data()); }
-  float* param(uint32_t index) const { return params() + plan_.params[index].offset / 4; }
+  // Where parameter `index` is; null if it is one of the weights file and none has been loaded.
+  StoredParam param(uint32_t index) const {
+    const PlanParam& p = plan_.params[index];
+    return {p, p.form == kInFile ? regions_->frozen[index] : regions_->params.data() + p.offset};
+  }
+  // Sets a parameter from all its values in the user's order; one of the weights file gets memory of its own. Throws
+  // Error.
+  void write_param(uint32_t index, const float* user);
+  // The parameters of the weights file, all of which `places` has, are there from now on.
+  void set_frozen(std::vector<uint8_t*> places, std::vector<std::unique_ptr<Pages>> copies,
+                  std::unique_ptr<WeightsFile> file);
   float* state(uint32_t index, uint32_t slot) const {
     return reinterpret_cast<float*>(regions_->state.data() + plan_.params[index].state_offsets[slot]);
   }
@@ -83,13 +99,16 @@ class Session {
   void bind_input(size_t input, const er_array& array, uint8_t* to, uint64_t first, uint64_t valid);
   void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
   er_status run(std::vector<Step>& steps);
+  er_status find_frozen();
   er_status run_steps(std::vector<Step>& steps);
   er_status transfer(const Step& step);
 
   const Plan plan_;
   const std::shared_ptr<Regions> regions_;
   er_context context_{};
-  std::vector<er_operand> operands_;  // of all steps; calls point into it
+  std::vector<er_operand> operands_;                          // of all steps; calls point into it
+  std::vector<std::pair<size_t, uint64_t>> frozen_operands_;  // which of them are parameters of the weights file
+  uint64_t frozen_seen_ = 0;                                  // Regions::changes when they were last looked up
   std::vector<Step> train_, eval_;
   std::vector<Port> inputs_, outputs_;
   const Pages target_;               // of an evaluated micro-batch; resident once evaluate() has run

@@ -1,13 +1,10 @@
 #include "weights.h"
 
-#include <fcntl.h>
-
 #include <algorithm>
 #include <map>
 
 #include "error.h"
 #include "file.h"
-#include "layout.h"
 #include "safetensors.h"
 
 namespace er {
@@ -23,17 +20,18 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
 
 }  // namespace
 
-void load_weights(const Plan& plan, float* params, const char* path) {
-  const File file(path, O_RDONLY, "read");
-  const uint64_t size = file.size();
+void load_weights(Session& session, std::unique_ptr<WeightsFile> file) {
+  const Plan& plan = session.plan();
+  const char* path = file->path().c_str();
+  const uint64_t size = file->bytes();
   uint64_t header_bytes = 0;
-  if (size >= 8) file.read(&header_bytes, 8, 0);
+  if (size >= 8) file->read(&header_bytes, 8, 0);
   if (size < 8 || header_bytes > kMaxHeaderBytes || header_bytes > size - 8)
     throw Error{ER_BAD_FILE, text("%.400s is not a safetensors file, or is truncated", path)};
   std::vector<TensorEntry> entries;
   {
     std::string json(header_bytes, '\0');
-    file.read(json.data(), json.size(), 8);
+    file->read(json.data(), json.size(), 8);
     entries = read_safetensors_header(json, size - 8 - header_bytes);
   }
   std::map<std::string, const TensorEntry*> by_name;
@@ -53,23 +51,46 @@ void load_weights(const Plan& plan, float* params, const char* path) {
                                     shape_text(entry.shape).c_str(), shape_text(param.shape).c_str())};
     offsets.push_back(8 + header_bytes + entry.begin);
   }
+  std::vector<uint8_t*> frozen(plan.params.size());
+  std::vector<std::unique_ptr<Pages>> copies(plan.params.size());
   float chunk[kChunk];
-  for (size_t i = 0; i < plan.params.size(); i++) {
+  for (uint32_t i = 0; i < plan.params.size(); i++) {
     const PlanParam& param = plan.params[i];
-    const Layout layout =
-        make_layout(static_cast<int>(param.shape.size()), param.shape.data(), param.perm.data(), false);
-    for (uint64_t begin = 0; begin < param.elements; begin += kChunk) {
-      const uint64_t count = std::min(kChunk, param.elements - begin);
-      file.read(chunk, count * 4, offsets[i] + begin * 4);
-      copy_in(layout, begin, count, chunk, params + param.offset / 4);
+    StoredParam stored = session.param(i);
+    if (param.form == kInFile) {
+      uint8_t* const place = const_cast<uint8_t*>(file->map()) + offsets[i];
+      frozen[i] = place;  // only_reads() of plan.cpp sees to it that no step writes there
+      if (reinterpret_cast<uintptr_t>(place) % alignof(float) == 0) continue;
+      // A zip member may begin anywhere.
+      copies[i] = std::make_unique<Pages>(stored_bytes(param));
+      frozen[i] = stored.data = copies[i]->data();
     }
+    const auto each_chunk = [&](auto&& take) {
+      for (uint64_t begin = 0; begin < param.elements; begin += kChunk) {
+        const uint64_t count = std::min(kChunk, param.elements - begin);
+        file->read(chunk, count * 4, offsets[i] + begin * 4);
+        take(begin, count);
+      }
+    };
+    if (stored.needs_scales()) {
+      stored.begin_scales();
+      each_chunk([&](uint64_t begin, uint64_t count) { stored.scan(begin, count, chunk); });
+      stored.end_scales();
+    }
+    each_chunk([&](uint64_t begin, uint64_t count) { stored.write(begin, count, chunk); });
   }
+  session.set_frozen(std::move(frozen), std::move(copies), std::move(file));
 }
 
-void save_weights(const Plan& plan, const float* params, const char* path) {
+void save_weights(const Session& session, const char* path) {
+  const std::vector<PlanParam>& params = session.plan().params;
   std::vector<TensorEntry> entries;
   uint64_t at = 0;
-  for (const PlanParam& param : plan.params) {
+  for (uint32_t i = 0; i < params.size(); i++) {
+    const PlanParam& param = params[i];
+    if (!session.param(i).data)
+      throw Error{ER_INVALID_ARGUMENT,
+                  text("parameter '%.200s' has no value: load a weights file", param.name.c_str())};
     entries.push_back({param.name, "F32", param.shape, at, at + param.elements * 4});
     at += param.elements * 4;
   }
@@ -78,12 +99,10 @@ void save_weights(const Plan& plan, const float* params, const char* path) {
   const File& file = replaced.file();
   file.write(header.data(), header.size());
   float chunk[kChunk];
-  for (const PlanParam& param : plan.params) {
-    const Layout layout =
-        make_layout(static_cast<int>(param.shape.size()), param.shape.data(), param.perm.data(), false);
-    for (uint64_t begin = 0; begin < param.elements; begin += kChunk) {
-      const uint64_t count = std::min(kChunk, param.elements - begin);
-      copy_out(layout, begin, count, params + param.offset / 4, chunk);
+  for (uint32_t i = 0; i < params.size(); i++) {
+    for (uint64_t begin = 0; begin < params[i].elements; begin += kChunk) {
+      const uint64_t count = std::min(kChunk, params[i].elements - begin);
+      session.param(i).read(begin, count, chunk);
       file.write(chunk, count * 4);
     }
   }

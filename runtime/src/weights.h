@@ -1,11 +1,14 @@
-// Parameters from and to safetensors files, streamed through a small buffer.
+// Parameters from and to safetensors files, streamed through a small buffer or read in place.
 #pragma once
-#include "plan.h"
+#include <memory>
+
+#include "mapped_file.h"
+#include "session.h"
 
 namespace er {
 
 // Both throw Error (ER_BAD_FILE, ER_IO). Loading checks everything before it changes the first parameter.
-void load_weights(const Plan& plan, float* params, const char* path);
-void save_weights(const Plan& plan, const float* params, const char* path);
+void load_weights(Session& session, std::unique_ptr<WeightsFile> file);
+void save_weights(const Session& session, const char* path);
 
 }  // namespace er

@@ -116,6 +116,8 @@ int main(int argc, char** argv) {
       if (i == 3) CHECK(er_evaluate(session, batch.arrays.data(), batch.samples, &result) == ER_OK);
       if (i == 4) CHECK(er_checkpoint_save(session, checkpoint.c_str(), 1, nullptr, 0) == ER_OK);
       CHECK(er_param_read(session, 0, weights.data(), weights.size()) == ER_OK);
+      CHECK(er_range_read(session, 0, ER_PARAMETER, 1, weights.data(), weights.size() - 1) == ER_OK);
+      CHECK(er_range_read(session, 0, 0, 1, weights.data(), weights.size() - 1) == ER_OK);
     }
   });
   CHECK(predict(shared, batch) == ends[0]);

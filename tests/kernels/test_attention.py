@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from edge_razor.runtime import kernel_run
+from edge_razor.errors import EdgeRazorError
+from edge_razor.runtime import kernel_run, packed_bytes
 from tests.kernels.harness import Out, Scratch, assert_close, normal, run
-from tests.kernels.test_dropout import mask as dropout_mask
-from tests.reference.razor import to_bf16
+from tests.reference.attention import as_kept, keep_rows, pruned_gradients, unpack_rows
+from tests.reference.dropout import mask as dropout_mask
+from tests.reference.razor import FORMS, keep_count, razor, to_bf16
 
 
 @dataclass
@@ -36,6 +38,14 @@ class Case:
     def ints(self) -> list[int]:
         bias_heads = {0: 0, 1: 1, 2: self.heads}[self.bias]
         return [self.n, self.t, self.s, self.heads, self.kv_heads, self.d, int(self.causal), bias_heads, 5]
+
+    def forward(self, keep: int = 0) -> list[int]:
+        """Attributes of `attention`."""
+        return [*self.ints(), keep]
+
+    def backward(self, forms: tuple[int, int, int] = (0, 0, 0), keeps: tuple[int, int, int] = (0, 0, 0), keep: int = 0):
+        """Attributes of `attention_grad`."""
+        return [*self.ints(), *forms, *keeps, keep]
 
     def operands(self) -> tuple[list[np.ndarray], np.ndarray | None, np.ndarray | None]:
         """Q, K, V; key_mask; bias."""
@@ -67,12 +77,17 @@ CASES = [
 CONTEXT = {"seed": 2**40 + 3, "update": 2**33 + 7, "first_sample": 6}
 
 
-def definition(
+def by_head(case: Case, x: torch.Tensor) -> torch.Tensor:
+    """[n, heads, positions, d] of rows as a linear layer writes them, K and V repeated for their query heads."""
+    x = x.reshape(case.n, x.shape[1], -1, case.d).transpose(1, 2)
+    return x.repeat_interleave(case.heads // x.shape[1], 1)
+
+
+def softmax(
     case: Case, tensors: list[torch.Tensor], mask: np.ndarray | None, bias: np.ndarray | None
-) -> torch.Tensor:
-    """Y in float64."""
-    q, k, v = (x.reshape(case.n, x.shape[1], -1, case.d).transpose(1, 2) for x in tensors)  # [n, heads, positions, d]
-    k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and what dropout multiplies them by, [n, heads, t, s]."""
+    q, k = (by_head(case, x) for x in tensors[:2])
     scores = q @ k.transpose(2, 3) * np.float32(case.scale)
     if bias is not None:
         scores = scores + torch.from_numpy(bias).double()
@@ -88,8 +103,16 @@ def definition(
         elements = case.heads * case.t * case.s
         ratio = float(np.float32(case.ratio))
         kept = dropout_mask(CONTEXT["seed"], 5, CONTEXT["update"], samples, elements, ratio)
-        p = p * torch.from_numpy(kept.reshape(p.shape)) / (1 - ratio)
-    return (p @ v).transpose(1, 2).reshape(case.n, case.t, -1)
+        return p, torch.from_numpy(kept.reshape(p.shape)) / (1 - ratio)
+    return p, torch.ones_like(p)
+
+
+def definition(
+    case: Case, tensors: list[torch.Tensor], mask: np.ndarray | None, bias: np.ndarray | None
+) -> torch.Tensor:
+    """Y in float64."""
+    p, factor = softmax(case, tensors, mask, bias)
+    return (p * factor @ by_head(case, tensors[2])).transpose(1, 2).reshape(case.n, case.t, -1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -99,13 +122,13 @@ def test_forward_and_backward(case: Case) -> None:
     expected = definition(case, leaves, mask, bias)
     shape = (case.n, case.t, case.heads * case.d)
     floats = [case.scale, case.ratio]
-    (y,), _ = run("attention", case.ints(), floats, [*tensors, mask, bias, Out(shape), Scratch()], **CONTEXT)
+    (y,), _ = run("attention", case.forward(), floats, [*tensors, mask, bias, Out(shape), None, Scratch()], **CONTEXT)
     assert_close(y, expected.detach(), 3e-6)
     dy = normal(6, *shape)
     expected.backward(torch.from_numpy(dy).double())
     outputs = [Out(x.shape) for x in tensors]
-    operands = [*tensors, mask, bias, dy, *outputs, Scratch()]
-    gradients, _ = run("attention_grad", [*case.ints(), 0, 0, 0], floats, operands, **CONTEXT)
+    operands = [*tensors, mask, bias, dy, None, *outputs, Scratch()]
+    gradients, _ = run("attention_grad", case.backward(), floats, operands, **CONTEXT)
     for ours, leaf in zip(gradients, leaves, strict=True):
         if case.s == 1 and leaf is not leaves[2]:
             assert np.abs(ours).max() <= 1e-6  # of one probability, which is 1 whatever the scores
@@ -113,8 +136,8 @@ def test_forward_and_backward(case: Case) -> None:
             assert_close(ours, leaf.grad, 5e-6)
     for wanted in range(3):  # each gradient alone
         alone = [out if i == wanted else None for i, out in enumerate(outputs)]
-        operands = [*tensors, mask, bias, dy, *alone, Scratch()]
-        (single,), _ = run("attention_grad", [*case.ints(), 0, 0, 0], floats, operands, **CONTEXT)
+        operands = [*tensors, mask, bias, dy, None, *alone, Scratch()]
+        (single,), _ = run("attention_grad", case.backward(), floats, operands, **CONTEXT)
         np.testing.assert_array_equal(single, gradients[wanted])
 
 
@@ -125,8 +148,8 @@ def test_equals_torch(causal: bool) -> None:
     q, k, v = (torch.from_numpy(x).reshape(2, 128, 12, 32).transpose(1, 2) for x in tensors)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
     shape = (2, 128, 384)
-    operands = [*tensors, None, None, Out(shape), Scratch()]
-    (y,), _ = run("attention", case.ints(), [case.scale, 0.0], operands, **CONTEXT)
+    operands = [*tensors, None, None, Out(shape), None, Scratch()]
+    (y,), _ = run("attention", case.forward(), [case.scale, 0.0], operands, **CONTEXT)
     assert_close(y, expected.reshape(shape), 3e-6)
 
 
@@ -143,20 +166,162 @@ def test_backward_reads_bf16(forms: tuple[int, int, int]) -> None:
     outputs = [Out(x.shape) for x in tensors]
     floats = [case.scale, 0.0]
     ours, _ = run(
-        "attention_grad", [*case.ints(), *forms], floats, [*halves, mask, bias, dy, *outputs, Scratch()], **CONTEXT
+        "attention_grad", case.backward(forms), floats, [*halves, mask, bias, dy, None, *outputs, Scratch()], **CONTEXT
     )
     theirs, _ = run(
-        "attention_grad", [*case.ints(), 0, 0, 0], floats, [*rounded, mask, bias, dy, *outputs, Scratch()], **CONTEXT
+        "attention_grad", case.backward(), floats, [*rounded, mask, bias, dy, None, *outputs, Scratch()], **CONTEXT
     )
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("form", ["plain", "centered"])
+@pytest.mark.parametrize(
+    "case", [Case(2, 70, 66, 4, 2, 9), Case(3, 130, 130, 2, 2, 16), Case(1, 8, 65, 3, 1, 20)], ids=str
+)
+def test_backward_reads_razor(case: Case, form: str) -> None:
+    """Q, K and V in different forms and with different numbers of values; heads that begin inside a column group."""
+    tensors, mask, bias = case.operands()
+    sparsities = (0.5, 0.9, 0.3)
+    kept = [razor(x, s, form) for x, s in zip(tensors, sparsities, strict=True)]
+    keeps = tuple(keep_count(x[0].size, s) for x, s in zip(tensors, sparsities, strict=True))
+    packed = [pack(x, FORMS[form], keep) for x, keep in zip(tensors, keeps, strict=True)]
+    dy = normal(6, case.n, case.t, case.heads * case.d)
+    outputs = [Out(x.shape) for x in tensors]
+    floats, tail = [case.scale, 0.0], [mask, bias, dy, None, *outputs, Scratch()]
+    ours, _ = run("attention_grad", case.backward((FORMS[form],) * 3, keeps), floats, [*packed, *tail], **CONTEXT)
+    theirs, _ = run("attention_grad", case.backward(), floats, [*kept, *tail], **CONTEXT)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, 3e-6)
+
+
+def pack(x: np.ndarray, form: int, keep: int) -> np.ndarray:
+    sizes = [form, *x.shape, keep]
+    (packed,), _ = run("pack", sizes, [], [x, Out((packed_bytes(*sizes),), np.uint8), Scratch()])
+    return packed
+
+
+PRUNED = [
+    (Case(1, 1, 1, 1, 1, 1), 1),
+    (Case(2, 3, 5, 2, 1, 7), 2),
+    (Case(2, 63, 63, 1, 1, 8, causal=True), 6),
+    (Case(2, 65, 65, 2, 2, 32, causal=True, key_mask=True), 65),
+    (Case(1, 197, 197, 3, 3, 64), 20),
+    (Case(2, 70, 130, 4, 1, 12, bias=2, key_mask=True), 13),
+    (Case(2, 65, 65, 4, 2, 4, ratio=0.5, causal=True, key_mask=True), 7),
+    (Case(3, 66, 67, 2, 2, 4, ratio=0.3), 67),
+]
+
+
+FORMS_OF_PRUNED = ("plain", "dense", "bf16", "centered")
+
+
+@pytest.mark.parametrize(
+    ("case", "keep", "form"), [(*pair, FORMS_OF_PRUNED[i % 4]) for i, pair in enumerate(PRUNED)], ids=str
+)
+def test_pruned_probabilities(case: Case, keep: int, form: str) -> None:
+    """The forward pass keeps each query's largest; the backward pass is the definition's on what was kept."""
+    tensors, mask, bias = case.operands()
+    shape, rows = (case.n, case.t, case.heads * case.d), case.n * case.heads * case.t
+    out = Out((packed_bytes(4, case.n * case.heads, case.t, case.s, keep),), np.uint8)
+    floats = [case.scale, case.ratio]
+    (y, packed), _ = run(
+        "attention", case.forward(keep), floats, [*tensors, mask, bias, Out(shape), out, Scratch()], **CONTEXT
+    )
+    (alone,), _ = run(
+        "attention", case.forward(), floats, [*tensors, mask, bias, Out(shape), None, Scratch()], **CONTEXT
+    )
+    np.testing.assert_array_equal(y, alone)
+    exact, factor = (x.numpy() for x in softmax(case, [torch.from_numpy(x).double() for x in tensors], mask, bias))
+    kept, values, dropped = (x.reshape(exact.shape) for x in unpack_rows(packed, rows, case.s, keep))
+    expected = keep_rows(exact.astype(np.float32), keep)
+    assert (kept.sum(-1) == expected.sum(-1)).all()
+    # Rounding of a score may swap two values that differ in their last bits.
+    swapped = kept != expected
+    smallest = np.where(expected, exact, 1).min(-1, keepdims=True)
+    assert (np.abs(exact / smallest - 1) <= 1e-4)[swapped].all() and swapped.mean() < 1e-3
+    np.testing.assert_allclose(values[kept], exact[kept], rtol=2**-8)
+    np.testing.assert_array_equal(dropped[kept], (factor == 0)[kept])
+    keeps = (0, 0, 0)
+    operands, seen = tensors, tensors
+    if form == "bf16":
+        seen = [to_bf16(x) for x in tensors]
+        operands = [(x.view(np.uint32) >> 16).astype(np.uint16) for x in seen]
+    elif form != "dense":
+        keeps = tuple(keep_count(x[0].size, 0.5) for x in tensors)
+        seen = [razor(x, 0.5, form) for x in tensors]
+        operands = [pack(x, FORMS[form], k) for x, k in zip(tensors, keeps, strict=True)]
+    dy = normal(6, *shape)
+    heads = [by_head(case, torch.from_numpy(x).double()).numpy() for x in (*seen, dy)]
+    wanted = pruned_gradients(*heads, values.astype(np.float64), factor, case.scale)
+    ints, outputs = case.backward((FORMS[form],) * 3, keeps, keep), [Out(x.shape) for x in tensors]
+    ours, _ = run("attention_grad", ints, floats, [*operands, None, None, dy, packed, *outputs, Scratch()], **CONTEXT)
+    for x, found, gradient in zip(tensors, ours, wanted, strict=True):
+        groups = x.shape[2] // case.d  # K and V are shared by query heads
+        summed = gradient.reshape(case.n, groups, -1, x.shape[1], case.d).sum(2).transpose(0, 2, 1, 3).reshape(x.shape)
+        if np.abs(summed).max() < 1e-9:  # of one probability, which is 1 whatever the scores
+            assert np.abs(found).max() <= 1e-6
+        else:
+            assert_close(found, summed, 5e-6)
+    for index in range(3):  # each gradient alone
+        single = [out if i == index else None for i, out in enumerate(outputs)]
+        (alone,), _ = run(
+            "attention_grad", ints, floats, [*operands, None, None, dy, packed, *single, Scratch()], **CONTEXT
+        )
+        np.testing.assert_array_equal(alone, ours[index])
+
+
+def test_pruned_with_every_probability_is_the_exact_gradient() -> None:
+    """Up to bf16 of the probabilities."""
+    case = Case(2, 70, 70, 2, 1, 16, causal=True, key_mask=True)
+    tensors, mask, bias = case.operands()
+    leaves = [torch.from_numpy(x).double().requires_grad_() for x in tensors]
+    dy = normal(6, case.n, case.t, case.heads * case.d)
+    definition(case, leaves, mask, bias).backward(torch.from_numpy(dy).double())
+    out = Out((packed_bytes(4, case.n * case.heads, case.t, case.s, case.s),), np.uint8)
+    floats, shape = [case.scale, 0.0], dy.shape
+    operands = [*tensors, mask, bias, Out(shape), out, Scratch()]
+    (_, packed), _ = run("attention", case.forward(case.s), floats, operands, **CONTEXT)
+    outputs = [Out(x.shape) for x in tensors]
+    operands = [*tensors, None, None, dy, packed, *outputs, Scratch()]
+    ours, _ = run("attention_grad", case.backward(keep=case.s), floats, operands, **CONTEXT)
+    for found, leaf in zip(ours, leaves, strict=True):
+        assert_close(found, leaf.grad, 2**-8)
+
+
+def test_ties_are_broken_by_position() -> None:
+    """Equal scores: 1/70 each, of which the first nine are kept."""
+    case = Case(1, 2, 70, 1, 1, 4)
+    (q, k, v), _, _ = case.operands()
+    out = Out((packed_bytes(4, 1, 2, 70, 9),), np.uint8)
+    operands = [np.zeros_like(q), k, v, None, None, Out(q.shape), out, Scratch()]
+    (_, packed), _ = run("attention", case.forward(9), [0.5, 0.0], operands)
+    kept, values, _ = unpack_rows(packed, 2, 70, 9)
+    assert kept[:, :9].all() and not kept[:, 9:].any()
+    np.testing.assert_array_equal(values, as_kept(np.full((2, 70), np.float32(1 / 70)), 9))
+
+
+def test_a_mask_that_points_outside_is_refused() -> None:
+    case = Case(1, 3, 70, 1, 1, 4)
+    tensors, _, _ = case.operands()
+    dy = normal(6, 1, 3, 4)
+    scratch = np.empty(2**20, np.uint8)
+    for word in (1 << 10, 0b111):  # a bit at key 74, and three values where two are kept
+        packed = np.zeros(packed_bytes(4, 1, 3, 70, 2), np.uint8)
+        packed[:48].view(np.uint64)[1] = word
+        outputs = [np.empty_like(x) for x in tensors]
+        operands = [*tensors, None, None, dy, packed, *outputs, scratch]
+        with pytest.raises(EdgeRazorError, match="attention_grad"):
+            kernel_run("attention_grad", case.backward(keep=2), [0.5, 0.0], operands)
 
 
 def test_large_scores_do_not_overflow() -> None:
     case = Case(1, 4, 70, 1, 1, 2)
     (q, k, v), _, _ = case.operands()
     q, k = q * 1e4, k * 1e4
-    (y,), _ = run("attention", case.ints(), [1.0, 0.0], [q, k, v, None, None, Out(q.shape), Scratch()], **CONTEXT)
+    (y,), _ = run(
+        "attention", case.forward(), [1.0, 0.0], [q, k, v, None, None, Out(q.shape), None, Scratch()], **CONTEXT
+    )
     best = (q[0] @ k[0].T).argmax(1)
     np.testing.assert_allclose(y[0], v[0][best], rtol=1e-6)
 
@@ -167,5 +332,5 @@ def test_nan_spoils_its_own_query_only() -> None:
     q[0, 9] = np.nan
     scratch = np.empty(2**20, np.uint8)
     y = np.empty_like(q)
-    kernel_run("attention", case.ints(), [0.5, 0.0], [q, k, v, None, None, y, scratch], threads=2, **CONTEXT)
+    kernel_run("attention", case.forward(), [0.5, 0.0], [q, k, v, None, None, y, None, scratch], threads=2, **CONTEXT)
     assert np.isnan(y[0, 9]).all() and np.isnan(y).sum() == 4

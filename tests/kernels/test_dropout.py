@@ -7,26 +7,7 @@ import pytest
 
 from edge_razor.runtime import kernel_run
 from tests.kernels.harness import Out, normal, run
-
-
-def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox 4x32-10 (Salmon et al., SC 2011) of counters [n, 4]; words [n, 4], uint32."""
-    x = counter.astype(np.uint64)
-    k0, k1 = key
-    low = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        a, b = np.uint64(0xD2511F53) * x[:, 0], np.uint64(0xCD9E8D57) * x[:, 2]
-        x = np.stack(
-            [
-                (b >> np.uint64(32)) ^ x[:, 1] ^ np.uint64(k0),
-                b & low,
-                (a >> np.uint64(32)) ^ x[:, 3] ^ np.uint64(k1),
-                a & low,
-            ],
-            1,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return x.astype(np.uint32)
+from tests.reference.dropout import mask, philox
 
 
 @pytest.mark.parametrize(
@@ -43,16 +24,6 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 )
 def test_reference_gives_the_known_answers_of_random123(counter: tuple, key: tuple, words: tuple) -> None:
     assert tuple(philox(np.array([counter]), key)[0]) == words
-
-
-def mask(seed: int, stream: int, update: int, samples: range, elements: int, ratio: float) -> np.ndarray:
-    """True where an element is kept, [samples, elements]."""
-    counters = np.array(
-        [[update & 0xFFFFFFFF, update >> 32, sample, i] for sample in samples for i in range((elements + 3) // 4)],
-        np.uint64,
-    )
-    words = philox(counters, (seed & 0xFFFFFFFF, (seed >> 32) ^ stream)).reshape(len(samples), -1)[:, :elements]
-    return words >= ratio * 2.0**32
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.75, 1.0])

@@ -34,7 +34,11 @@ class Executor:
         self.under_way: dict[int, str] = {}
         # Stale memory must never matter: fill it with NaN.
         self.regions[Region.ARENA].fill(0xFF)
+        self.mapped: dict[int, np.ndarray] = {}
         for name, parameter in candidate.memory.parameters.items():
+            if parameter.buffer.region == Region.MAPPED:
+                self.mapped[parameter.buffer.offset] = np.ascontiguousarray(parameters[name], np.float32)
+                continue
             stored = parameters[name].transpose(parameter.perm) if parameter.perm else parameters[name]
             self.array(parameter.buffer)[:] = np.ascontiguousarray(stored, np.float32).reshape(-1)
 
@@ -42,6 +46,8 @@ class Executor:
         return self.bytes(buffer).view(np.float32)
 
     def bytes(self, buffer: Buffer) -> np.ndarray:
+        if buffer.region == Region.MAPPED:
+            return self.mapped[buffer.offset].reshape(-1).view(np.uint8)
         return self.regions[buffer.region][buffer.offset : buffer.offset + buffer.bytes]
 
     def parameter(self, name: str) -> np.ndarray:

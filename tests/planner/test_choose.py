@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 
 import numpy as np
@@ -78,6 +79,18 @@ def test_without_a_solver_the_plan_is_no_worse_than_by_one_sparsity(
     decision = decide([search], cap)
     assert decision.solver in ("greedy", "none")
     assert decision.candidate.harm <= max(negligible(), least_single_harm(search, cap)) + 1e-12
+
+
+def test_a_missing_solver_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert solve.highs_version() is not None
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    assert solve.highs_version() is None
+
+
+def test_the_solver_prints_nothing(search: Search, capfd: pytest.CaptureFixture[str]) -> None:
+    model = search.model(Structure(8))
+    assert solve.minimize_harm(model, model.peak(np.array([e - 1 for _, e in model.groups], np.int64))) is not None
+    assert capfd.readouterr() == ("", "")
 
 
 @hypothesis_settings(max_examples=12, deadline=None, print_blob=True)

@@ -12,7 +12,7 @@ from edge_razor.exporters.graph_edit import dims
 from edge_razor.planner.lower import lower_training
 from edge_razor.planner.optimizer import Optimizer
 from edge_razor.planner.place import Lifetime, live_bytes, place
-from edge_razor.planner.program import Buffer
+from edge_razor.planner.program import Buffer, Region
 from edge_razor.planner.search import Candidate, Search
 
 from .conftest import graph_of, settings
@@ -20,7 +20,7 @@ from .networks import Built, Network
 from .verifier import meaning, verify
 
 
-def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centered") -> Candidate:
+def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centered", limit: float = 1.05) -> Candidate:
     """Plans one candidate and checks schedule and placement of both programs."""
     search = Search(graph_of(built), settings(razor=razor))
     candidate = search.candidate(sparsity, micro_batch)
@@ -32,7 +32,7 @@ def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centere
     expected = meaning([*plain.steps, *updates], plain.inputs)
     assert meaning(candidate.train.steps, candidate.train.inputs) == expected
     assert len(expected) == len(search.graph.gradients)
-    assert arena <= 1.05 * max(candidate.peak_live, 1)
+    assert arena <= limit * max(candidate.peak_live, 1)
     return candidate
 
 
@@ -40,7 +40,7 @@ def check(built: Built, sparsity: float, micro_batch: int, razor: str = "centere
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
 @pytest.mark.parametrize("micro_batch", [8, 1])
 def test_mobile_network(mobile: tuple[Network, Built], sparsity: float, micro_batch: int, razor: str) -> None:
-    check(mobile[1], sparsity, micro_batch, razor)
+    check(mobile[1], sparsity, micro_batch, razor, 1.03)
 
 
 @st.composite
@@ -129,7 +129,8 @@ def test_each_gradient_dies_before_the_next_layers_begins() -> None:
 @pytest.mark.parametrize("optimizer", [Optimizer(), Optimizer("adamw"), Optimizer(momentum=0.0)])
 def test_parameters_and_state_do_not_overlap(mobile: tuple[Network, Built], optimizer: Optimizer) -> None:
     memory = Search(graph_of(mobile[1]), settings(optimizer=optimizer)).candidate(0.0, 2).memory
-    params = sorted((p.buffer.offset, p.buffer.bytes) for p in memory.parameters.values())
+    inside = [p.buffer for p in memory.parameters.values() if p.buffer.region == Region.PARAMS]
+    params = sorted((b.offset, b.bytes) for b in inside)
     state = sorted(
         (b.offset, b.bytes)
         for p in memory.parameters.values()

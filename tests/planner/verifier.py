@@ -6,7 +6,7 @@ buffer must find exactly what that buffer's own writers left there.
 
 from __future__ import annotations
 
-from edge_razor.planner.program import ALIGNMENT, KERNELS, Buffer, Program, Region, Step
+from edge_razor.planner.program import ALIGNMENT, KERNELS, UPDATES, Buffer, Program, Region, Step
 
 # Written operands that may share memory with a read operand, as docs/plan-format.md's table says.
 MAY_ALIAS = {
@@ -72,7 +72,9 @@ def verify(program: Program, arena_bytes: int) -> None:
             if buffer is None:
                 assert index in signature.optional or index == signature.operands, f"{where}: operand {index} missing"
                 continue
-            assert buffer.offset >= 0 and buffer.offset % ALIGNMENT == 0 and buffer.bytes > 0, where
+            aligned = buffer.region == Region.MAPPED or buffer.offset % ALIGNMENT == 0
+            assert buffer.offset >= 0 and aligned and buffer.bytes > 0, where
+            assert buffer.region != Region.MAPPED or index not in signature.writes, f"{where}: writes a mapped file"
             if buffer.region == Region.ARENA:
                 assert buffer.offset + buffer.bytes <= arena_bytes, f"{where}: {buffer.name} ends outside the arena"
         for read in step.reads:
@@ -107,9 +109,9 @@ def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
         signature = KERNELS[step.kernel]
         ints = list(step.ints)
         given = tuple(
-            None if b is None else content.get(b, b.name if b.region == Region.PARAMS else None)
+            None if b is None else content.get(b, b.name if b.region in (Region.PARAMS, Region.MAPPED) else None)
             for i, b in enumerate(step.operands[: signature.operands])
-            if i not in signature.writes or step.kernel in ("sgd", "adamw") and i == 0
+            if i not in signature.writes or step.kernel in UPDATES and i == 0
         )
         if step.kernel in FINISHING:
             _finished_gradient(step, given, content)
@@ -128,7 +130,7 @@ def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
                 content[buffer] = result
             else:
                 content[buffer] = hash((result, index))
-        if step.kernel in ("sgd", "adamw"):
+        if step.kernel in UPDATES:
             updates[step.label] = given
     return updates
 
@@ -140,7 +142,7 @@ def _finished_gradient(step: Step, given: tuple[object, ...], content: dict[Buff
     """Addition, activation and channel sums in a step mean the same as in steps of their own."""
     if step.kernel == "conv_grad_input":
         dy, weight, scale, kept = given
-        shape, (act, keep, sums, accumulate) = step.ints[:16], step.ints[16:]
+        shape, (act, keep, sums, accumulate) = step.ints[:16], step.ints[16:20]
         dx, out = step.operands[3], step.operands[5]
         rows, cols = shape[0] * shape[1] * shape[2], shape[3]
         assert dx is not None

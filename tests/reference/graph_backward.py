@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_razor.exporters.graph_edit import integer, ints, number, text
-from tests.reference.razor import razor, to_bf16
+from tests.reference.attention import as_kept, pruned_gradients
+from tests.reference.razor import keep_count, razor, to_bf16
 
 MIN_ROWS = 8  # with fewer rows a sample a value is kept in bf16, a smooth activation's input dense
 PIECEWISE = frozenset({"none", "relu", "clip", "leaky_relu", "hardsigmoid"})
@@ -66,11 +67,16 @@ class Run:
     form: Literal["plain", "centered"] = "centered"
     activation_keep: Literal["dense", "q4"] = "dense"
     mask: Callable[[float, int, Sequence[int]], Tensor] = default_mask
+    attention: Literal["recompute", "probabilities"] = "recompute"
     values: dict[str, Value] = field(default_factory=dict)
 
     def rows(self, x: Tensor) -> int:
         """Rows a sample: everything between samples and columns."""
         return x.numel() // (self.samples * x.shape[-1])
+
+    def prunes(self, keys: int) -> bool:
+        """Whether attention over so many keys keeps its largest probabilities."""
+        return self.attention == "probabilities" and self.sparsity > 0 and keys >= MIN_ROWS
 
     def pack(self, x: Tensor, *, whole: bool = False) -> Tensor:
         """The tensor that the kept form of x stands for; ``whole``: centered, and nothing dropped."""
@@ -285,12 +291,17 @@ def layer_norm_grad(
     return rstd.unsqueeze(-1) * inner, (dy * xhat).sum(rows), dy.sum(rows)
 
 
+def _heads(x: Tensor, heads: int, queries: int) -> Tensor:
+    """[n, positions, heads·d] as [n, queries, positions, d], K and V repeated for their query heads."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2).repeat_interleave(queries // heads, 1)
+
+
 def _attend(
     run: Run, node: ir.Node, q: Tensor, k: Tensor, v: Tensor, key_mask: Value = None, bias: Value = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, and [n, heads, t, s]: probabilities, and what dropout multiplies them by."""
     heads, kv_heads, n, t, s = integer(node, "heads", 1), integer(node, "kv_heads", 1), *q.shape[:2], k.shape[1]
-    q, k, v = (x.reshape(n, x.shape[1], h, -1).transpose(1, 2) for x, h in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    q, k, v = (_heads(x, h, heads) for x, h in ((q, heads), (k, kv_heads), (v, kv_heads)))
     scores = number(node, "scale", 1.0) * q @ k.transpose(2, 3)
     scores = scores if bias is None else scores + bias
     hidden = torch.zeros(n, 1, t, s, dtype=torch.bool)
@@ -299,21 +310,41 @@ def _attend(
     if key_mask is not None:
         hidden = hidden | (key_mask < 0.5)[:, None, None, :]
     p = torch.where(hidden.all(-1, keepdim=True), 0.0, scores.masked_fill(hidden, -math.inf).softmax(-1))
-    ratio = number(node, "ratio", 0.0)
+    ratio, factor = number(node, "ratio", 0.0), torch.ones_like(p)
     if ratio:
-        p = p * run.mask(ratio, integer(node, "stream", 0), p.shape) / (1 - ratio)
-    return (p @ v).transpose(1, 2).reshape(n, t, -1)
+        factor = run.mask(ratio, integer(node, "stream", 0), p.shape) / (1 - ratio)
+    return (p * factor @ v).transpose(1, 2).reshape(n, t, -1), p, factor
 
 
 def attention(run: Run, node: ir.Node, *operands: Value) -> Sequence[Value]:
-    return [_attend(run, node, *operands)]
+    y, p, factor = _attend(run, node, *operands)
+    if not run.prunes(p.shape[-1]):
+        return [y]
+    kept = as_kept(p.detach().to(torch.float32).numpy(), keep_count(p.shape[-1], run.sparsity))
+    return [y, torch.stack([torch.from_numpy(kept).to(p.dtype), factor.to(p.dtype)])]
 
 
-def attention_grad(run: Run, node: ir.Node, *operands: Value) -> Sequence[Value]:
-    *inputs, dy = operands
+def attention_grad(
+    run: Run,
+    node: ir.Node,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Value,
+    bias: Value,
+    dy: Tensor,
+    kept: Value = None,
+) -> Sequence[Value]:
+    if isinstance(kept, Tensor):
+        heads, kv_heads, n = integer(node, "heads", 1), integer(node, "kv_heads", 1), len(q)
+        each = [_heads(x, h, heads).numpy() for x, h in ((q, heads), (k, kv_heads), (v, kv_heads), (dy, heads))]
+        found = pruned_gradients(*each, *(x.numpy() for x in kept), number(node, "scale", 1.0))
+        shared = (heads, kv_heads, kv_heads)
+        summed = [torch.from_numpy(g).unflatten(1, (h, -1)).sum(2) for g, h in zip(found, shared, strict=True)]
+        return [g.transpose(1, 2).reshape(n, g.shape[2], -1) for g in summed]
     with torch.enable_grad():
-        probes = [x.detach().clone().requires_grad_() for x in inputs[:3]]
-        return torch.autograd.grad(_attend(run, node, *probes, *inputs[3:]), probes, dy)
+        probes = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(_attend(run, node, *probes, key_mask, bias)[0], probes, dy)
 
 
 def embedding_grad(run: Run, node: ir.Node, ids: Tensor, dy: Tensor) -> Sequence[Value]:
@@ -321,6 +352,17 @@ def embedding_grad(run: Run, node: ir.Node, ids: Tensor, dy: Tensor) -> Sequence
     padding = integer(node, "padding_idx", -1)
     rows = dy * (ids != padding).to(dy.dtype).unsqueeze(-1)
     return [g.index_add(0, ids.reshape(-1), rows.reshape(-1, dy.shape[-1]))]
+
+
+def position(node: ir.Node, source: Tensor) -> Tensor:
+    other, steps = source != integer(node, "number", 0), torch.arange(source.shape[1])
+    return (other * steps).argmax(1) if text(node, "kind", "") == "last" else (other.sum(1) - 1) % len(steps)
+
+
+def select_position_grad(run: Run, node: ir.Node, dy: Tensor, source: Tensor) -> Sequence[Value]:
+    dx = dy.new_zeros(len(dy), *ints(node, "input_shape"))
+    dx[torch.arange(len(dy)), position(node, source)] = dy
+    return [dx]
 
 
 def batch_matmul(run: Run, node: ir.Node, a: Tensor, b: Tensor) -> Sequence[Value]:
@@ -344,7 +386,7 @@ def rotary(run: Run, node: ir.Node, x: Tensor, cos: Tensor, sin: Tensor) -> Sequ
 def pack(run: Run, node: ir.Node, x: Tensor) -> Sequence[Value]:
     """What attention reads is kept in bf16, a normalized value in int8; the rest in the razor form."""
     readers = {use.node.op_type for use in node.outputs[0].uses()}
-    if readers == {"AttentionGrad"} and run.sparsity > 0:
+    if readers == {"AttentionGrad"} and run.sparsity > 0 and not run.prunes(run.rows(x)):
         return [torch.from_numpy(to_bf16(x.detach().to(torch.float32).numpy()).copy()).to(x.dtype)]
     return [run.pack(x, whole=readers == {"LayerNormGrad"})]
 
@@ -424,6 +466,8 @@ OPERATORS: dict[str, Operator] = {
     "AttentionGrad": attention_grad,
     "Embedding": lambda run, node, ids, w: [w[ids]],
     "EmbeddingGrad": embedding_grad,
+    "SelectPosition": lambda run, node, x, source: [x[torch.arange(len(x)), position(node, source)]],
+    "SelectPositionGrad": select_position_grad,
     "Rotary": rotary,
     "BatchMatMul": batch_matmul,
     "ExpandBatch": lambda run, node, x, like: [x.expand(like.shape[0], *x.shape[1:])],
@@ -479,6 +523,7 @@ def run_training_graph(
     activation_keep: Literal["dense", "q4"] | None = None,
     dtype: torch.dtype = torch.float64,
     mask: Callable[[float, int, Sequence[int]], Tensor] = default_mask,
+    attention: Literal["recompute", "probabilities"] = "recompute",
     autograd: bool = False,
 ) -> Result:
     """Loss and gradients of a training graph.
@@ -491,12 +536,13 @@ def run_training_graph(
         form: "plain" or "centered".
         activation_keep: how smooth activations keep their derivative; None: dense at sparsity 0, else q4.
         mask: (ratio, stream, shape) → dropout mask, 1 = kept.
+        attention: what its backward pass works from above sparsity 0.
         autograd: also differentiate the forward nodes with torch.
     """
     graph = (ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model).graph
     first = torch.as_tensor(next(iter(inputs.values())))
     keep = activation_keep or ("dense" if sparsity == 0 else "q4")
-    run = Run(first.shape[0], sparsity, form, keep, mask)
+    run = Run(first.shape[0], sparsity, form, keep, mask, attention)
 
     def number_tensor(data: Any) -> Tensor:
         tensor = torch.as_tensor(np.array(data) if not isinstance(data, Tensor) else data)

@@ -102,6 +102,8 @@ def test_the_plan_page_holds_memory_arena_kept_values_and_accounting(plan: Plan)
 
 def test_harm_and_place_are_shown_where_the_summary_has_them(plan: Plan) -> None:
     summary = copy.deepcopy(plan.summary)
+    for row in summary["kept"]:
+        row.pop("harm", None)
     assert ">harm<" not in plan_page("m", summary, plan.binary)
     summary["kept"][0] |= {"harm": 0.0123, "place": "recompute", "bytes": 0}
     text = plan_page("m", summary, plan.binary)

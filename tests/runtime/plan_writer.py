@@ -34,7 +34,7 @@ def _list(items: list[bytes]) -> bytes:
 
 
 def _param(p: dict[str, Any]) -> bytes:
-    head = _string(p["name"]) + struct.pack("<B", p["trainable"])
+    head = _string(p["name"]) + struct.pack("<BB", p["trainable"], p.get("form", 0))
     return head + _vec("Q", p["shape"]) + _vec("B", p["perm"]) + struct.pack("<Q", p["offset"]) + _vec("Q", p["states"])
 
 
@@ -52,7 +52,7 @@ def _step(s: dict[str, Any]) -> bytes:
     return _string(s["kernel"]) + _string(s["label"]) + _vec("q", s["ints"]) + _vec("f", s["floats"]) + _list(operands)
 
 
-def seal(payload: bytes, version: int = 3) -> bytes:
+def seal(payload: bytes, version: int = 4) -> bytes:
     """A plan file around a payload, with the right checksum."""
     return b"EDGERZR\n" + struct.pack("<IIQ", version, zlib.crc32(payload), len(payload)) + payload
 

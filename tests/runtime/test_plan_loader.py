@@ -84,7 +84,7 @@ WRONG: list[tuple[str, Callable[[Plan], None]]] = [
     ("kernel 'nope'", put("train", 0, "kernel", value="nope")),
     ("kernel 'conv", put("train", 0, "kernel", value="conv\0x")),
     ("invalid label", put("train", 0, "label", value=b"\xc0\x80")),
-    ("region 4", put("train", 0, "operands", 0, value=(4, 0, 64))),
+    ("region 5", put("train", 0, "operands", 0, value=(5, 0, 64))),
     ("inside its region", put("train", 0, "operands", 0, value=(0, 0, 48))),
     ("inside its region", put("train", 0, "operands", 0, value=(1, 32, 48))),
     ("inside its region", put("train", 0, "operands", 0, value=(1, 2**64 - 64, 128))),
@@ -136,7 +136,7 @@ def test_header() -> None:
     refuse(b"", "not a plan file")
     refuse(good[:23], "not a plan file")
     refuse(b"X" + good[1:], "not a plan file")
-    refuse(seal(good[24:], version=1), "format version 1; this runtime reads version 3")
+    refuse(seal(good[24:], version=1), "format version 1; this runtime reads version 4")
     refuse(good[:-1], "truncated")
     refuse(good + b"\0", "truncated or altered")
     refuse(seal(good[24:] + b"\0"), "1 bytes after its end")

@@ -110,6 +110,39 @@ def test_parameters_and_state_round_trip_in_torch_layout() -> None:
     np.testing.assert_array_equal(session.read_parameter("fc.weight"), value)
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_parts_of_any_size_are_the_whole_tensor_in_torch_order(size: int) -> None:
+    session, _, _ = make(momentum=0.9, pixels=(3, 5))  # stored in another order than torch's
+    other, _, _ = make(seed=5, momentum=0.9, pixels=(3, 5))
+    session.train_step([batch(session, 4)[0]], batch(session, 4)[1], learning_rate=0.1, update=1)
+    for name, parameter in session.parameters().items():
+        for slot in (None, *range(parameter.states)):
+            whole = session.read_parameter(name) if slot is None else session.read_state(name, slot)
+            parts = [p.copy() for p in session.read_parts(name, slot, np.empty(size, np.float32))]
+            assert all(0 < p.size <= size for p in parts)
+            assert np.array_equal(np.concatenate(parts), whole.reshape(-1))
+            other.write_parts(name, slot, whole.shape, parts)
+            written = other.read_parameter(name) if slot is None else other.read_state(name, slot)
+            assert np.array_equal(written, whole)
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    session, _, _ = make(momentum=0.9)
+    shape = session.parameters()["fc.bias"].shape
+    right = [np.zeros(shape, np.float32)]
+    for slot, given_shape, parts, message in (
+        (None, (99,), right, "is float32"),
+        (1, shape, right, "there is no 1"),
+        (None, shape, [right[0].astype(np.float64)], "not float64"),
+        (None, shape, [*right, np.zeros(1, np.float32)], "elements, not 1 from"),
+        (0, shape, [right[0][1:]], "elements, not"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            session.write_parts("fc.bias", slot, given_shape, parts)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no parameter 'fc.nothing'"):
+        list(session.read_parts("fc.nothing", None, np.empty(4, np.float32)))
+
+
 def test_weights_files_are_safetensors_both_ways(tmp_path: Path) -> None:
     # 70,000 elements: more than one buffer of the streaming copy, which ends in the middle of a row.
     session, w, b = make(channels=100, pixels=(7, 10), outputs=10)

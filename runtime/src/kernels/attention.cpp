@@ -1,162 +1,48 @@
 // Scaled dot-product attention, forward and backward, without a matrix of all probabilities: each thread makes those of
 // a tile of queries, uses them and forgets them. The backward pass makes them again from Q and K (Dao et al.,
-// "FlashAttention", 2022, recompute in the same way); nothing but Q, K and V is kept.
+// "FlashAttention", 2022, recompute in the same way), or reads the largest of each query, which the forward pass has
+// kept then (attention_rows.h).
 //
 // Q is [n, t, heads, d], K and V are [n, s, kv_heads, d]; query head h reads K/V head h / (heads / kv_heads). Rows lie
 // as a linear layer writes them, so no transposition is needed: a GEMM's leading dimension steps over the other heads.
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include "attention.h"
 
-#include "../blas.h"
-#include "../packed.h"
-#include "../simd.h"
-#include "call_check.h"
-#include "philox.h"
+#include <atomic>
+
+#include "attention_rows.h"
+#include "packed_read.h"
 
 namespace er::ER_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;                   // queries at once
-constexpr int64_t kMaxSize = int64_t{1} << 30;  // BLAS takes ints
-constexpr uint32_t kForwardInts = 9;
+constexpr uint32_t kForwardInts = kAttentionInts + 1, kBackwardInts = kAttentionInts + 7;
 
-struct Attention {
-  int64_t n, t, s, heads, kv_heads, d;
-  bool causal;
-  int64_t bias_heads;  // 0: no bias, 1: [t, s] for all heads, else `heads`
-  int64_t stream;
-  float scale = 0, ratio = 0;
-  const float *key_mask = nullptr, *bias = nullptr;
-
-  int64_t q_row() const { return heads * d; }
-  int64_t kv_row() const { return kv_heads * d; }
-  int64_t p_row() const { return (s + 15) / 16 * 16; }  // floats between two rows of a tile of probabilities
-  int64_t reach(int64_t query) const { return causal ? std::min(s, query + 1) : s; }
-  int64_t tiles() const { return (t + kTile - 1) / kTile; }
-};
-
-Attention parse_sizes(const Call& call) {
-  const int64_t* i = call.ints;
-  return {i[0], i[1], i[2], i[3], i[4], i[5], i[6] == 1, i[7], i[8]};
+// Layout of the kept probabilities, if any are kept; false if `keep` is no number of keys.
+bool rows_of(const Attention& a, int64_t keep, RowsLayout* at) {
+  return rows_layout(a.n * a.heads, a.t, a.s, keep, at);
 }
 
-Attention parse(const Call& call) {
-  Attention a = parse_sizes(call);
-  a.scale = call.floats[0], a.ratio = call.floats[1];
-  return a;
+void check_rows(CallCheck& check, const Call& call, const Attention& a, uint32_t operand, int64_t keep) {
+  RowsLayout at;
+  if (keep == 0) return check.require(!call.operands[operand].data, "probabilities are present, but none are kept");
+  check.require(byte_size({a.n, a.heads, a.t}) != UINT64_MAX && rows_of(a, keep, &at), "probabilities are too many");
+  if (check.ok()) check.present(operand, "probabilities", at.bytes);
 }
 
-// The attributes that both kernels share; sizes are bounded so that no product of a row and a size overflows.
-void check_attributes(CallCheck& check, const Call& call) {
-  static const char* const names[] = {"n", "t", "s", "heads", "kv_heads", "d"};
-  for (uint32_t i = 0; i < 6; i++) check.integer(i, names[i], 1, kMaxSize);
-  check.integer(6, "causal", 0, 1);
-  check.integer(7, "bias_heads", 0, kMaxSize);
-  check.integer(8, "stream", 0, UINT32_MAX);
-  if (!check.ok()) return;
-  const Attention a = parse(call);
-  check.require(a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
-  check.require(a.heads * a.d <= kMaxSize, "heads times d is too large");
-  check.require(a.bias_heads <= 1 || a.bias_heads == a.heads, "bias_heads must be 0, 1 or heads");
-  check.require(std::isfinite(a.scale), "scale must be finite");
-  check.require(a.ratio >= 0 && a.ratio <= 1, "ratio must be 0 to 1");
-  const uint64_t mask = byte_size({a.heads, a.t, a.s}, 1);
-  check.require(a.ratio == 0 || mask <= static_cast<uint64_t>(kMaxMask), "the mask of dropout is too large");
-}
-
-uint64_t query_bytes(const Attention& a, uint64_t each = 4) { return byte_size({a.n, a.t, a.heads, a.d}, each); }
-uint64_t key_bytes(const Attention& a, uint64_t each = 4) { return byte_size({a.n, a.s, a.kv_heads, a.d}, each); }
-
-void check_masks(CallCheck& check, const Call& call, const Attention& a) {
-  check.optional(3, "key_mask", byte_size({a.n, a.s}));
-  if (a.bias_heads)
-    check.present(4, "bias", byte_size({a.bias_heads, a.t, a.s}));
-  else if (check.ok())
-    check.require(!call.operands[4].data, "bias is present, but bias_heads is 0");
-}
-
-inline VecF exp_or_zero(VecF x) { return (VecF)(~(VecI)(x < -87.0f) & (VecI)exp(x)); }
-
-// Turns a row of scores into probabilities: those of `count` keys, of which key_mask (or null) tells who may be looked
-// at. Without any, all are 0.
-void softmax_row(float* x, int64_t count, const float* bias, const float* key_mask) {
-  const VecF lowest = broadcast(-std::numeric_limits<float>::infinity());
-  VecF best = lowest;
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t left = count - j;
-    VecF v = load_upto(x + j, left);
-    if (bias) v += load_upto(bias + j, left);
-    if (key_mask) v = select(load_upto(key_mask + j, left) > 0.5f, v, lowest);
-    if (left < kLanes) v = select(lane_index() < static_cast<int32_t>(left), v, lowest);
-    store_upto(x + j, v, left);
-    best = max(best, v);
-  }
-  float top = best[0];
-  for (int lane = 1; lane < kLanes; lane++) top = std::max(top, best[lane]);
-  if (top == lowest[0]) {
-    std::fill_n(x, count, 0.f);
-    return;
-  }
-  double total = 0;
-  constexpr int64_t kRun = 32 * kLanes;
-  for (int64_t first = 0; first < count; first += kRun) {
-    const int64_t last = std::min(count, first + kRun);
-    VecF run{};
-    for (int64_t j = first; j < last; j += kLanes) {
-      const int64_t left = count - j;
-      VecF e = exp_or_zero(load_upto(x + j, left) - top);
-      store_upto(x + j, e, left);
-      if (left < kLanes) e = (VecF)((lane_index() < static_cast<int32_t>(left)) & (VecI)e);
-      run += e;
-    }
-    total += sum(run);
-  }
-  const float factor = static_cast<float>(1.0 / total);
-  for (int64_t j = 0; j < count; j += kLanes) store_upto(x + j, load_upto(x + j, count - j) * factor, count - j);
-}
-
-// p[rows][p_row()] = probabilities of queries [first, first + rows) of a head for keys [0, end); what a causal mask
-// hides is 0.
-void probabilities(const Attention& a, int64_t sample, int64_t head, int64_t first, int64_t rows, int64_t end,
-                   const float* q, int64_t q_row, const float* k, int64_t k_row, float* p) {
-  sgemm(Trans::no, Trans::yes, rows, end, a.d, a.scale, q, q_row, k, k_row, 0.f, p, a.p_row());
-  const float* mask = a.key_mask ? a.key_mask + sample * a.s : nullptr;
-  for (int64_t i = 0; i < rows; i++) {
-    const int64_t count = std::min(end, a.reach(first + i));
-    const float* bias = a.bias ? a.bias + ((a.bias_heads > 1 ? head : 0) * a.t + first + i) * a.s : nullptr;
-    softmax_row(p + i * a.p_row(), count, bias, mask);
-    std::fill_n(p + i * a.p_row() + count, end - count, 0.f);
-  }
-}
-
-// Multiplies rows of keys [0, end) by the mask of dropout: element (head·t + query)·s + key of the sample.
-void apply_dropout(const Attention& a, const DropoutMask& mask, int64_t sample, int64_t head, int64_t first,
-                   int64_t rows, int64_t end, float* p) {
-  for (int64_t i = 0; i < rows; i++) {
-    const int64_t begin = (head * a.t + first + i) * a.s;
-    float* row = p + i * a.p_row();
-    for (int64_t at = begin / 4 * 4; at < begin + end; at += kWords) {
-      float factor[kWords];
-      mask.factors(sample, at, kWords, factor);
-      for (int64_t e = std::max(at, begin); e < std::min(at + kWords, begin + end); e++)
-        row[e - begin] *= factor[e - at];
-    }
-  }
-}
-
-// attention: Q, K, V, key_mask?, bias?, Y, scratch; ints n, t, s, heads, kv_heads, d, causal, bias_heads, stream;
-// floats scale, ratio.
+// attention: Q, K, V, key_mask?, bias?, Y, probabilities?, scratch; ints n, t, s, heads, kv_heads, d, causal,
+// bias_heads, stream, keep (of each query's probabilities; 0: none are kept); floats scale, ratio.
 std::string check_attention(const Call& call) {
-  CallCheck check(call, 7, kForwardInts, 2);
+  CallCheck check(call, 8, kForwardInts, 2);
   check_attributes(check, call);
   if (!check.ok()) return check.error();
   const Attention a = parse(call);
+  const int64_t keep = check.integer(kAttentionInts, "keep", 0, a.s);
   check.present(0, "Q", query_bytes(a));
   check.present(1, "K", key_bytes(a));
   check.present(2, "V", key_bytes(a));
   check_masks(check, call, a);
   check.present(5, "Y", query_bytes(a));
+  if (check.ok()) check_rows(check, call, a, 6, keep);
   return check.error();
 }
 
@@ -177,9 +63,11 @@ bool run_attention(const Call& call) {
   Attention a = parse(call);
   a.key_mask = call.as<const float>(3), a.bias = call.as<const float>(4);
   const DropoutMask mask(*call.context, a.stream, a.ratio);
-  const int64_t group = a.heads / a.kv_heads;
+  const int64_t group = a.heads / a.kv_heads, keep = call.ints[kAttentionInts];
+  RowsLayout kept{};
+  if (keep) rows_of(a, keep, &kept);
   call.pool->split(a.n * a.heads * a.tiles(), 1, [&](int64_t begin, int64_t stop, int thread) {
-    float* p = call.as<float>(6) + thread * kTile * a.p_row();
+    float* p = call.as<float>(7) + thread * kTile * a.p_row();
     for (int64_t unit = begin; unit < stop; unit++) {
       const int64_t sample = unit / (a.heads * a.tiles()), head = unit / a.tiles() % a.heads;
       const int64_t first = unit % a.tiles() * kTile, rows = std::min(kTile, a.t - first);
@@ -188,7 +76,16 @@ bool run_attention(const Call& call) {
       const int64_t key = sample * a.s * a.kv_row() + head / group * a.d;
       probabilities(a, sample, head, first, rows, end, call.as<const float>(0) + query, a.q_row(),
                     call.as<const float>(1) + key, a.kv_row(), p);
+      const int64_t row = (sample * a.heads + head) * a.t + first;
+      uint64_t* bits = keep ? call.as<uint64_t>(6) + row * kept.words : nullptr;
+      uint16_t* values = keep ? reinterpret_cast<uint16_t*>(call.as<uint8_t>(6) + kept.value) + row * keep : nullptr;
+      if (keep)
+        for (int64_t i = 0; i < rows; i++)
+          keep_row(p + i * a.p_row(), end, keep, kept.words, bits + i * kept.words, values + i * keep);
       if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, p);
+      if (keep && a.ratio > 0)
+        for (int64_t i = 0; i < rows; i++)
+          mark_dropped(p + i * a.p_row(), kept.words, bits + i * kept.words, values + i * keep);
       sgemm(Trans::no, Trans::no, rows, a.d, end, 1.f, p, a.p_row(), call.as<const float>(2) + key, a.kv_row(), 0.f,
             call.as<float>(5) + query, a.q_row());
     }
@@ -196,53 +93,105 @@ bool run_attention(const Call& call) {
   return true;
 }
 
-// attention_grad: Q, K, V, key_mask?, bias?, dY, dQ?, dK?, dV?, scratch; ints as attention, then the forms of Q, K and
-// V (0 float32, 1 bf16); floats as attention.
+// attention_grad: Q, K, V, key_mask?, bias?, dY, probabilities?, dQ?, dK?, dV?, scratch; ints as attention without
+// keep, then the forms of Q, K and V, the values that they keep a sample, and keep; floats as attention.
+bool kept_layout(const Call& call, const Attention& a, uint32_t operand, PackedLayout* at) {
+  const int64_t form = call.ints[kAttentionInts + operand], keep = call.ints[kAttentionInts + 3 + operand];
+  return packed_layout(form, a.n, operand ? a.s : a.t, operand ? a.kv_row() : a.q_row(), keep, at);
+}
+
 std::string check_attention_grad(const Call& call) {
-  CallCheck check(call, 10, kForwardInts + 3, 2);
+  CallCheck check(call, 11, kBackwardInts, 2);
   check_attributes(check, call);
-  static const char* const forms[] = {"form of Q", "form of K", "form of V"};
-  for (uint32_t i = 0; i < 3; i++) check.integer(kForwardInts + i, forms[i], kDense, kBf16);
   if (!check.ok()) return check.error();
   const Attention a = parse(call);
-  auto each = [&](uint32_t i) -> uint64_t { return call.ints[kForwardInts + i] == kBf16 ? 2 : 4; };
-  check.present(0, "Q", query_bytes(a, each(0)));
-  check.present(1, "K", key_bytes(a, each(1)));
-  check.present(2, "V", key_bytes(a, each(2)));
-  check_masks(check, call, a);
+  static const char* const names[] = {"Q", "K", "V"};
+  for (uint32_t i = 0; i < 3; i++) {
+    PackedLayout at;
+    check.integer(kAttentionInts + i, "form", kDense, kCentered);
+    if (check.ok() && (query_bytes(a) == UINT64_MAX || key_bytes(a) == UINT64_MAX || !kept_layout(call, a, i, &at)))
+      check.fail(std::string("no kept tensor has the form and number of values of ") + names[i]);
+    if (check.ok()) check.present(i, names[i], at.bytes);
+  }
+  const int64_t keep = check.integer(kAttentionInts + 6, "keep", 0, a.s);
+  check_masks(check, call, a, keep == 0);  // what is masked was never kept
   check.present(5, "dY", query_bytes(a));
-  check.optional(6, "dQ", query_bytes(a));
-  check.optional(7, "dK", key_bytes(a));
-  check.optional(8, "dV", key_bytes(a));
+  if (check.ok()) check_rows(check, call, a, 6, keep);
+  check.optional(7, "dQ", query_bytes(a));
+  check.optional(8, "dK", key_bytes(a));
+  check.optional(9, "dV", key_bytes(a));
   return check.error();
 }
 
-// What one thread works in: two tiles of probabilities, and float32 copies of a head's Q tile, K and V.
-int64_t grad_floats(const Attention& a) { return 2 * kTile * a.p_row() + kTile * a.d + 2 * a.s * a.d; }
+// Floats of a head's row in a thread's copies. A column group that a head begins inside of is written past the head's
+// columns.
+int64_t copy_row(const Attention& a) { return a.d % kGroupColumns ? a.d / kGroupColumns * kGroupColumns + 32 : a.d; }
+
+// Floats of a row of kept probabilities: whole vectors.
+int64_t kept_row(int64_t keep) { return (keep + kLanes - 1) / kLanes * kLanes; }
+
+// What one thread works in. Recomputing: two tiles of probabilities, Q, K and V of a head. With kept probabilities: Q,
+// K, V, dK and dV of a head, a row of dY and of dQ, and a row's kept probabilities. In both a group of packed values.
+struct Work {
+  float *p, *dp, *q, *k, *v, *dk, *dv, *dy, *dq, *row, *group;
+  int64_t floats;
+
+  Work(const Attention& a, int64_t keep, float* base) {
+    float* end = base;
+    auto take = [&end](int64_t count) {
+      float* begin = end;
+      end += (count + 15) / 16 * 16;
+      return begin;
+    };
+    const int64_t width = copy_row(a);
+    p = take(keep ? 0 : kTile * a.p_row()), dp = take(keep ? 0 : kTile * a.p_row());
+    q = take(a.t * width), k = take(a.s * width), v = take(a.s * width);
+    dk = take(keep ? a.s * width : 0), dv = take(keep ? a.s * width : 0);
+    dy = take(keep ? width : 0), dq = take(keep ? width : 0), row = take(3 * kept_row(keep));
+    group = take(kGroupValues);
+    floats = end - base;
+  }
+};
 
 uint64_t scratch_attention_grad(const Call& call, int threads) {
-  if (!sizes_valid(call, kForwardInts + 3)) return UINT64_MAX;
+  if (!sizes_valid(call, kBackwardInts)) return UINT64_MAX;
   const Attention a = parse_sizes(call);
-  const uint64_t copies = byte_size({a.s, a.d, 2}), tiles = byte_size({kTile, a.d + 2 * a.p_row()});
-  uint64_t total;
-  if (copies == UINT64_MAX || tiles == UINT64_MAX || __builtin_add_overflow(copies, tiles, &total)) return UINT64_MAX;
-  return byte_size({threads}, total);
+  const int64_t keep = call.ints[kAttentionInts + 6];
+  constexpr int64_t kLimit = int64_t{1} << 40;  // floats
+  if (keep < 0 || keep > a.s || byte_size({a.t + 4 * a.s + 2, a.d + 32}) > kLimit ||
+      byte_size({kTile, 2 * a.p_row()}) > kLimit)
+    return UINT64_MAX;
+  return byte_size({threads, Work(a, keep, nullptr).floats});
 }
 
-// Rows of a head, as float32: where they lie, or widened into `copy` [rows][d].
+// Rows of a head, as float32: where they lie, or unpacked into a copy.
 struct HeadRows {
   const float* data;
   int64_t stride;
 };
 
-HeadRows head_rows(const er_operand& operand, int64_t form, int64_t row, int64_t row_floats, int64_t column,
-                   int64_t rows, int64_t d, float* copy) {
-  const int64_t at = row * row_floats + column;
-  if (form == kDense) return {static_cast<const float*>(operand.data) + at, row_floats};
-  const uint16_t* half = static_cast<const uint16_t*>(operand.data) + at;
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < d; j++) copy[i * d + j] = from_bf16(half[i * row_floats + j]);
-  return {copy, d};
+// Copies rows [first, first + rows) and columns [column, column + d) of a sample of form 0 or 1 to out[rows][width],
+// zeros behind them; or all its rows of forms 2 and 3. False if the packed tensor is none.
+bool copy_rows(const KeptReader& in, int64_t sample, int64_t first, int64_t rows, int64_t column, int64_t d,
+               int64_t width, float* group, float* out) {
+  if (!in.at.razor()) {
+    for (int64_t i = 0; i < rows; i++, out += width) {
+      const int64_t row = sample * in.at.rows + first + i;
+      for (int64_t j = 0; j < d; j++)
+        out[j] = in.at.form == kBf16 ? from_bf16(in.half_row(row)[column + j]) : in.dense_row(row)[column + j];
+      std::fill(out + d, out + width, 0.f);
+    }
+    return true;
+  }
+  for (int64_t block = 0; block < in.at.blocks; block++)
+    for (int64_t begin = column; begin < column + d;) {
+      const int64_t end = std::min(column + d, (begin / kGroupColumns + 1) * kGroupColumns);
+      float* to = out + in.at.row_begin(block) * width + begin - column;
+      if (!in.tile(sample, block, begin, end - begin, to, width, group)) return false;
+      begin = end;
+    }
+  for (int64_t i = 0; i < in.at.rows; i++) std::fill(out + i * width + d, out + (i + 1) * width, 0.f);
+  return true;
 }
 
 // ds = p · (dp − Σ p·dp) · scale, in dp's place.
@@ -262,51 +211,121 @@ void score_gradient(const Attention& a, int64_t rows, int64_t end, const float* 
   }
 }
 
-// One K/V head of a sample: its query heads, tile by tile. dK and dV are added up by one thread in a fixed order.
-void head_gradient(const Call& call, const Attention& a, const DropoutMask& mask, int64_t sample, int64_t kv_head,
-                   float* scratch) {
-  const int64_t group = a.heads / a.kv_heads, *form = call.ints + kForwardInts;
-  float *p = scratch, *dp = p + kTile * a.p_row(), *q_copy = dp + kTile * a.p_row(), *k_copy = q_copy + kTile * a.d,
-        *v_copy = k_copy + a.s * a.d;
-  const HeadRows k = head_rows(call.operands[1], form[1], sample * a.s, a.kv_row(), kv_head * a.d, a.s, a.d, k_copy);
-  const HeadRows v = head_rows(call.operands[2], form[2], sample * a.s, a.kv_row(), kv_head * a.d, a.s, a.d, v_copy);
-  const int64_t key = sample * a.s * a.kv_row() + kv_head * a.d;
-  float *dk = call.as<float>(7), *dv = call.as<float>(8);
-  for (float* out : {dk, dv})
-    if (out)
-      for (int64_t j = 0; j < a.s; j++) std::fill_n(out + key + j * a.kv_row(), a.d, 0.f);
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-    for (int64_t first = 0; first < a.t; first += kTile) {
-      const int64_t rows = std::min(kTile, a.t - first), end = a.reach(first + rows - 1);
-      const HeadRows q =
-          head_rows(call.operands[0], form[0], sample * a.t + first, a.q_row(), head * a.d, rows, a.d, q_copy);
-      const int64_t query = (sample * a.t + first) * a.q_row() + head * a.d;
-      const float* dy = call.as<const float>(5) + query;
-      probabilities(a, sample, head, first, rows, end, q.data, q.stride, k.data, k.stride, p);
-      sgemm(Trans::no, Trans::yes, rows, end, a.d, 1.f, dy, a.q_row(), v.data, v.stride, 0.f, dp, a.p_row());
-      if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, dp);
-      score_gradient(a, rows, end, p, dp);
-      if (float* dq = call.as<float>(6))
-        sgemm(Trans::no, Trans::no, rows, a.d, end, 1.f, dp, a.p_row(), k.data, k.stride, 0.f, dq + query, a.q_row());
-      if (dk)
-        sgemm(Trans::yes, Trans::no, end, a.d, rows, 1.f, dp, a.p_row(), q.data, q.stride, 1.f, dk + key, a.kv_row());
-      if (dv) {
-        if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, p);
-        sgemm(Trans::yes, Trans::no, end, a.d, rows, 1.f, p, a.p_row(), dy, a.q_row(), 1.f, dv + key, a.kv_row());
+// One K/V head of a sample, of which Q, K and V are read and dQ, dK and dV written by one thread in a fixed order.
+struct HeadGradient {
+  const Call& call;
+  const Attention& a;
+  const KeptReader &q, &k, &v;
+  Work work;
+  int64_t sample, kv_head;
+
+  int64_t width() const { return copy_row(a); }
+  int64_t group() const { return a.heads / a.kv_heads; }
+  int64_t key() const { return sample * a.s * a.kv_row() + kv_head * a.d; }
+
+  bool head(const KeptReader& in, float* copy, HeadRows* rows) const {
+    const int64_t column = kv_head * a.d;
+    *rows = {copy, width()};
+    if (in.at.form != kDense) return copy_rows(in, sample, 0, a.s, column, a.d, width(), work.group, copy);
+    *rows = {in.dense_row(sample * a.s) + column, a.kv_row()};
+    return true;
+  }
+
+  // Tile by tile, from probabilities that are made again.
+  bool recompute(const DropoutMask& mask) const {
+    HeadRows keys, values;
+    if (!head(k, work.k, &keys) || !head(v, work.v, &values)) return false;
+    float *dk = call.as<float>(8), *dv = call.as<float>(9), *p = work.p, *dp = work.dp;
+    for (float* out : {dk, dv})
+      if (out)
+        for (int64_t j = 0; j < a.s; j++) std::fill_n(out + key() + j * a.kv_row(), a.d, 0.f);
+    for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); head++) {
+      if (q.at.razor() && !copy_rows(q, sample, 0, a.t, head * a.d, a.d, width(), work.group, work.q)) return false;
+      for (int64_t first = 0; first < a.t; first += kTile) {
+        const int64_t rows = std::min(kTile, a.t - first), end = a.reach(first + rows - 1);
+        HeadRows queries{work.q + (q.at.razor() ? first * width() : 0), width()};
+        if (q.at.form == kDense)
+          queries = {q.dense_row(sample * a.t + first) + head * a.d, a.q_row()};
+        else if (q.at.form == kBf16)
+          copy_rows(q, sample, first, rows, head * a.d, a.d, width(), work.group, work.q);
+        const int64_t query = (sample * a.t + first) * a.q_row() + head * a.d;
+        const float* dy = call.as<const float>(5) + query;
+        probabilities(a, sample, head, first, rows, end, queries.data, queries.stride, keys.data, keys.stride, p);
+        sgemm(Trans::no, Trans::yes, rows, end, a.d, 1.f, dy, a.q_row(), values.data, values.stride, 0.f, dp,
+              a.p_row());
+        if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, dp);
+        score_gradient(a, rows, end, p, dp);
+        if (float* dq = call.as<float>(7))
+          sgemm(Trans::no, Trans::no, rows, a.d, end, 1.f, dp, a.p_row(), keys.data, keys.stride, 0.f, dq + query,
+                a.q_row());
+        if (dk)
+          sgemm(Trans::yes, Trans::no, end, a.d, rows, 1.f, dp, a.p_row(), queries.data, queries.stride, 1.f,
+                dk + key(), a.kv_row());
+        if (dv) {
+          if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, p);
+          sgemm(Trans::yes, Trans::no, end, a.d, rows, 1.f, p, a.p_row(), dy, a.q_row(), 1.f, dv + key(), a.kv_row());
+        }
       }
     }
-}
+    return true;
+  }
+
+  // Query by query, from the probabilities that were kept.
+  bool kept(const RowsLayout& at, float kept_scale) const {
+    const int64_t column = kv_head * a.d, w = width();
+    if (!copy_rows(k, sample, 0, a.s, column, a.d, w, work.group, work.k)) return false;
+    if (!copy_rows(v, sample, 0, a.s, column, a.d, w, work.group, work.v)) return false;
+    float *dq = call.as<float>(7), *dk = call.as<float>(8), *dv = call.as<float>(9);
+    std::fill_n(work.dk, a.s * w, 0.f);
+    std::fill_n(work.dv, a.s * w, 0.f);
+    std::fill_n(work.dy, w, 0.f);
+    KeptRow row{reinterpret_cast<int32_t*>(work.row), work.row + kept_row(at.keep), work.row + 2 * kept_row(at.keep),
+                0};
+    for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); head++) {
+      if (!copy_rows(q, sample, 0, a.t, head * a.d, a.d, w, work.group, work.q)) return false;
+      for (int64_t i = 0; i < a.t; i++) {
+        const int64_t index = (sample * a.heads + head) * a.t + i;
+        const int64_t query = (sample * a.t + i) * a.q_row() + head * a.d;
+        const auto* data = call.as<const uint8_t>(6);
+        if (!row.read(at, reinterpret_cast<const uint64_t*>(data) + index * at.words,
+                      reinterpret_cast<const uint16_t*>(data + at.value) + index * at.keep))
+          return false;
+        std::copy_n(call.as<const float>(5) + query, a.d, work.dy);
+        row_gradient(row, a.scale, kept_scale, w, work.q + i * w, work.k, work.v, work.dy, dq ? work.dq : nullptr,
+                     dk ? work.dk : nullptr, dv ? work.dv : nullptr);
+        if (dq) std::copy_n(work.dq, a.d, dq + query);
+      }
+    }
+    for (int64_t j = 0; j < a.s; j++) {
+      if (dk) std::copy_n(work.dk + j * w, a.d, dk + key() + j * a.kv_row());
+      if (dv) std::copy_n(work.dv + j * w, a.d, dv + key() + j * a.kv_row());
+    }
+    return true;
+  }
+};
 
 bool run_attention_grad(const Call& call) {
   Attention a = parse(call);
   a.key_mask = call.as<const float>(3), a.bias = call.as<const float>(4);
   const DropoutMask mask(*call.context, a.stream, a.ratio);
+  const int64_t keep = call.ints[kAttentionInts + 6];
+  PackedLayout layouts[3];
+  for (uint32_t i = 0; i < 3; i++) kept_layout(call, a, i, &layouts[i]);
+  const KeptReader q(layouts[0], call.operands[0].data), k(layouts[1], call.operands[1].data),
+      v(layouts[2], call.operands[2].data);
+  RowsLayout at{};
+  if (keep) rows_of(a, keep, &at);
+  const float kept_scale = a.ratio < 1 ? static_cast<float>(1.0 / (1.0 - double{a.ratio})) : 0.f;
+  const int64_t floats = Work(a, keep, nullptr).floats;
+  std::atomic<bool> good{true};
   call.pool->split(a.n * a.kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
-    float* scratch = call.as<float>(9) + thread * grad_floats(a);
-    for (int64_t unit = begin; unit < end; unit++)
-      head_gradient(call, a, mask, unit / a.kv_heads, unit % a.kv_heads, scratch);
+    const Work work(a, keep, call.as<float>(10) + thread * floats);
+    for (int64_t unit = begin; unit < end; unit++) {
+      const HeadGradient gradient{call, a, q, k, v, work, unit / a.kv_heads, unit % a.kv_heads};
+      if (!(keep ? gradient.kept(at, kept_scale) : gradient.recompute(mask))) good = false;
+    }
   });
-  return true;
+  return good;
 }
 
 }  // namespace

@@ -8,7 +8,23 @@ namespace {
 
 bool is_depthwise(const ConvShape& s) { return s.group > 1 && s.group == s.ic && s.group == s.oc; }
 
-GatherGemm forward_gemm(const ConvShape& s) {
+WeightView weight_view(const ConvShape& s, int64_t form, const void* data) {
+  return {form, s.taps(), s.ic / s.group, s.oc, data};
+}
+
+uint64_t weight_bytes(const ConvShape& s, int64_t form) {
+  return weight_rows_bytes(form, s.oc, s.taps() * (s.ic / s.group));
+}
+
+// The form of the weight is the last integer of either kernel, which may be left out.
+int64_t weight_form(const Call& call, uint32_t at) { return call.n_ints > at ? call.ints[at] : kHwio; }
+
+std::string weight_form_error(const ConvShape& s, int64_t form) {
+  if (form < kHwio || form > kRowsInt8) return "the form of W must be 0 to 3, not " + std::to_string(form);
+  return form != kHwio && is_depthwise(s) ? "a depthwise convolution takes W as HWIO" : "";
+}
+
+GatherGemm forward_gemm(const ConvShape& s, int64_t form) {
   GatherGemm g{};
   g.rows_axis = forward_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh);
   g.cols_axis = forward_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw);
@@ -27,12 +43,12 @@ GatherGemm forward_gemm(const ConvShape& s) {
   g.k_tap = s.ic / s.group;
   g.n = s.oc / s.group;
   g.kernel_w = s.kw;
-  g.oc = s.oc;
+  g.weight = weight_view(s, form, nullptr);
   return g;
 }
 
 // The input positions (phase_y, phase_x), (phase_y, phase_x + sw), …
-GatherGemm gradient_gemm(const ConvShape& s, int64_t phase_y, int64_t phase_x) {
+GatherGemm gradient_gemm(const ConvShape& s, int64_t form, int64_t phase_y, int64_t phase_x) {
   GatherGemm g{};
   g.rows_axis = gradient_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh, phase_y);
   g.cols_axis = gradient_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw, phase_x);
@@ -51,8 +67,8 @@ GatherGemm gradient_gemm(const ConvShape& s, int64_t phase_y, int64_t phase_x) {
   g.k_tap = s.oc / s.group;
   g.n = s.ic / s.group;
   g.kernel_w = s.kw;
-  g.oc = s.oc;
-  g.transposed = true;
+  g.weight = weight_view(s, form, nullptr);
+  g.gradient = true;
   return g;
 }
 
@@ -67,7 +83,7 @@ Winograd winograd_of(const ConvShape& s, bool gradient) {
   w.n = gradient ? s.ic : s.oc;
   w.pad_y = gradient ? 2 - s.pt : s.pt;
   w.pad_x = gradient ? 2 - s.pl : s.pl;
-  w.transposed = gradient;
+  w.gradient = gradient;
   return w;
 }
 
@@ -97,7 +113,7 @@ int distinct_phases(int64_t phases, MakeAxis&& make_axis, int64_t found[6]) {
 uint64_t aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // One row of zeros for padding, then each thread's part.
-uint64_t scratch_bytes(const ConvShape& s, bool gradient, int threads, uint64_t* part) {
+uint64_t scratch_bytes(const ConvShape& s, int64_t form, bool gradient, int threads, uint64_t* part) {
   *part = 0;
   if (is_depthwise(s)) return 0;
   if (gradient) {
@@ -108,15 +124,16 @@ uint64_t scratch_bytes(const ConvShape& s, bool gradient, int threads, uint64_t*
     const int nx = distinct_phases(std::min(s.sw, s.iw), x_axis, xs);
     for (int y = 0; y < ny; y++)
       for (int x = 0; x < nx; x++)
-        *part = std::max(*part, aligned(gather_gemm_scratch(gradient_gemm(s, ys[y], xs[x]))));
+        *part = std::max(*part, aligned(gather_gemm_scratch(gradient_gemm(s, form, ys[y], xs[x]))));
   } else {
-    *part = aligned(gather_gemm_scratch(forward_gemm(s)));
+    *part = aligned(gather_gemm_scratch(forward_gemm(s, form)));
   }
   return aligned(static_cast<uint64_t>(gradient ? s.oc : s.ic) * 4) + *part * static_cast<uint64_t>(threads);
 }
 
-// conv_grad_input's attributes behind the shape.
-enum GradInputInt : uint32_t { kGradKeep = kConvInts + 1, kGradSum, kGradAccumulate, kGradInts };
+// Attributes behind the shape.
+enum ForwardInt : uint32_t { kForwardAct = kConvInts, kForwardKeep, kForwardForm };
+enum GradInputInt : uint32_t { kGradKeep = kConvInts + 1, kGradSum, kGradAccumulate, kGradForm };
 
 // Floats between the two running sums of a thread, so that threads share no line of cache.
 int64_t sums_stride(const ConvShape& s) { return (s.ic + 15) / 16 * 16; }
@@ -128,28 +145,32 @@ uint64_t sums_bytes(const Call& call, const ConvShape& s, int threads) {
              : 0;
 }
 
-uint64_t engine_scratch(const ConvShape& s, bool gradient, int threads) {
+uint64_t engine_scratch(const ConvShape& s, int64_t form, bool gradient, int threads) {
   if (winograd_wins(s, gradient, threads)) return winograd_scratch(winograd_of(s, gradient), threads);
   uint64_t part;
-  return scratch_bytes(s, gradient, threads, &part);
+  return scratch_bytes(s, form, gradient, threads, &part);
 }
 
 uint64_t conv_scratch(const Call& call, int threads) {
   if (!conv_shape_error(call).empty() || threads < 1) return UINT64_MAX;
-  return engine_scratch(conv_shape(call.ints), false, threads);
+  const ConvShape s = conv_shape(call.ints);
+  const int64_t form = weight_form(call, kForwardForm);
+  return weight_form_error(s, form).empty() ? engine_scratch(s, form, false, threads) : UINT64_MAX;
 }
 
 uint64_t grad_input_scratch(const Call& call, int threads) {
-  if (!conv_shape_error(call).empty() || call.n_ints != kGradInts || threads < 1) return UINT64_MAX;
+  if (!conv_shape_error(call).empty() || call.n_ints < kGradForm || threads < 1) return UINT64_MAX;
   const ConvShape s = conv_shape(call.ints);
-  return sums_bytes(call, s, threads) + engine_scratch(s, true, threads);
+  const int64_t form = weight_form(call, kGradForm);
+  if (!weight_form_error(s, form).empty()) return UINT64_MAX;
+  return sums_bytes(call, s, threads) + engine_scratch(s, form, true, threads);
 }
 
 // "" if operand `index` has `bytes` bytes, or is absent and may be.
-std::string operand_error(const Call& call, uint32_t index, const char* name, int64_t bytes, bool optional = false) {
+std::string operand_error(const Call& call, uint32_t index, const char* name, uint64_t bytes, bool optional = false) {
   const er_operand& o = call.operands[index];
   if (!o.data) return optional ? "" : std::string(name) + " is missing";
-  if (o.bytes == static_cast<uint64_t>(bytes)) return "";
+  if (o.bytes == bytes) return "";
   return std::string(name) + " has " + std::to_string(o.bytes) + " bytes, needs " + std::to_string(bytes);
 }
 
@@ -165,24 +186,26 @@ Activation activation_of(const Call& call) { return {call.ints[kConvInts], call.
 std::string conv_check(const Call& call) {
   std::string error = conv_shape_error(call);
   if (!error.empty()) return error;
-  if (call.n_ints != kConvInts + 2) return "needs 18 integers, got " + std::to_string(call.n_ints);
+  if (call.n_ints != kForwardForm && call.n_ints != kForwardForm + 1)
+    return "needs 18 or 19 integers, got " + std::to_string(call.n_ints);
   if (call.n_floats != 2) return "needs 2 floats, got " + std::to_string(call.n_floats);
   if (call.n_operands != 7) return "needs 7 operands, got " + std::to_string(call.n_operands);
   const ConvShape s = conv_shape(call.ints);
-  const int64_t keep = call.ints[kConvInts + 1];
-  error = activation_error(activation_of(call), keep);
+  const int64_t keep = call.ints[kForwardKeep], form = weight_form(call, kForwardForm);
+  error = first_error({activation_error(activation_of(call), keep), weight_form_error(s, form)});
   if (!error.empty()) return error;
   const int64_t kept = s.n * s.oh * s.ow * kept_row_bytes(keep, s.oc);
   if (!keep && call.operands[5].data) return "kept is present, but nothing is kept";
-  return first_error({operand_error(call, 0, "X", s.x_elements() * 4), operand_error(call, 1, "W", s.w_elements() * 4),
-                      operand_error(call, 2, "scale", s.oc * 4, true), operand_error(call, 3, "shift", s.oc * 4, true),
-                      operand_error(call, 4, "Y", s.y_elements() * 4),
-                      operand_error(call, 5, "kept", kept, keep == kKeepNothing)});
+  return first_error(
+      {operand_error(call, 0, "X", s.x_elements() * 4), operand_error(call, 1, "W", weight_bytes(s, form)),
+       operand_error(call, 2, "scale", s.oc * 4, true), operand_error(call, 3, "shift", s.oc * 4, true),
+       operand_error(call, 4, "Y", s.y_elements() * 4), operand_error(call, 5, "kept", kept, keep == kKeepNothing)});
 }
 
 bool conv_run(const Call& call) {
   const ConvShape s = conv_shape(call.ints);
-  const int64_t keep = call.ints[kConvInts + 1];
+  const int64_t keep = call.ints[kForwardKeep];
+  const WeightView weight = weight_view(s, weight_form(call, kForwardForm), call.operands[1].data);
   const Finish finish{call.as<const float>(2), call.as<const float>(3),   false, activation_of(call), keep,
                       call.as<uint8_t>(5),     kept_row_bytes(keep, s.oc)};
   const int threads = call.pool->threads();
@@ -194,19 +217,19 @@ bool conv_run(const Call& call) {
   if (winograd_wins(s, false, threads)) {
     Winograd w = winograd_of(s, false);
     w.source = call.as<const float>(0);
-    w.weight = call.as<const float>(1);
+    w.weight = weight;
     w.out = call.as<float>(4);
     w.finish = finish;
     winograd(w, call.pool, call.as<char>(6));
     return true;
   }
-  GatherGemm g = forward_gemm(s);
+  GatherGemm g = forward_gemm(s, weight.form);
   g.source = call.as<const float>(0);
-  g.weight = call.as<const float>(1);
+  g.weight = weight;
   g.out = call.as<float>(4);
   g.finish = finish;
   uint64_t part;
-  scratch_bytes(s, false, threads, &part);
+  scratch_bytes(s, weight.form, false, threads, &part);
   float* zeros = call.as<float>(6);
   std::fill_n(zeros, s.ic, 0.0f);
   char* parts = call.as<char>(6) + aligned(static_cast<uint64_t>(s.ic) * 4);
@@ -218,7 +241,8 @@ bool conv_run(const Call& call) {
 std::string conv_grad_input_check(const Call& call) {
   std::string error = conv_shape_error(call);
   if (!error.empty()) return error;
-  if (call.n_ints != kGradInts) return "needs 20 integers, got " + std::to_string(call.n_ints);
+  if (call.n_ints != kGradForm && call.n_ints != kGradForm + 1)
+    return "needs 20 or 21 integers, got " + std::to_string(call.n_ints);
   if (call.n_floats != 2) return "needs 2 floats, got " + std::to_string(call.n_floats);
   if (call.n_operands != 7) return "needs 7 operands, got " + std::to_string(call.n_operands);
   const int64_t keep = call.ints[kGradKeep], sum = call.ints[kGradSum], accumulate = call.ints[kGradAccumulate];
@@ -232,7 +256,11 @@ std::string conv_grad_input_check(const Call& call) {
   if (!keep && call.operands[4].data) return "kept is present, but nothing is kept";
   if (!sum && call.operands[5].data) return "sums is present, but sum is 0";
   const ConvShape s = conv_shape(call.ints);
-  return first_error({operand_error(call, 0, "dY", s.y_elements() * 4), operand_error(call, 1, "W", s.w_elements() * 4),
+  const int64_t form = weight_form(call, kGradForm);
+  error = weight_form_error(s, form);
+  if (!error.empty()) return error;
+  return first_error({operand_error(call, 0, "dY", s.y_elements() * 4),
+                      operand_error(call, 1, "W", weight_bytes(s, form)),
                       operand_error(call, 2, "scale", s.oc * 4, true), operand_error(call, 3, "dX", s.x_elements() * 4),
                       operand_error(call, 4, "kept", s.n * s.ih * s.iw * kept_row_bytes(keep, s.ic), !keep),
                       operand_error(call, 5, "sums", s.ic * 4, !sum)});
@@ -253,6 +281,7 @@ void add_up(const Finish& finish, int threads, int64_t cols, float* sums) {
 bool conv_grad_input_run(const Call& call) {
   const ConvShape s = conv_shape(call.ints);
   const float* scale = call.as<const float>(2);
+  const WeightView weight = weight_view(s, weight_form(call, kGradForm), call.operands[1].data);
   const int threads = call.pool->threads();
   const uint64_t sums = sums_bytes(call, s, threads);
   Finish finish{};
@@ -268,23 +297,23 @@ bool conv_grad_input_run(const Call& call) {
   } else if (winograd_wins(s, true, threads)) {
     Winograd w = winograd_of(s, true);
     w.source = call.as<const float>(0);
-    w.weight = call.as<const float>(1);
+    w.weight = weight;
     w.weight_scale = scale;
     w.out = call.as<float>(3);
     w.finish = finish;
     winograd(w, call.pool, call.as<char>(6) + sums);
   } else {
     uint64_t part;
-    scratch_bytes(s, true, threads, &part);
+    scratch_bytes(s, weight.form, true, threads, &part);
     char* scratch = call.as<char>(6) + sums;
     float* zeros = reinterpret_cast<float*>(scratch);
     std::fill_n(zeros, s.oc, 0.0f);
     char* parts = scratch + aligned(static_cast<uint64_t>(s.oc) * 4);
     call.pool->run([&](int thread) {
       each_phase(s, [&](int64_t y, int64_t x) {
-        GatherGemm g = gradient_gemm(s, y, x);
+        GatherGemm g = gradient_gemm(s, weight.form, y, x);
         g.source = call.as<const float>(0);
-        g.weight = call.as<const float>(1);
+        g.weight = weight;
         g.weight_scale = scale;
         g.out = call.as<float>(3);
         g.finish = finish;

@@ -32,14 +32,16 @@ struct Layout {
     tile_rows = std::max<int64_t>(kTileRowsNarrow, std::min({fit, kMaxTileRows, rows}));
     vectors = ceil_div(g.n, kLanes);
     panels = ceil_div(vectors, kTileVectors);
-    few_rows = !g.transposed && g.group == 1 && rows <= kSmallRows;
+    few_rows = as_it_lies(g) && g.group == 1 && rows <= kSmallRows;
     const int64_t most = few_rows ? kFewRowsDepth : kDepth;
     chunks = ceil_div(g.k_tap, most);
     taps_per_block = std::max<int64_t>(1, most / g.k_tap);
     blocks = chunks > 1 ? taps * chunks : ceil_div(taps, taps_per_block);
-    pack = g.transposed || (!few_rows && (panels > 1 || g.n % kLanes));
+    pack = !as_it_lies(g) || (!few_rows && (panels > 1 || g.n % kLanes));
     resident = packed_floats(g) * 4 <= kResidentBytes;
   }
+  // Whether the weight's rows can be rows of B.
+  static bool as_it_lies(const GatherGemm& g) { return !g.gradient && g.weight.by_input(); }
   // In a row's part of the table: a source a tap, the output, the kept slopes.
   int64_t pointers() const { return taps + 2; }
   int64_t table_bytes() const { return (tile_rows * pointers() * static_cast<int64_t>(sizeof(float*)) + 63) / 64 * 64; }
@@ -74,34 +76,42 @@ DepthBlock depth_block(const Layout& l, int64_t k_tap, int64_t b) {
   return {b / l.chunks, 1, begin, k_tap * (chunk + 1) / l.chunks - begin};
 }
 
-// The weight's first element for tap t of the walk and input channel 0 of a group.
-const float* tap_weight(const GatherGemm& g, int64_t t) {
+// The weight's tap for tap t of the walk.
+int64_t weight_tap(const GatherGemm& g, int64_t t) {
   int64_t ty = t / g.cols_axis.taps, tx = t % g.cols_axis.taps;
   int64_t ky = g.rows_axis.kernel_start + ty * g.rows_axis.kernel_step;
   int64_t kx = g.cols_axis.kernel_start + tx * g.cols_axis.kernel_step;
-  return g.weight + (ky * g.kernel_w + kx) * (g.transposed ? g.n : g.k_tap) * g.oc;
+  return ky * g.kernel_w + kx;
 }
 
 // Columns [column, column + vectors·kLanes) of B's depth block, zeros past column n: [taps·depth][vectors·kLanes].
+template <int64_t kForm>
 void pack(const GatherGemm& g, int64_t group, const DepthBlock& block, int64_t column, int64_t vectors, float* out) {
   const int64_t ld = vectors * kLanes;
+  // Of the weight; groups count output channels.
+  const int64_t first_k = block.begin + (g.gradient ? group * g.k_tap : 0);
+  const int64_t first_n = column + (g.gradient ? 0 : group * g.n);
   for (int64_t t = block.tap; t < block.tap + block.taps; t++, out += block.depth * ld) {
-    const float* w = tap_weight(g, t);
-    if (!g.transposed) {
-      w += block.begin * g.oc + group * g.n + column;
-      for (int64_t k = 0; k < block.depth; k++, w += g.oc)
-        for (int64_t v = 0; v < vectors; v++)
-          store(out + k * ld + v * kLanes, load_upto(w + v * kLanes, g.n - column - v * kLanes));
+    const int64_t tap = weight_tap(g, t);
+    if (g.weight.by_input() != g.gradient) {  // rows of the weight are rows of B
+      for (int64_t k = 0; k < block.depth; k++) {
+        const VecF scale = broadcast(g.weight_scale ? g.weight_scale[first_k + k] : 1.0f);
+        for (int64_t v = 0; v < vectors; v++) {
+          const int64_t c = v * kLanes;
+          const VecF w = g.weight.load<kForm>(tap, first_k + k, first_n + c, g.n - column - c);
+          store(out + k * ld + c, g.weight_scale ? w * scale : w);
+        }
+      }
       continue;
     }
     for (int64_t v = 0; v < vectors; v++) {  // outside: reads few rows of the weight at once, each in order
       for (int64_t k = 0; k < block.depth; k += kLanes) {
-        const int64_t o = group * g.k_tap + block.begin + k, left = block.depth - k;
-        VecF scale = g.weight_scale ? load_upto(g.weight_scale + o, left) : broadcast(1.0f);
+        const int64_t left = block.depth - k;
+        VecF scale = g.weight_scale ? load_upto(g.weight_scale + first_k + k, left) : broadcast(1.0f);
         VecF square[kLanes];
         for (int i = 0; i < kLanes; i++) {
-          int64_t c = column + v * kLanes + i;
-          square[i] = c < g.n ? load_upto(w + c * g.oc + o, left) * scale : VecF{};
+          const int64_t c = v * kLanes + i;
+          square[i] = column + c < g.n ? g.weight.load<kForm>(tap, first_n + c, first_k + k, left) * scale : VecF{};
         }
         transpose(square);
         for (int i = 0; i < kLanes && i < left; i++) store(out + (k + i) * ld + v * kLanes, square[i]);
@@ -221,11 +231,12 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
         if (l.resident)
           panel += ((group * l.vectors + start) * l.taps + vectors * block.tap) * g.k_tap * kLanes +
                    vectors * block.begin * kLanes;
-        if (!l.resident || tile == 0) pack(g, group, block, column, vectors, panel);
+        if (!l.resident || tile == 0)
+          g.weight.with_form([&](auto form) { pack<form>(g, group, block, column, vectors, panel); });
         t.b = panel;
       } else {
-        t.ldb = g.oc;
-        t.b = tap_weight(g, block.tap) + block.begin * g.oc + to;
+        t.ldb = g.weight.out;
+        t.b = g.weight.hwio(weight_tap(g, block.tap), block.begin, to);
       }
       t.a_stride = l.tile_rows;
       t.a_offset = group * g.k_tap + block.begin;

@@ -4,6 +4,7 @@
 #include "conv_axis.h"
 #include "conv_shape.h"
 #include "slope.h"
+#include "weight_view.h"
 
 namespace er::ER_ISA {
 
@@ -66,7 +67,7 @@ struct Finish {
 
 // A sum over taps of small matrix products with gathered rows:
 //   out[s, y(j), x(i), g·n + c] = Σ_t Σ_k source[s, …, g·k_tap + k] · B_g[t·k_tap + k, c],
-// B_g from the weight as it lies (forward: n output channels, k_tap input channels of a group) or transposed and scaled
+// B_g from the weight (forward: n output channels, k_tap input channels of a group) or its transpose, scaled
 // (gradient).
 struct GatherGemm {
   Axis rows_axis, cols_axis;
@@ -76,10 +77,9 @@ struct GatherGemm {
   float* out;
   int64_t out_h, out_w, out_cols;
   int64_t group, k_tap, n;
-  const float* weight;  // HWIO
-  int64_t kernel_w,
-      oc;  // of the weight: tap (ky, kx) starts at row (ky·kernel_w + kx)·(channels in a group), rows have oc elements
-  bool transposed;  // B_g[t·k_tap + o, i] = weight[tap, i, g·k_tap + o] · weight_scale[g·k_tap + o]
+  WeightView weight;
+  int64_t kernel_w;  // tap (ky, kx) is the weight's tap ky·kernel_w + kx
+  bool gradient;     // B_g[t·k_tap + o, i] = weight[tap, i, g·k_tap + o] · weight_scale[g·k_tap + o]
   const float* weight_scale;
   Finish finish;
 };
@@ -96,8 +96,8 @@ struct Winograd {
   int64_t pad_y, pad_x;
   const float* source;
   float* out;
-  const float* weight;  // HWIO
-  bool transposed;      // B[ky, kx, k, c] = weight[2 − ky, 2 − kx, c, k] · weight_scale[k]
+  WeightView weight;
+  bool gradient;  // B[ky, kx, k, c] = weight[2 − ky, 2 − kx, c, k] · weight_scale[k]
   const float* weight_scale;
   Finish finish;
 };

@@ -98,9 +98,10 @@ inline void transform_weight(const VecF w[9], float* out, int64_t stride) {
 
 // This thread's part of the transformed weight of panels [first, last): a panel after the other, each
 // [16 points][k][panel's columns], zeros past column n.
+template <int64_t kForm>
 void transform_weights(const Winograd& w, const Layout& l, int64_t first, int64_t last, int thread, int threads,
                        float* out) {
-  const int64_t from = l.panel_start(first), taps = w.k * w.n;
+  const int64_t from = l.panel_start(first);
   auto place = [&](int64_t panel, int64_t vector, int64_t k, int64_t* stride) {
     const int64_t start = l.panel_start(panel), width = (l.panel_start(panel + 1) - start) * kLanes;
     *stride = w.k * width + kLine;
@@ -108,19 +109,24 @@ void transform_weights(const Winograd& w, const Layout& l, int64_t first, int64_
   };
   VecF taps9[9];
   int64_t stride;
-  if (!w.transposed) {
-    for (int64_t k = w.k * thread / threads; k < w.k * (thread + 1) / threads; k++)
+  auto tap = [&](int t) { return w.gradient ? 8 - t : t; };  // the gradient's kernel is turned by half a turn
+  if (w.weight.by_input() != w.gradient) {                   // rows of the weight are rows of B
+    for (int64_t k = w.k * thread / threads; k < w.k * (thread + 1) / threads; k++) {
+      const VecF scale = broadcast(w.weight_scale ? w.weight_scale[k] : 1.0f);
       for (int64_t p = first; p < last; p++)
         for (int64_t v = l.panel_start(p); v < l.panel_start(p + 1); v++) {
           const int64_t column = v * kLanes;
-          for (int t = 0; t < 9; t++) taps9[t] = load_upto(w.weight + t * taps + k * w.n + column, w.n - column);
+          for (int t = 0; t < 9; t++) {
+            taps9[t] = w.weight.load<kForm>(tap(t), k, column, w.n - column);
+            if (w.weight_scale) taps9[t] *= scale;
+          }
           float* to = place(p, v, k, &stride);
           transform_weight(taps9, to, stride);
         }
+    }
     return;
   }
-  // Squares of kLanes × kLanes, those that lie behind one another in the weight's rows first. The kernel is turned by
-  // half a turn.
+  // Squares of kLanes × kLanes, those that lie behind one another in the weight's rows first.
   const int64_t deep = ceil_div(w.k, kLanes), squares = (l.panel_start(last) - from) * deep;
   int64_t panel = first;
   for (int64_t i = squares * thread / threads; i < squares * (thread + 1) / threads; i++) {
@@ -131,7 +137,7 @@ void transform_weights(const Winograd& w, const Layout& l, int64_t first, int64_
     for (int t = 0; t < 9; t++) {
       for (int c = 0; c < kLanes; c++) {
         const int64_t column = v * kLanes + c;
-        square[t][c] = column < w.n ? load_upto(w.weight + (8 - t) * taps + column * w.k + k, left) * scale : VecF{};
+        square[t][c] = column < w.n ? w.weight.load<kForm>(tap(t), column, k, left) * scale : VecF{};
       }
       transpose(square[t]);
     }
@@ -298,7 +304,9 @@ void winograd(const Winograd& w, ThreadPool* pool, char* scratch) {
   std::fill_n(zeros, l.zeros_floats(), 0.0f);
   for (int64_t first = 0; first < l.panels; first += l.chunk_panels) {
     const int64_t last = std::min(first + l.chunk_panels, l.panels);
-    pool->run([&](int thread) { transform_weights(w, l, first, last, thread, threads, weight); });
+    w.weight.with_form([&](auto form) {
+      pool->run([&](int thread) { transform_weights<form>(w, l, first, last, thread, threads, weight); });
+    });
     pool->run([&](int thread) {
       multiply(w, l, first, last, thread, threads, weight, zeros, parts + l.thread_bytes() * thread);
     });

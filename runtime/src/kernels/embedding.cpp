@@ -1,22 +1,27 @@
 // Rows of a table by index, forward and backward, and rotary position embedding (Su et al., "RoFormer", 2021).
 #include <algorithm>
-#include <cstring>
 
 #include "../kernel.h"
 #include "../simd.h"
 #include "call_check.h"
+#include "row_set.h"
+#include "weight_view.h"
 
 namespace er::ER_ISA {
 namespace {
 
-// embedding: ids[n] int32, W[vocabulary, cols] → Y[n, cols]; ints n, vocabulary, cols, transposed.
-// transposed: W is stored [cols, vocabulary], as a linear layer that shares it needs it.
+// embedding: ids[n] int32, W[vocabulary, cols] → Y[n, cols]; ints n, vocabulary, cols, form: 0 as it is; 1: stored
+// [cols, vocabulary], as a linear layer that shares it needs it; 2, 3: rows in bf16, or int8 with a scale a row.
+enum TableForm : int64_t { kTable = 0, kTransposed = 1, kTableBf16 = 2, kTableInt8 = 3 };
+
+int64_t stored_as(int64_t form) { return form == kTableBf16 ? kRowsBf16 : form == kTableInt8 ? kRowsInt8 : kRowsFloat; }
+
 std::string check_embedding(const Call& call) {
   CallCheck check(call, 3, 4, 0);
   const int64_t n = check.size(0, "n"), vocabulary = check.size(1, "vocabulary"), cols = check.size(2, "cols");
-  check.integer(3, "transposed", 0, 1);
+  const int64_t form = check.integer(3, "form", kTable, kTableInt8);
   check.present(0, "ids", byte_size({n}));
-  check.present(1, "W", byte_size({vocabulary, cols}));
+  check.present(1, "W", weight_rows_bytes(stored_as(form), vocabulary, cols));
   check.present(2, "Y", byte_size({n, cols}));
   return check.error();
 }
@@ -31,15 +36,21 @@ bool run_embedding(const Call& call) {
   const float* w = call.as<const float>(1);
   float* y = call.as<float>(2);
   if (!ids_valid(ids, n, vocabulary)) return false;
-  const bool transposed = call.ints[3] == 1;
-  parallel(call, n, transposed ? 16 * cols : 2 * cols, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      if (!transposed) {
-        std::memcpy(y + r * cols, w + ids[r] * cols, static_cast<size_t>(cols) * sizeof(float));
-        continue;
-      }
-      for (int64_t c = 0; c < cols; c++) y[r * cols + c] = w[c * vocabulary + ids[r]];
-    }
+  const int64_t form = call.ints[3];
+  if (form == kTransposed) {
+    parallel(call, n, 16 * cols, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        for (int64_t c = 0; c < cols; c++) y[r * cols + c] = w[c * vocabulary + ids[r]];
+    });
+    return true;
+  }
+  const WeightView table{stored_as(form), 1, cols, vocabulary, w};
+  table.with_form([&](auto known) {
+    parallel(call, n, 2 * cols, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        for (int64_t c = 0; c < cols; c += kLanes)
+          store_upto(y + r * cols + c, table.load<known>(0, ids[r], c, cols - c), cols - c);
+    });
   });
   return true;
 }
@@ -80,6 +91,49 @@ bool run_embedding_grad(const Call& call) {
       const int64_t id = ids[r];
       if (id < begin || id >= end || id == padding) continue;
       float* row = g + id * cols;
+      for (int64_t c = 0; c < cols; c += kLanes)
+        store_upto(row + c, load_upto(row + c, cols - c) + load_upto(dy + r * cols + c, cols - c), cols - c);
+    }
+  });
+  return true;
+}
+
+// embedding_grad_rows: ids[n], dY[n, cols] → R, the row set of the table's gradient; ints n, vocabulary, cols, capacity
+// (at least min(n, vocabulary)), padding_idx (−1: none). Rows get slots in the order in which the batch names them.
+std::string check_embedding_grad_rows(const Call& call) {
+  CallCheck check(call, 3, 5, 0);
+  const int64_t n = check.size(0, "n"), vocabulary = check.size(1, "vocabulary"), cols = check.size(2, "cols");
+  const int64_t capacity = check.integer(3, "capacity", std::min(n, vocabulary), vocabulary);
+  check.integer(4, "padding_idx", -1, kMaxDim);
+  check.present(0, "ids", byte_size({n}));
+  check.present(1, "dY", byte_size({n, cols}));
+  check.present(2, "R", row_set_bytes(vocabulary, cols, capacity));
+  return check.error();
+}
+
+bool run_embedding_grad_rows(const Call& call) {
+  const int64_t n = call.ints[0], cols = call.ints[2], padding = call.ints[4];
+  const int32_t* ids = call.as<const int32_t>(0);
+  const float* dy = call.as<const float>(1);
+  const RowSet set(call.operands[2].data, call.ints[1], cols, call.ints[3]);
+  if (!ids_valid(ids, n, set.rows)) return false;
+  std::fill(set.slot, set.slot + set.rows, -1);
+  // A wrong plan may have ids and R overlap, so that ids change while R is written: each use of one is checked.
+  const auto slot_of = [&](int64_t r) -> int32_t* {
+    const int64_t id = ids[r];
+    return id < 0 || id >= set.rows || id == padding ? nullptr : set.slot + id;
+  };
+  int32_t used = 0;
+  for (int64_t r = 0; r < n; r++)
+    if (int32_t* slot = slot_of(r); slot && *slot < 0 && used < set.capacity) *slot = used++;
+  // Each thread owns slots, so that the sums have one order for every number of threads.
+  parallel(call, used, n + cols, [&](int64_t begin, int64_t end) {
+    std::fill(set.value + begin * cols, set.value + end * cols, 0.0f);
+    for (int64_t r = 0; r < n; r++) {
+      const int32_t* slot = slot_of(r);
+      const int64_t at = slot ? *slot : -1;
+      if (at < begin || at >= end) continue;
+      float* row = set.value + at * cols;
       for (int64_t c = 0; c < cols; c += kLanes)
         store_upto(row + c, load_upto(row + c, cols - c) + load_upto(dy + r * cols + c, cols - c), cols - c);
     }
@@ -132,6 +186,7 @@ extern const Kernel embedding_kernels[];
 const Kernel embedding_kernels[] = {
     {"embedding", check_embedding, nullptr, run_embedding},
     {"embedding_grad", check_embedding_grad, nullptr, run_embedding_grad},
+    {"embedding_grad_rows", check_embedding_grad_rows, nullptr, run_embedding_grad_rows},
     {"rotary", check_rotary, nullptr, run_rotary},
     {nullptr, nullptr, nullptr, nullptr},
 };

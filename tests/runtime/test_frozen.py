@@ -1,0 +1,329 @@
+"""Parameters that do not train: read in the weights file, or stored in bf16 or int8; and plans that misuse them."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from edge_razor.errors import BundleError, EdgeRazorError, PlanError, UsageError
+from edge_razor.planner.program import KERNELS
+from edge_razor.runtime import Session, kernel_scratch
+from tests.kernels.test_weight_forms import stored
+
+from .plan_writer import encode, linear_plan, seal, up64
+
+FEATURES, OUTPUTS = 6, 5
+MAPPED = 4
+FORMS = {"in_file": 1, "bf16": 2, "int8": 3}
+SIZES = {1: 4 * 30, 2: 2 * 30, 3: 64 + 30}
+
+
+def frozen_plan(form: int, **settings: Any) -> dict[str, Any]:
+    """`linear_plan` with a weight that does not train, by rows of an output channel."""
+    plan = linear_plan(**settings)
+    operand = (MAPPED, 0, SIZES[1]) if form == 1 else (2, 0, SIZES[form])
+    plan["params"][0] |= {"trainable": 0, "form": form, "perm": [0, 1], "offset": 0, "states": []}
+    plan["params"][1]["offset"] = offset = 0 if form == 1 else up64(SIZES[form])
+    plan["params_bytes"] = offset + 64
+    forward = plan["train"][0]
+    forward["ints"] = [*forward["ints"], form]
+    forward["operands"][1:4] = [operand, (0, 0, 0), (2, offset, 20)]
+    scratch = kernel_scratch("conv", forward["ints"], forward["floats"], plan["threads"])
+    forward["operands"][-1] = (1, plan["arena_bytes"], scratch)
+    plan["arena_bytes"] += up64(scratch)
+    kept = [s for s in plan["train"] if s["kernel"] != "conv_grad_weight"]
+    plan["train"] = [*kept[:3], kept[4]]
+    plan["train"][3]["operands"][0] = (2, offset, 20)
+    plan["eval"] = [forward]
+    return plan
+
+
+def weights(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"other": (3,), "fc.weight": (OUTPUTS, FEATURES), "fc.bias": (OUTPUTS,)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def session_on(form: int, path: Path, values: dict[str, np.ndarray]) -> Session:
+    safetensors.numpy.save_file(values, path)
+    session = Session(encode(frozen_plan(form)))
+    session.load_weights(path)
+    return session
+
+
+def inputs(samples: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((samples, 3, 1, 2)).astype(np.float32)
+
+
+def flat(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1).reshape(len(x), -1).astype(np.float64)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_frozen_weight_is_used_and_stays(form: int, tmp_path: Path) -> None:
+    values = weights()
+    with session_on(form, tmp_path / "w", values) as session:
+        _, expected = stored(values["fc.weight"], form)
+        np.testing.assert_array_equal(session.read_parameter("fc.weight"), expected)
+        x, target = inputs(4), np.zeros((4, OUTPUTS), np.float32)
+        (y,) = session.predict([x])
+        np.testing.assert_allclose(y, flat(x) @ expected.T + values["fc.bias"], rtol=1e-5, atol=1e-5)
+        session.train_step([x], target, learning_rate=0.5, update=1)
+        moved = values["fc.bias"] - 0.5 * (2 * y / y.size).sum(0)
+        np.testing.assert_allclose(session.read_parameter("fc.bias"), moved, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(session.read_parameter("fc.weight"), expected)
+        session.save_weights(tmp_path / "saved")
+        saved = safetensors.numpy.load_file(tmp_path / "saved")
+    np.testing.assert_array_equal(saved["fc.weight"], expected)
+    np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "w")["fc.weight"], values["fc.weight"])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_frozen_weight_can_be_written(form: int, tmp_path: Path) -> None:
+    """In the file nothing changes: the parameter gets memory of its own."""
+    values, others = weights(), weights(seed=5)
+    with session_on(form, tmp_path / "w", values) as session:
+        before = (tmp_path / "w").read_bytes()
+        x = inputs(3)
+        session.predict([x])
+        session.write_parameter("fc.weight", others["fc.weight"])
+        _, expected = stored(others["fc.weight"], form)
+        (y,) = session.predict([x])
+        np.testing.assert_allclose(y, flat(x) @ expected.T + values["fc.bias"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(session.read_parameter("fc.weight"), expected)
+    assert (tmp_path / "w").read_bytes() == before
+
+
+def test_without_weights_nothing_runs() -> None:
+    with Session(encode(frozen_plan(1))) as session:
+        for run in (
+            lambda: session.predict([inputs(2)]),
+            lambda: session.train_step([inputs(2)], np.zeros((2, 5), np.float32), learning_rate=0.1, update=1),
+            lambda: session.evaluate([inputs(2)], np.zeros((2, 5), np.float32)),
+            lambda: session.read_parameter("fc.weight"),
+        ):
+            with pytest.raises(UsageError, match="weights file"):
+                run()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [truncate, touch])
+def test_a_file_that_changes_under_the_session_is_an_error(change: Callable[[Path], None], tmp_path: Path) -> None:
+    with session_on(1, tmp_path / "w", weights()) as session:
+        session.predict([inputs(2)])
+        change(tmp_path / "w")
+        with pytest.raises(BundleError, match="was changed while a session reads its weights there"):
+            session.predict([inputs(2)])
+        with pytest.raises(BundleError, match="was changed"):
+            session.train_step([inputs(2)], np.zeros((2, 5), np.float32), learning_rate=0.1, update=1)
+
+
+def test_a_file_that_is_replaced_by_a_rename_goes_on_being_read(tmp_path: Path) -> None:
+    with session_on(1, tmp_path / "w", weights()) as session:
+        (before,) = session.predict([inputs(2)])
+        safetensors.numpy.save_file(weights(seed=9), tmp_path / "new")
+        os.replace(tmp_path / "new", tmp_path / "w")
+        np.testing.assert_array_equal(session.predict([inputs(2)])[0], before)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 4, 4097])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_weights_inside_another_file_at_any_offset(form: int, shift: int, tmp_path: Path) -> None:
+    safetensors.numpy.save_file(weights(), tmp_path / "w")
+    data = (tmp_path / "w").read_bytes()
+    (tmp_path / "archive").write_bytes(b"x" * shift + data + b"behind")
+    plan = encode(frozen_plan(form))
+    with Session(plan) as session, Session(plan) as other:
+        session.load_weights(tmp_path / "archive", shift, len(data))
+        other.load_weights(tmp_path / "w")
+        np.testing.assert_array_equal(session.predict([inputs(3)])[0], other.predict([inputs(3)])[0])
+        with pytest.raises(BundleError, match="truncated"):
+            session.load_weights(tmp_path / "archive", shift, len(data) + 7)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_checkpoint_holds_what_trains_and_resumes_to_the_same_bits(form: int, tmp_path: Path) -> None:
+    values, x, target = weights(), inputs(4), np.zeros((4, OUTPUTS), np.float32)
+
+    def train(session: Session, *updates: int) -> None:
+        for update in updates:
+            session.train_step([x], target, learning_rate=0.3, update=update)
+
+    with session_on(form, tmp_path / "w", values) as session:
+        train(session, 1, 2)
+        session.save_checkpoint(tmp_path / "c", 2, b"here")
+        train(session, 3)
+        end = session.read_parameter("fc.bias")
+    held = safetensors.numpy.load_file(tmp_path / "c")
+    assert "fc.bias" in held and not any("fc.weight" in name for name in held)
+    with session_on(form, tmp_path / "w2", {**values, "fc.bias": np.ones(OUTPUTS, np.float32)}) as session:
+        assert session.load_checkpoint(tmp_path / "c") == (2, b"here")
+        train(session, 3)
+        np.testing.assert_array_equal(session.read_parameter("fc.bias"), end)
+        np.testing.assert_array_equal(session.read_parameter("fc.weight"), stored(values["fc.weight"], form)[1])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_evaluate_uses_the_frozen_weight(form: int, tmp_path: Path) -> None:
+    values, x, target = weights(), inputs(5), np.ones((5, OUTPUTS), np.float32)
+    with session_on(form, tmp_path / "w", values) as session:
+        got = session.evaluate([x], target)
+    y = flat(x) @ stored(values["fc.weight"], form)[1].T + values["fc.bias"]
+    np.testing.assert_allclose(got.loss, ((y - 1) ** 2).mean(), rtol=1e-5)
+
+
+def test_weights_may_be_saved_over_the_file_that_is_being_read(tmp_path: Path) -> None:
+    with session_on(1, tmp_path / "w", weights()) as session:
+        session.train_step([inputs(4)], np.zeros((4, OUTPUTS), np.float32), learning_rate=0.5, update=1)
+        (before,) = session.predict([inputs(3)])
+        session.save_weights(tmp_path / "w")
+        np.testing.assert_array_equal(session.predict([inputs(3)])[0], before)
+        session.load_weights(tmp_path / "w")
+        np.testing.assert_array_equal(session.predict([inputs(3)])[0], before)
+
+
+def test_int8_has_no_infinity(tmp_path: Path) -> None:
+    values = weights()
+    values["fc.weight"][3, 2] = np.inf
+    safetensors.numpy.save_file(values, tmp_path / "w")
+    with Session(encode(frozen_plan(3))) as session:
+        with pytest.raises(BundleError, match=r"'fc.weight' holds NaN or infinite values, which int8 cannot express"):
+            session.load_weights(tmp_path / "w")
+        with pytest.raises(UsageError, match="no NaN or infinity"):
+            session.write_parameter("fc.weight", values["fc.weight"])
+
+
+WRONG: list[tuple[str, int, Callable[[dict[str, Any]], None]]] = [
+    ("cannot be stored in form 1", 1, lambda p: p["params"][0].update(trainable=1)),
+    ("cannot be stored in form 4", 1, lambda p: p["params"][0].update(form=4)),
+    ("place or a layout of its own", 1, lambda p: p["params"][0].update(offset=64)),
+    ("place or a layout of its own", 1, lambda p: p["params"][0].update(perm=[1, 0])),
+    ("does not train, but has optimizer state", 1, lambda p: p["params"][0].update(states=[0])),
+    ("does not train, but has optimizer state", 3, lambda p: p["params"][0].update(states=[0])),
+    ("inside its region", 3, lambda p: p.update(params_bytes=64)),
+    ("parameters of the plan overlap", 3, lambda p: p["params"][1].update(offset=64)),
+    ("operand 1 is no parameter in the weights file", 1, lambda p: set_operand(p, 1, (4, 1, 120))),
+    ("operand 1 is no parameter in the weights file", 1, lambda p: set_operand(p, 1, (4, 2, 120))),
+    ("operand 1 is no parameter in the weights file", 1, lambda p: set_operand(p, 1, (4, 2**64 - 1, 120))),
+    ("operand 1 is no parameter in the weights file", 1, lambda p: set_operand(p, 1, (4, 0, 124))),
+    ("operand 1 is no parameter in the weights file", 1, lambda p: set_operand(p, 1, (4, 0, 2**64 - 4))),
+    ("cannot have operand 4 in the weights file", 1, lambda p: set_operand(p, 4, (4, 0, 120))),
+    ("W has 120 bytes, needs 94", 1, lambda p: p["train"][0]["ints"].__setitem__(-1, 3)),
+    ("W has 94 bytes, needs 120", 3, lambda p: p["train"][0]["ints"].__setitem__(-1, 1)),
+    ("the form of W must be 0 to 3", 3, lambda p: p["train"][0]["ints"].__setitem__(-1, 4)),
+]
+
+
+def set_operand(plan: dict[str, Any], index: int, operand: tuple[int, int, int]) -> None:
+    plan["train"][0]["operands"][index] = operand
+
+
+@pytest.mark.parametrize(("message", "form", "change"), WRONG, ids=[f"{i}-{m}" for i, (m, *_) in enumerate(WRONG)])
+def test_a_wrong_plan_is_refused(message: str, form: int, change: Callable[[dict[str, Any]], None]) -> None:
+    plan = frozen_plan(form)
+    with Session(encode(plan)):
+        pass
+    change(plan)
+    with pytest.raises(PlanError, match=message):
+        Session(encode(plan))
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if not name.startswith("spill")])
+def test_no_kernel_gets_a_written_operand_that_cannot_be_written(kernel: str) -> None:
+    """And what a kernel only reads may lie in the file: the loader's table says what the planner's does."""
+    signature = KERNELS[kernel]
+    for index in range(signature.operands + signature.scratch):
+        plan = frozen_plan(1)
+        operands = [(0, 0, 0)] * index + [(MAPPED, 0, SIZES[1])]
+        plan["train"][0] = {"kernel": kernel, "label": "x", "ints": [], "floats": [], "operands": operands}
+        with pytest.raises(PlanError) as refused:
+            Session(encode(plan))
+        reads = index < signature.operands and index not in signature.writes
+        assert ("in the weights file, which is never written" in str(refused.value)) != reads, index
+
+
+def rows_plan() -> dict[str, Any]:
+    """`linear_plan` on the rows of a table [9, features] that trains, with the row set of its gradient."""
+    plan = linear_plan(batch=2, micro=2)
+    arena, params = plan["arena_bytes"], plan["params_bytes"]
+    x = plan["train"][0]["operands"][0]
+    ids, rows = (1, arena, 8), (1, arena + 64, 64 + 4 * 2 * FEATURES)
+    table, state = (2, params, 4 * 9 * FEATURES), (3, plan["state_bytes"], 4 * 9 * FEATURES)
+    plan["arena_bytes"] += 64 + up64(rows[2])
+    plan["params_bytes"] += up64(table[2])
+    plan["state_bytes"] += up64(state[2])
+    plan["params"].append(
+        {
+            "name": "table",
+            "trainable": 1,
+            "shape": [9, FEATURES],
+            "perm": [0, 1],
+            "offset": params,
+            "states": [state[1]],
+        }
+    )
+    plan["inputs"][0] |= {
+        "dtype": 1,
+        "shape": [2, 1],
+        "perm": [0, 1],
+        "train": arena,
+        "eval": arena,
+        "mul": [],
+        "add": [],
+    }
+
+    def step(kernel: str, ints: list[int], floats: list[float], *operands: tuple[int, int, int]) -> dict[str, Any]:
+        return {"kernel": kernel, "label": "table", "ints": ints, "floats": floats, "operands": list(operands)}
+
+    lookup = step("embedding", [2, 9, FEATURES, 0], [], ids, table, x)
+    gradient = step("embedding_grad_rows", [2, 9, FEATURES, 2, -1], [], ids, x, rows)
+    update = step("sgd_rows", [9, FEATURES, 2, 0, 0], [0.9, 0.1], table, rows, state, (0, 0, 0))
+    plan["train"] = [lookup, *plan["train"], gradient, update]
+    plan["eval"] = [lookup, *plan["eval"]]
+    return plan
+
+
+@pytest.mark.parametrize("kind", ["in_file", "int8", "rows"])
+def test_altered_plans_with_a_right_checksum_are_refused_or_run(kind: str, tmp_path: Path) -> None:
+    """What passes every check must be safe to run, whatever it computes."""
+    payload = encode(rows_plan() if kind == "rows" else frozen_plan(FORMS[kind], micro=2))[24:]
+    safetensors.numpy.save_file({**weights(), "table": np.ones((9, FEATURES), np.float32)}, tmp_path / "w")
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng, ran = random.Random(seed), 0
+    for attempt in range(300):
+        bad = bytearray(payload)
+        for _ in range(rng.randint(1, 3) if attempt else 0):
+            at = rng.randrange(len(bad))
+            value = rng.choice([0, 1, 2, 3, 4, 8, 64, 127, 128, 255, 2**31, 2**32 - 1])
+            width = min(rng.choice([1, 4]), len(bad) - at)
+            bad[at : at + width] = struct.pack("<I", value)[:width]
+        try:
+            with Session(seal(bytes(bad))) as session:
+                if session.info.arena_bytes + session.info.params_bytes + session.info.state_bytes > 2**20:
+                    continue
+                session.load_weights(tmp_path / "w")
+                shapes = [(1, *port.shape[1:]) for port in session.inputs]
+                data = [np.ones(s, p.dtype) for s, p in zip(shapes, session.inputs, strict=True)]
+                target = np.zeros((1, *session.target.shape[1:]), session.target.dtype)
+                session.train_step(data, target, learning_rate=0.1, update=1)
+                session.predict(data)
+        except EdgeRazorError:
+            continue
+        ran += 1
+    assert ran > 0
