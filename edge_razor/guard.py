@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 import threading
@@ -42,7 +43,8 @@ class MemoryGuard:
         self._points: list[tuple[float, int]] = []
         self._span = INTERVAL  # seconds that a point stands for
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._reading = threading.Lock()  # held by the thread from its first reading to its last
+        self._thread: int | None = None  # its identity
         self._began = 0.0
         self.watch(cap, planned)
 
@@ -52,23 +54,33 @@ class MemoryGuard:
         self.alarm = None
 
     def start(self) -> None:
-        """Starts the thread, if it is not running yet."""
+        """Starts the thread, if it is not running yet.
+
+        Raises:
+            RuntimeError: the system has no thread to give.
+        """
         if self._thread is None and not self._stop.is_set():
             self._began = time.monotonic()
-            self._thread = threading.Thread(target=self._run, name="edge-razor memory", daemon=True)
-            self._thread.start()
+            # threading.Thread.start waits for a sign of life, for ever if the new thread finds no memory to give one
+            self._thread = _thread.start_new_thread(self._run, ())
 
     def stop(self) -> None:
         """Ends the thread; it cannot be started again."""
         self._stop.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread != _thread.get_ident():  # else garbage is collected in the thread itself
+            with self._reading:
+                pass
 
     def history(self) -> list[tuple[float, int]]:
         """(seconds since the start, most resident bytes until the next point), at most some 500 points."""
         return list(self._points)
 
     def _run(self) -> None:
+        with self._reading:
+            if not self._stop.is_set():
+                self._read()
+
+    def _read(self) -> None:
         statm = os.open("/proc/self/statm", os.O_RDONLY) if sys.platform == "linux" else None
         page = os.sysconf("SC_PAGESIZE") if statm is not None else 0
         try:

@@ -14,7 +14,22 @@ from edge_razor.run_lock import run_lock
 from edge_razor.tensors import make_directory, remove_leftovers, replacing
 from edge_razor.trainer import Trainer
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "put_in_order"]
+
+
+def put_in_order(path: Path, update: int, epoch: int) -> None:
+    """Removes what a kill after the last checkpoint of a finished run left half written: files and a line of the log.
+
+    Args:
+        update, epoch: where the run ended.
+
+    Raises:
+        RunLockedError: another process has it.
+        OSError: it cannot be written.
+    """
+    with run_lock(path):
+        remove_leftovers(path)
+        MetricsLog(path / "metrics.jsonl", (update, epoch)).close()
 
 
 class RunDirectory:

@@ -99,8 +99,14 @@ def test_the_longest_decides_the_cap(bundles: Callable[[str], Path]) -> None:
     free = plan(bundles("llama"), mem_budget=None, **settings)
     capped = plan(bundles("llama"), mem_budget=free.predicted_peak_bytes, **settings)
     assert sorted(capped.buckets) == list(SHORTER) and capped.binary == free.binary
+    with pytest.raises(edge_razor.BudgetError) as refused:
+        plan(bundles("llama"), mem_budget=1, micro_batch=8, **settings)
+    smallest = refused.value.smallest_budget
+    least = plan(bundles("llama"), mem_budget=smallest, micro_batch=8, **settings)
+    assert least.predicted_peak_bytes == smallest <= free.predicted_peak_bytes
+    assert sorted(least.buckets) == list(SHORTER)
     with pytest.raises(edge_razor.BudgetError):
-        plan(bundles("llama"), mem_budget=free.predicted_peak_bytes - 1, micro_batch=8, **settings)
+        plan(bundles("llama"), mem_budget=smallest - 1, micro_batch=8, **settings)
 
 
 def test_checkpoints_resume_with_every_length(bundles: Callable[[str], Path], tmp_path: Path) -> None:

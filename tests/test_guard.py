@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_a_long_history_keeps_its_peaks_and_its_size() -> None:
     at = next(t for t, resident in history if resident == 1000)
     assert abs(at - 7777 * 0.05) < 3 * count * 0.05 / HISTORY
     assert seconds[0] == 0 and seconds[-1] > 0.95 * count * 0.05
+
+
+def test_a_guard_whose_thread_finds_no_memory_neither_starts_nor_stops_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("edge_razor.guard._thread.start_new_thread", lambda function, arguments: 1)  # it never runs
+    guard = MemoryGuard(None, 0)
+    guard.start()
+    guard.stop()
+    assert guard.history() == []
+
+
+def test_a_stopped_guard_reads_no_more() -> None:
+    guard = MemoryGuard(None, 0)
+    guard.start()
+    while not guard.history():
+        time.sleep(0.01)
+    guard.stop()
+    assert guard.peak > 0 and not guard._reading.locked()
 
 
 def test_the_message_names_what_grew_most_beyond_its_plan() -> None:

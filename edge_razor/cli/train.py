@@ -23,6 +23,7 @@ from edge_razor.data.text import TextOptions
 from edge_razor.errors import CheckpointError, MemoryCapError, UsageError
 from edge_razor.fit import Events, FitResult, fit
 from edge_razor.planner import Plan
+from edge_razor.run_directory import put_in_order
 from edge_razor.run_lock import run_lock
 from edge_razor.runtime import isa
 from edge_razor.schedule import Schedule
@@ -151,6 +152,7 @@ def _run(options: RunOptions, stop: Stop) -> int:
         show_accounting(trainer.plan.summary)
         print(f"\n{len(training)} training samples, {len(held_out)} for validation, {steps} steps")
         if trainer.position[0] >= recipe["epochs"]:
+            put_in_order(options.out, trainer.update, trainer.position[0])
             print(f"{options.out}: all {recipe['epochs']} epochs are done; nothing is left to train")
             return 0
         ring = BatchRing(source, batch_size)

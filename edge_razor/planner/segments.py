@@ -55,7 +55,8 @@ class Forward:
     @cached_property
     def units(self) -> dict[str, Unit]:
         """Root → what the backward pass reads of it, in forward order. Without the network's inputs, which stay in
-        memory anyway, and what is made from parameters alone (a few numbers a channel)."""
+        memory anyway, what is made from parameters alone (a few numbers a channel), and the probabilities of attention,
+        which `keep_probabilities` alone may keep: its gradient makes them from Q, K and V otherwise."""
         names: dict[str, set[str]] = {}
         for node in self.graph.nodes:
             if node.phase == "backward":
@@ -63,7 +64,7 @@ class Forward:
                     names.setdefault(self.root(name), set()).add(name)
         found = {}
         for index, node in enumerate(self.nodes):
-            for out in node.outputs:
+            for out in node.outputs if node.op != "Attention" else node.outputs[:1]:
                 if out in names and out in self.from_input:
                     found[out] = Unit(out, index, self._kept_bytes(node, out), names[out])
         return found

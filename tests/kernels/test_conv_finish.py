@@ -141,7 +141,7 @@ def test_finish_scratch_is_two_rows_of_sums_a_thread() -> None:
 @pytest.mark.parametrize(
     ("tail", "floats", "kept", "sums", "message"),
     [
-        ([0, 0, 0], [0.0, 0.0], None, None, "needs 20 integers"),
+        ([0, 0, 0], [0.0, 0.0], None, None, "needs 20 or 21 integers"),
         ([0, 0, 0, 0], [0.0], None, None, "needs 2 floats"),
         ([1, 0, 0, 0], [0.0, 0.0], None, None, "an activation needs what it kept"),
         ([0, 1, 0, 0], [0.0, 0.0], 546, None, "no activation"),

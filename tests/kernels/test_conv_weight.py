@@ -84,6 +84,7 @@ GEOMETRIES = {
     "3x3 of many small maps": Geometry(n=11, ih=7, iw=7, ic=70, oc=40, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "3x3 of many blocks": Geometry(n=2, ih=29, iw=30, ic=10, oc=140, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "nine classes of positions": Geometry(n=2, ih=16, iw=14, ic=9, oc=20, kh=5, kw=4, stride=(3, 3), pads=(2, 1, 2, 1)),
+    "2x4 kernel": Geometry(ih=9, iw=11, ic=20, oc=20, kh=2, kw=4, pads=(1, 1, 0, 2)),
     "1x1 stride 4": Geometry(n=3, ih=17, iw=13, ic=33, oc=40, stride=(4, 4)),
     "groups": Geometry(ih=10, iw=10, ic=24, oc=36, kh=3, kw=3, pads=(1, 1, 1, 1), group=3),
     "groups across column groups": Geometry(

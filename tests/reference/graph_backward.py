@@ -319,7 +319,7 @@ def _attend(
 def attention(run: Run, node: ir.Node, *operands: Value) -> Sequence[Value]:
     y, p, factor = _attend(run, node, *operands)
     if not run.prunes(p.shape[-1]):
-        return [y]
+        return [y, None]
     kept = as_kept(p.detach().to(torch.float32).numpy(), keep_count(p.shape[-1], run.sparsity))
     return [y, torch.stack([torch.from_numpy(kept).to(p.dtype), factor.to(p.dtype)])]
 

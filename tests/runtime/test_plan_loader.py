@@ -175,7 +175,7 @@ def test_altered_plans_with_a_right_checksum_are_refused_or_run() -> None:
                 bad[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 2, 64, 2**31, 2**32 - 1]))[: len(bad) - at]
         try:
             session = Session(seal(bytes(bad)))
-        except EdgeRazorError:  # PlanError, or out of memory where a region became huge
+        except (EdgeRazorError, MemoryError):  # of a plan, or where a region became huge
             continue
         with session:
             if session.info.arena_bytes + session.info.params_bytes + session.info.state_bytes > 2**20:

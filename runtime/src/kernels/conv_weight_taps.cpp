@@ -59,7 +59,12 @@ TapSet tap_set(int64_t first, int64_t taps, int64_t stride, int64_t dilation) {
 
 struct Class {
   TapSet y, x;
-  int rows() const { return y.rows_at_once(0, columns()); }  // of the largest walk
+  // Of the largest walks. The last columns may be walked with more rows than the first: two where three are too many.
+  int rows() const {
+    int most = 1;
+    each_walk([&](int64_t, int64_t, int rows, int) { most = std::max(most, rows); });
+    return most;
+  }
   int columns() const { return x.columns_at_once(0); }
   // each(i, j, rows, columns): walks that serve all taps, the first of each being the class's i-th, j-th.
   template <class Each>
@@ -133,6 +138,7 @@ struct Positions {
     int64_t slab;  // its first row there
   };
   Class c;
+  int rows, columns;  // of its largest walks
   int n_blocks, n_runs, n_pieces;
   int end[kMostBlocks];  // of a block's runs
   Run runs[kMostBlocks * kBlockRows];
@@ -141,7 +147,7 @@ struct Positions {
   int64_t pitch;  // slab rows of a line
   int64_t slab;   // rows in all
 
-  void start(const Class& of) { c = of, n_blocks = n_runs = n_pieces = 0; }
+  void start(const Class& of) { c = of, rows = c.rows(), columns = c.columns(), n_blocks = n_runs = n_pieces = 0; }
 
   // Appends the class's positions in rows [begin, end) of a sample.
   void add_block(const ConvShape& s, int64_t sample, int64_t begin, int64_t row_end) {
@@ -171,18 +177,18 @@ struct Positions {
       longest = std::max<int64_t>(longest, runs[q].count);
     }
     const bool wide = s.iw >= kWideMap;
-    pitch = n_runs ? (wide ? longest : right - left) + c.columns() - 1 : 0;
+    pitch = n_runs ? (wide ? longest : right - left) + columns - 1 : 0;
     slab = 0;
     for (int p = 0; p < n_pieces; p++) {
       if (!wide) pieces[p].x = left;
       pieces[p].slab = slab;
-      slab += (pieces[p].lines + c.rows() - 1) * pitch;
+      slab += (pieces[p].lines + rows - 1) * pitch;
     }
   }
   // Slab row of a run's first position and first tap.
   int64_t place(int run) const {
     const Piece& piece = pieces[piece_of[run]];
-    return piece.slab + (runs[run].y - piece.y + c.rows() - 1) * pitch + runs[run].x - piece.x + c.columns() - 1;
+    return piece.slab + (runs[run].y - piece.y + rows - 1) * pitch + runs[run].x - piece.x + columns - 1;
   }
 };
 
@@ -226,11 +232,11 @@ void copy_map(const ConvShape& s, const float* dy, int64_t k, int64_t left, cons
   constexpr int64_t kWidth = kVectors * kLanes;
   for (int p = 0; p < at.n_pieces; p++) {
     const Positions::Piece& piece = at.pieces[p];
-    const int64_t x = piece.x - (at.c.columns() - 1) - walk.j * at.c.x.distance;
+    const int64_t x = piece.x - (at.columns - 1) - walk.j * at.c.x.distance;
     const int64_t before = std::clamp<int64_t>(-x, 0, at.pitch), inside = std::clamp(s.ow - x, before, at.pitch);
     float* to = slab + piece.slab * kWidth;
-    for (int64_t line = 0; line < piece.lines + at.c.rows() - 1; line++, to += at.pitch * kWidth) {
-      const int64_t y = piece.y - (at.c.rows() - 1) + line - walk.i * at.c.y.distance;
+    for (int64_t line = 0; line < piece.lines + at.rows - 1; line++, to += at.pitch * kWidth) {
+      const int64_t y = piece.y - (at.rows - 1) + line - walk.i * at.c.y.distance;
       if (y < 0 || y >= s.oh) {
         std::fill_n(to, at.pitch * kWidth, 0.f);
         continue;
