@@ -323,7 +323,7 @@ def test_altered_plans_with_a_right_checksum_are_refused_or_run(kind: str, tmp_p
                 target = np.zeros((1, *session.target.shape[1:]), session.target.dtype)
                 session.train_step(data, target, learning_rate=0.1, update=1)
                 session.predict(data)
-        except EdgeRazorError:
+        except (EdgeRazorError, MemoryError):  # of a plan, or where a region became huge
             continue
         ran += 1
     assert ran > 0

@@ -245,8 +245,11 @@ void copy_map(const ConvShape& s, const float* dy, int64_t k, int64_t left, cons
       const float* from = dy + ((piece.sample * s.oh + y) * s.ow + x + before) * s.oc + k;
       for (int64_t i = before; i < inside; i++, from += s.oc) {
         float* out = to + i * kWidth;
-        for (int v = 0; v + 1 < kVectors; v++) store(out + v * kLanes, load(from + v * kLanes));
-        store(out + kWidth - kLanes, load_upto(from + kWidth - kLanes, left - (kWidth - kLanes)));
+        if (left >= kWidth)
+          for (int v = 0; v < kVectors; v++) store(out + v * kLanes, load(from + v * kLanes));
+        else  // the last tile may have fewer vectors
+          for (int64_t v = 0; v < kVectors; v++)
+            store(out + v * kLanes, load_upto(from + v * kLanes, std::max<int64_t>(0, left - v * kLanes)));
       }
       std::fill_n(to + inside * kWidth, (at.pitch - inside) * kWidth, 0.f);
     }
