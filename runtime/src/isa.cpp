@@ -16,7 +16,7 @@ struct Isa {
 
 // Best first.
 const Isa kIsas[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(ER_PORTABLE_ONLY)
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
