@@ -5,6 +5,7 @@ python3 dev.py demo       the main job on real data (EfficientNet-Lite0, 160 MB 
 python3 dev.py test       all tests (arguments go to pytest)
 python3 dev.py check      lint, formatting, types
 python3 dev.py sanitize   native tests and kernel tests under the address and undefined-behaviour sanitizers
+python3 dev.py wheel      a wheel for another processor: --target aarch64 [--out dist]
 python3 dev.py bench NAME one of benchmarks/ (arguments follow)
 """
 
@@ -18,7 +19,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-EXTRAS = {"demo": "demo", "test": "test", "check": "test", "sanitize": "test", "bench": "test"}
+EXTRAS = {"demo": "demo", "test": "test", "check": "test", "sanitize": "test", "wheel": "test", "bench": "test"}
 # What a change of makes an installed environment stale: everything that is copied or compiled into it.
 SOURCES = ("pyproject.toml", "constraints.txt", "edge_razor", "exporters", "runtime")
 
@@ -86,6 +87,8 @@ def main() -> None:
         run(python, "-m", "mypy")
     elif task == "sanitize":
         run("bash", "runtime/tests/sanitize.sh", PYTHON=str(python))
+    elif task == "wheel":
+        run(python, "-m", "device_tests.wheel", *arguments)
     elif task == "bench":
         if not arguments:
             files = (ROOT / "benchmarks").glob("*.py")

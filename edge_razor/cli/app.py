@@ -91,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
             "plan",
             _plan,
             "Place every byte of training under a cap, and show what the cap is spent on.",
-            "edge-razor plan model.razor --mem-budget 128MB --batch-size 8",
+            "edge-razor plan model.razor --mem-budget 128MB --batch-size 8\n"
+            "  edge-razor plan model.razor --device raspberry-pi-4 -o model.plan",
         )
     )
     _add_train(
@@ -207,6 +208,10 @@ def _add_plan(parser: _Parser) -> None:
     )
     parser.add_argument("--spill", action="store_true", help="kept values may lie in a file ('train --spill-dir')")
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan, for 'train --plan' and C")
+    parser.add_argument("--device", metavar="NAME", help="plan for this device: its memory and cores are the defaults")
+    parser.add_argument(
+        "--devices", type=Path, metavar="JSON", help="your own devices beside the known (docs/devices.md)"
+    )
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write the plan as a page: memory, arena, kept values"
     )
@@ -353,10 +358,15 @@ _PLANNING = (
 
 
 def _plan(o: argparse.Namespace) -> None:
+    from edge_razor.devices import find_device
+
     from .plan import run
 
     names = (*_PLANNING, "mem_budget", "micro_batch", "threads", "spill")
-    run(o.bundle, o.output, o.html, o.as_json, {name: getattr(o, name) for name in names})
+    if o.devices is not None and o.device is None:
+        raise UsageError("--devices adds devices to choose from: name one with --device")
+    device = None if o.device is None else find_device(o.device, o.devices)
+    run(o.bundle, o.output, o.html, o.as_json, {name: getattr(o, name) for name in names}, device)
 
 
 def _train(o: argparse.Namespace) -> int:

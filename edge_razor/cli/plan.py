@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from edge_razor.budget import resolve_budget
+from edge_razor.budget import AUTO, resolve_budget
 from edge_razor.bundle import Bundle
+from edge_razor.devices import Device
 from edge_razor.errors import BudgetError
 from edge_razor.planner import plan
 from edge_razor.tensors import replacing
@@ -22,7 +23,25 @@ __all__ = ["run", "show_accounting", "show_refusal"]
 SHOWN_VALUES = 12
 
 
-def run(bundle: Path, output: Path | None, html: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+def run(
+    bundle: Path,
+    output: Path | None,
+    html: Path | None,
+    as_json: bool,
+    options: dict[str, Any],
+    device: Device | None = None,
+) -> None:
+    assumptions = None
+    if device is not None:
+        asked = (
+            None if options["mem_budget"] == AUTO else options["mem_budget"]
+        )  # this machine's free memory is no matter
+        assumptions = device.assumptions(asked, options["threads"])
+        options = options | {
+            "mem_budget": device.free if asked is None else asked,
+            "threads": options["threads"] or device.cores,
+            "base_bytes": device.base_rss,
+        }
     with Bundle(bundle) as opened:  # one float32 batch of the caller's, as the trainer counts it by default
         sample = sum(prod(spec.shape) for spec in opened.manifest.inputs)
     budget, why = resolve_budget(options["mem_budget"])
@@ -30,6 +49,8 @@ def run(bundle: Path, output: Path | None, html: Path | None, as_json: bool, opt
         print(f"cap: {why}\n")
     options = {**options, "mem_budget": budget}
     result = plan(bundle, data_bytes=4 * options["batch_size"] * sample, **options)
+    if assumptions is not None:
+        result.summary["assumed"] = assumptions
     if output is not None:
         result.save(output)
     if html is not None:
@@ -40,6 +61,8 @@ def run(bundle: Path, output: Path | None, html: Path | None, as_json: bool, opt
     if as_json:
         print(json.dumps(result.summary, indent=2))
         return
+    if assumptions is not None:
+        print(f"assumed {assumptions}\n")
     show_accounting(result.summary)
     kept = result.summary["kept"]
     if kept:
@@ -63,9 +86,9 @@ def run(bundle: Path, output: Path | None, html: Path | None, as_json: bool, opt
         )
         if len(kept) > SHOWN_VALUES:
             print(f"… and {len(kept) - SHOWN_VALUES} smaller ones (--json shows all)")
-    written = [str(path) for path in (output, html) if path is not None]
+    written = [str(path) for path in (*(result.files(output) if output else ()), html) if path is not None]
     if written:
-        print(f"\nwrote {' and '.join(written)}")
+        print(f"\nwrote {', '.join(written)}")
 
 
 def _kept_as(summary: dict[str, Any]) -> str:

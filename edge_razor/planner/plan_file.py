@@ -19,7 +19,7 @@ __all__ = ["Plan"]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`binary` is the plan file (docs/plan-format.md); `summary` is JSON-able (docs/planner.md lists its fields).
-    `buckets` has the plan files for texts of fewer tokens; they share memory with `binary`. `save` leaves them out.
+    `buckets` has the plan files for texts of fewer tokens; they share memory with `binary`.
     """
 
     binary: bytes
@@ -57,11 +57,21 @@ class Plan:
         return int(self.summary["predicted_peak_bytes"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan file, and the summary beside it as `<path>.json`."""
+        """Writes the plan file, those for texts of fewer tokens as `<path>.<tokens>`, the summary as `<path>.json`."""
         target = Path(path)
         target.write_bytes(self.binary)
-        summary = self.summary | {"plan_sha256": hashlib.sha256(self.binary).hexdigest()}
+        for tokens, binary in self.buckets.items():
+            _bucket_path(target, tokens).write_bytes(binary)
+        summary = self.summary | {
+            "plan_sha256": _sha256(self.binary),
+            "buckets_sha256": {str(tokens): _sha256(binary) for tokens, binary in self.buckets.items()},
+        }
         _summary_path(target).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def files(self, path: str | os.PathLike[str]) -> tuple[Path, ...]:
+        """The plan files that `save(path)` writes: the longest texts' first."""
+        target = Path(path)
+        return (target, *(_bucket_path(target, tokens) for tokens in sorted(self.buckets, reverse=True)))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -79,11 +89,35 @@ class Plan:
             raise PlanError(f"cannot read {error.filename}: {error.strerror}") from error
         except ValueError as error:
             raise PlanError(f"{_summary_path(target)} is damaged: {error}") from error
-        if not isinstance(summary, dict) or summary.pop("plan_sha256", None) != hashlib.sha256(binary).hexdigest():
+        if not isinstance(summary, dict) or summary.pop("plan_sha256", None) != _sha256(binary):
             raise PlanError(f"{_summary_path(target)} does not belong to {target}; plan again")
         if summary.get("bundle_id") != bundle_id:
             raise PlanError(f"{target} and its summary name different bundles; plan again")
-        return Plan(binary, summary)
+        return Plan(binary, summary, _read_buckets(target, bundle_id, summary.pop("buckets_sha256", {})))
+
+
+def _read_buckets(target: Path, bundle_id: str, stated: Any) -> dict[int, bytes]:
+    buckets = {}
+    if not isinstance(stated, dict) or not all(tokens.isascii() and tokens.isdecimal() for tokens in stated):
+        raise PlanError(f"{_summary_path(target)} is damaged: its buckets are no table of tokens; plan again")
+    for tokens, digest in stated.items():
+        path = _bucket_path(target, int(tokens))
+        try:
+            binary = path.read_bytes()
+        except OSError as error:
+            raise PlanError(f"cannot read {path}, the plan for texts of {tokens} tokens: {error.strerror}") from error
+        if _sha256(binary) != digest or check_header(binary) != bundle_id:
+            raise PlanError(f"{path} does not belong to {target}; plan again")
+        buckets[int(tokens)] = binary
+    return buckets
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _bucket_path(path: Path, tokens: int) -> Path:
+    return path.with_name(f"{path.name}.{tokens}")
 
 
 def _summary_path(path: Path) -> Path:

@@ -5,10 +5,11 @@ Only numpy and the standard library are imported. The library is loaded at the f
 
 from ._library import abi_version, isa, library_path
 from .kernels import Context, kernel_run, kernel_scratch, packed_bytes, unpack
-from .session import Parameter, Port, Session, SessionInfo, SpillInfo, StepTime
+from .session import Evaluation, Parameter, Port, Session, SessionInfo, SpillInfo, StepTime
 
 __all__ = [
     "Context",
+    "Evaluation",
     "Parameter",
     "Port",
     "Session",

@@ -72,6 +72,12 @@ class CArray(ctypes.Structure):
     _fields_ = [("data", void_p), ("bytes", u64), ("dtype", u32), ("layout", u32)]
 
 
+class CEvaluation(ctypes.Structure):
+    """``er_evaluation``"""
+
+    _fields_ = [("loss", f64), ("accuracy", f64), ("weight", u64)]
+
+
 class CProfileEntry(ctypes.Structure):
     """``er_profile_entry``"""
 
@@ -134,6 +140,9 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "er_weights_save": (u32, (void_p, char_p)),
     "er_train_step": (u32, (void_p, POINTER(CArray), u32, f32, u64, u64, POINTER(f32))),
     "er_predict": (u32, (void_p, POINTER(CArray), u64, POINTER(void_p))),
+    "er_evaluate": (u32, (void_p, POINTER(CArray), u64, POINTER(CEvaluation))),
+    "er_checkpoint_save": (u32, (void_p, char_p, u64, char_p, size_t)),
+    "er_checkpoint_load": (u32, (void_p, char_p, POINTER(u64), void_p, size_t, POINTER(size_t))),
     "er_profile": (u32, (void_p, ctypes.c_int)),
     "er_profile_read": (u32, (void_p, u32, POINTER(CProfileEntry))),
     "er_spill_open": (u32, (void_p, char_p)),

@@ -16,6 +16,7 @@ from edge_razor.errors import UsageError
 from ._library import (
     PARAMETER,
     CArray,
+    CEvaluation,
     CInfo,
     CProfileEntry,
     CResident,
@@ -26,6 +27,7 @@ from ._library import (
 )
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.int32)}
+USER_BYTES = 65536  # of a caller's own in a checkpoint
 _CODES = {np.dtype(np.float32): 0, np.dtype(np.int32): 1, np.dtype(np.uint8): 2}
 
 
@@ -67,6 +69,15 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """``accuracy`` is 0 … 1, or NaN for a loss without right answers. ``weight`` counts what the means are over."""
+
+    loss: float
+    accuracy: float
+    weight: int
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Time spent in one step of the plan since `Session.profile`."""
 
@@ -97,7 +108,8 @@ def _port(info: CTensorInfo) -> Port:
 class Session:
     """Executes a plan (docs/plan-format.md): owns its arena, parameters, optimizer state and threads.
 
-    Not to be used from two threads at the same time.
+    May be used from several threads (the interpreter's lock is released meanwhile): calls run one at a time, in order
+    of arrival, also among sessions that share memory. Different sessions run at once. `close` must come last.
 
     Args:
         plan: the bytes of a plan file.
@@ -272,7 +284,7 @@ class Session:
         check(self._library.er_weights_load_at(self._open(), os.fsencode(path), start, size))
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
-        """Writes every parameter to a safetensors file, in place: write to a temporary name and rename.
+        """Writes every parameter to a safetensors file, durably; a file that was there stays until then.
 
         Raises:
             OSError: it cannot be written.
@@ -341,6 +353,51 @@ class Session:
         pointers = (ctypes.c_void_p * len(outputs))(*(out.ctypes.data for out in outputs))
         check(self._library.er_predict(self._open(), arrays, samples, pointers))
         return outputs
+
+    def evaluate(self, inputs: Sequence[np.ndarray], target: np.ndarray, *, channels_last: bool = False) -> Evaluation:
+        """The training loss and the share of right answers in inference mode, over any number of samples.
+
+        Args:
+            inputs, target, channels_last: as for `train_step`.
+
+        Raises:
+            UsageError: wrong shape, dtype or label range, no samples, or a plan without a loss.
+            NonFiniteError: the loss or an activation is NaN or infinite.
+        """
+        samples = len(target) if target.ndim else 0
+        arrays = self._arrays((*inputs, target), (*self.inputs, self.target), samples, channels_last)
+        result = CEvaluation()
+        check(self._library.er_evaluate(self._open(), arrays, samples, ctypes.byref(result)))
+        return Evaluation(result.loss, result.accuracy, result.weight)
+
+    def save_checkpoint(self, path: str | os.PathLike[str], update: int, user: bytes = b"") -> None:
+        """Writes what training changed to one file, durably, as C does (docs/c-api.md, "The checkpoint file").
+
+        Args:
+            update: updates done so far.
+            user: up to 65536 bytes of the caller's own.
+
+        Raises:
+            NonFiniteError: a parameter is NaN or infinite. A file that was there stays, as with every error.
+            OSError: it cannot be written.
+        """
+        check(self._library.er_checkpoint_save(self._open(), os.fsencode(path), update, user, len(user)))
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> tuple[int, bytes]:
+        """Takes parameters and optimizer state from a file of `save_checkpoint`; returns its `update` and `user`.
+
+        Raises:
+            BundleError: it is damaged, or of another model or optimizer; nothing has changed.
+            OSError: it cannot be read.
+        """
+        update, size = ctypes.c_uint64(), ctypes.c_size_t()
+        user = ctypes.create_string_buffer(USER_BYTES)
+        check(
+            self._library.er_checkpoint_load(
+                self._open(), os.fsencode(path), ctypes.byref(update), user, USER_BYTES, ctypes.byref(size)
+            )
+        )
+        return update.value, user.raw[: size.value]
 
     def spill_info(self) -> SpillInfo:
         """Figures of the spill file; all 0 for a plan that spills nothing."""

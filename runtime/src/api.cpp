@@ -77,7 +77,7 @@ er_status create(const void* plan, size_t plan_bytes, const er_session* base, er
     *session = nullptr;
     if (*isa_problem()) return fail(ER_INVALID_ARGUMENT, "%s", isa_problem());
     Plan checked = read_plan(plan, plan_bytes);
-    scipy_openblas_set_num_threads(1);  // the pool's threads call it; it must not start its own
+    blas_single_threaded();
     *session = base ? new er_session(std::move(checked), *base) : new er_session(std::move(checked));
     return ER_OK;
   });
@@ -115,6 +115,7 @@ er_status er_session_info(const er_session* session, er_info* info) {
 
 er_status er_session_resident(const er_session* session, er_resident* resident) {
   if (!session || !resident) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
   *resident = session->resident();
   return ER_OK;
 }
@@ -149,6 +150,7 @@ er_status er_output_info(const er_session* session, uint32_t index, er_tensor_in
 er_status er_param_write(er_session* session, uint32_t index, const float* data, uint64_t elements) {
   return guard([&] {
     if (const er_status status = check_copy(session, index, data, elements)) return status;
+    const Session::Turn turn(session->turns());
     session->write_param(index, data);
     return ER_OK;
   });
@@ -156,6 +158,7 @@ er_status er_param_write(er_session* session, uint32_t index, const float* data,
 
 er_status er_param_read(const er_session* session, uint32_t index, float* data, uint64_t elements) {
   if (const er_status status = check_copy(session, index, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   const StoredParam param = session->param(index);
   if (!param.data)
     return fail(ER_INVALID_ARGUMENT, "parameter '%.200s' has no value: load a weights file", param.param.name.c_str());
@@ -165,12 +168,14 @@ er_status er_param_read(const er_session* session, uint32_t index, float* data, 
 
 er_status er_state_write(er_session* session, uint32_t index, uint32_t slot, const float* data, uint64_t elements) {
   if (const er_status status = check_state(session, index, slot, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   copy_in(param_layout(session, index), 0, elements, data, session->state(index, slot));
   return ER_OK;
 }
 
 er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot, float* data, uint64_t elements) {
   if (const er_status status = check_state(session, index, slot, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   copy_out(param_layout(session, index), 0, elements, session->state(index, slot), data);
   return ER_OK;
 }
@@ -178,6 +183,7 @@ er_status er_state_read(const er_session* session, uint32_t index, uint32_t slot
 er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uint64_t first, const float* data,
                          uint64_t elements) {
   if (const er_status status = check_range(session, index, slot, first, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   if (slot != ER_PARAMETER) {
     copy_in(param_layout(session, index), first, elements, data, session->state(index, slot));
     return ER_OK;
@@ -193,6 +199,7 @@ er_status er_range_write(er_session* session, uint32_t index, uint32_t slot, uin
 er_status er_range_read(const er_session* session, uint32_t index, uint32_t slot, uint64_t first, float* data,
                         uint64_t elements) {
   if (const er_status status = check_range(session, index, slot, first, data, elements)) return status;
+  const Session::Turn turn(session->turns());
   if (slot != ER_PARAMETER) {
     copy_out(param_layout(session, index), first, elements, session->state(index, slot), data);
     return ER_OK;
@@ -211,6 +218,7 @@ er_status er_weights_load(er_session* session, const char* path) {
 er_status er_weights_load_at(er_session* session, const char* path, uint64_t offset, uint64_t bytes) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     load_weights(*session, std::make_unique<WeightsFile>(path, offset, bytes));
     return ER_OK;
   });
@@ -219,6 +227,7 @@ er_status er_weights_load_at(er_session* session, const char* path, uint64_t off
 er_status er_weights_save(const er_session* session, const char* path) {
   return guard([&] {
     if (!session || !path) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     save_weights(*session, path);
     return ER_OK;
   });
@@ -228,6 +237,7 @@ er_status er_train_step(er_session* session, const er_array* arrays, uint32_t sa
                         uint64_t update, uint64_t seed, float* loss) {
   return guard([&] {
     if (!session || !arrays || !loss) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     return session->train_step(arrays, samples, learning_rate, update, seed, loss);
   });
 }
@@ -235,6 +245,7 @@ er_status er_train_step(er_session* session, const er_array* arrays, uint32_t sa
 er_status er_predict(er_session* session, const er_array* inputs, uint64_t samples, float* const* outputs) {
   return guard([&] {
     if (!session || !inputs || !outputs) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+    const Session::Turn turn(session->turns());
     return session->predict(inputs, samples, outputs);
   });
 }
@@ -243,6 +254,7 @@ er_status er_spill_open(er_session* session, const char* directory) {
   return guard([&] {
     if (!session || !directory) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
     if (!*directory) return fail(ER_INVALID_ARGUMENT, "the spill directory is empty text");
+    const Session::Turn turn(session->turns());
     session->open_spill(directory);
     return ER_OK;
   });
@@ -250,18 +262,21 @@ er_status er_spill_open(er_session* session, const char* directory) {
 
 er_status er_spill_read_info(const er_session* session, er_spill_info* info) {
   if (!session || !info) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
   session->spill_info(info);
   return ER_OK;
 }
 
 er_status er_profile(er_session* session, int enabled) {
   if (!session) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
   session->profile(enabled != 0);
   return ER_OK;
 }
 
 er_status er_profile_read(const er_session* session, uint32_t index, er_profile_entry* entry) {
   if (!session || !entry) return fail(ER_INVALID_ARGUMENT, "a NULL argument");
+  const Session::Turn turn(session->turns());
   if (session->profile_read(index, entry)) return ER_OK;
   const Plan& plan = session->plan();
   return no_item("step", index, plan.train.size() + plan.eval.size());

@@ -1,6 +1,7 @@
 // The two entry points of OpenBLAS (scipy-openblas32) that the runtime uses.
 #pragma once
 #include <cstdint>
+#include <mutex>
 
 extern "C" {
 void scipy_openblas_set_num_threads(int threads);
@@ -9,6 +10,13 @@ void scipy_cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k,
 }
 
 namespace er {
+
+// The pool's threads call it; it must not start its own. Sessions may be made by several threads at once.
+inline void blas_single_threaded() {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  scipy_openblas_set_num_threads(1);
+}
 
 enum class Trans { no = 111, yes = 112 };
 

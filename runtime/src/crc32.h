@@ -1,4 +1,4 @@
-// CRC-32 with zlib's polynomial.
+// CRC-32 with zlib's polynomial. `before` is the checksum of the bytes that come before these.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace er {
 
-inline uint32_t crc32(const uint8_t* data, size_t bytes) {
+inline uint32_t crc32(const uint8_t* data, size_t bytes, uint32_t before = 0) {
   static const std::array<uint32_t, 256> table = [] {
     std::array<uint32_t, 256> t{};
     for (uint32_t i = 0; i < 256; i++) {
@@ -16,7 +16,7 @@ inline uint32_t crc32(const uint8_t* data, size_t bytes) {
     }
     return t;
   }();
-  uint32_t crc = 0xffffffffu;
+  uint32_t crc = ~before;
   for (size_t i = 0; i < bytes; i++) crc = table[(crc ^ data[i]) & 0xff] ^ (crc >> 8);
   return ~crc;
 }

@@ -1,4 +1,5 @@
 // Chooses the kernels' instruction set once, at first use.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -16,7 +17,7 @@ struct Isa {
 
 // Best first.
 const Isa kIsas[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -64,6 +65,14 @@ const Choice& choice() {
 }  // namespace
 
 const Kernel* find_kernel(const char* name) { return choice().isa->find(name); }
+uint64_t scratch_everywhere(const char* name, const Call& call, int threads) {
+  uint64_t most = 0;
+  for (const Isa& isa : kIsas) {
+    const Kernel* kernel = isa.supported() ? isa.find(name) : nullptr;
+    if (kernel && kernel->scratch) most = std::max(most, kernel->scratch(call, threads));
+  }
+  return most;
+}
 const char* isa_name() { return choice().isa->name; }
 const char* isa_problem() { return choice().problem.c_str(); }
 

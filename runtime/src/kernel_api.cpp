@@ -29,7 +29,7 @@ ThreadPool& cached_pool(int threads) {
   static thread_local std::unique_ptr<ThreadPool> pool;
   if (!pool || pool->threads() != threads) {
     pool.reset();
-    scipy_openblas_set_num_threads(1);
+    blas_single_threaded();
     pool = std::make_unique<ThreadPool>(threads);
   }
   return *pool;
@@ -72,7 +72,7 @@ er_status er_kernel_scratch(const char* name, const int64_t* ints, uint32_t n_in
     *bytes = 0;
     if (!kernel->scratch) return ER_OK;
     const Call call{ints, n_ints, floats, n_floats, nullptr, 0, nullptr, nullptr};
-    const uint64_t needed = kernel->scratch(call, static_cast<int>(threads));
+    const uint64_t needed = scratch_everywhere(name, call, static_cast<int>(threads));
     if (needed == UINT64_MAX) return fail(ER_INVALID_ARGUMENT, "%s: the attributes are not valid", name);
     *bytes = needed;
     return ER_OK;

@@ -6,19 +6,11 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 
 #include "error.h"
+#include "file.h"
 
 namespace er {
-namespace {
-
-[[noreturn]] void io_error(const char* verb, const std::string& path) {
-  throw Error{ER_IO, text("cannot %s %.400s: %s", verb, path.c_str(), std::strerror(errno))};
-}
-
-}  // namespace
-
 WeightsFile::WeightsFile(const char* path, uint64_t start, uint64_t bytes)
     : path_(path), fd_(::open(path, O_RDONLY | O_CLOEXEC)), start_(start), bytes_(bytes) {
   if (fd_ < 0) io_error("read", path_);

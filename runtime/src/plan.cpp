@@ -93,7 +93,8 @@ class PlanReader {
   explicit PlanReader(ByteReader bytes) : bytes_(bytes) {}
 
   Plan read() {
-    bytes_.string();  // bundle_id: the trainer compares it, the runtime does not know bundles
+    plan_.bundle_id = bytes_.string();
+    if (plan_.bundle_id.size() > 4096 || !is_utf8(plan_.bundle_id)) ER_BAD("the plan has an invalid bundle id");
     plan_.batch_size = bytes_.value<uint32_t>();
     plan_.micro_batch = bytes_.value<uint32_t>();
     plan_.threads = bytes_.value<uint32_t>();

@@ -63,6 +63,7 @@ struct PlanStep {
 };
 
 struct Plan {
+  std::string bundle_id;  // not checked: names the bundle that checkpoints of this plan belong to
   uint32_t batch_size, micro_batch, threads;
   uint64_t arena_bytes, params_bytes, state_bytes;
   std::vector<PlanParam> params;

@@ -200,13 +200,16 @@ std::string quoted(const std::string& s) {
 
 }  // namespace
 
-std::vector<TensorEntry> read_safetensors_header(const std::string& text, uint64_t data_bytes) {
+std::vector<TensorEntry> read_safetensors_header(const std::string& text, uint64_t data_bytes, Metadata* metadata) {
   if (!is_utf8(text)) bad("its header is not UTF-8");
   Json json(text);
   std::vector<TensorEntry> entries;
   json.object([&](const std::string& name) {
     if (name == "__metadata__")
-      json.object([&](const std::string&) { json.string(); });
+      json.object([&](const std::string& key) {
+        std::string value = json.string();
+        if (metadata) metadata->emplace_back(key, std::move(value));
+      });
     else
       entries.push_back(read_entry(json, name));
   });
@@ -226,8 +229,11 @@ std::vector<TensorEntry> read_safetensors_header(const std::string& text, uint64
   return entries;
 }
 
-std::string write_safetensors_header(const std::vector<TensorEntry>& entries) {
+std::string write_safetensors_header(const std::vector<TensorEntry>& entries, const Metadata& metadata) {
   std::string json = "{";
+  for (const auto& [key, value] : metadata)
+    json += (json.size() > 1 ? "," : "\"__metadata__\":{") + quoted(key) + ":" + quoted(value);
+  if (!metadata.empty()) json += '}';
   for (const TensorEntry& entry : entries) {
     if (json.size() > 1) json += ',';
     json += quoted(entry.name) + ":{\"dtype\":" + quoted(entry.dtype) + ",\"shape\":[";

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace er {
@@ -16,11 +17,16 @@ struct TensorEntry {
 // Larger headers are refused before they are read: 16 MB hold 100,000 tensors.
 constexpr uint64_t kMaxHeaderBytes = 16u << 20;
 
-// Reads the JSON of a header. Throws Error with ER_BAD_FILE unless the entries are well-formed, have distinct names,
-// and tile a data section of `data_bytes` bytes without holes or overlaps, as the format demands.
-std::vector<TensorEntry> read_safetensors_header(const std::string& json, uint64_t data_bytes);
+using Metadata = std::vector<std::pair<std::string, std::string>>;
 
-// The complete beginning of a file: length and JSON, padded so that the data section is aligned to 8 bytes.
-std::string write_safetensors_header(const std::vector<TensorEntry>& entries);
+// Reads the JSON of a header, and of its metadata if that is asked for. Throws Error with ER_BAD_FILE unless the
+// entries are well-formed, have distinct names, and tile a data section of `data_bytes` bytes without holes or
+// overlaps, as the format demands.
+std::vector<TensorEntry> read_safetensors_header(const std::string& json, uint64_t data_bytes,
+                                                 Metadata* metadata = nullptr);
+
+// The complete beginning of a file: length and JSON, padded so that the data section is aligned to 8 bytes. Metadata,
+// if there is any, comes first.
+std::string write_safetensors_header(const std::vector<TensorEntry>& entries, const Metadata& metadata = {});
 
 }  // namespace er

@@ -112,7 +112,9 @@ Session::Session(Plan plan, const Session& base)
     : Session(std::move(plan), shared_regions(plan, base.plan_, base.regions_)) {}
 
 Session::Session(Plan plan, std::shared_ptr<Regions> regions)
-    : plan_(std::move(plan)), regions_(regions ? std::move(regions) : std::make_shared<Regions>(plan_)) {
+    : plan_(std::move(plan)),
+      regions_(regions ? std::move(regions) : std::make_shared<Regions>(plan_)),
+      target_(plan_.inputs.back().elements * 4) {
   size_t operands = 0;
   for (const auto* steps : {&plan_.train, &plan_.eval})
     for (const PlanStep& step : *steps) operands += step.operands.size();
@@ -201,30 +203,34 @@ er_status Session::check_labels(const er_array& labels, uint64_t samples, uint64
   return ER_OK;
 }
 
+// Copies micro-batch samples [first, first + valid) into the runtime's layout at `to`. Rows past the valid ones get a
+// zero gradient, but 0 times what a model makes of zeros may be NaN (a mean over a mask without any key): they repeat
+// the last valid sample.
+void Session::bind_input(size_t input, const er_array& array, uint8_t* to, uint64_t first, uint64_t valid) {
+  const PlanInput& in = plan_.inputs[input];
+  const Port& port = inputs_[input];
+  const Layout& layout = array.layout ? port.runtime : port.user;
+  const uint64_t elements = port.sample_elements;
+  regions_->pool.split(plan_.micro_batch, 1, [&](int64_t begin, int64_t end, int) {
+    for (uint64_t s = static_cast<uint64_t>(begin); s < static_cast<uint64_t>(end); s++) {
+      uint8_t* sample = to + s * elements * 4;
+      const uint64_t source = first + std::min(s, valid - 1);
+      const uint8_t* from = static_cast<const uint8_t*>(array.data) + source * elements * kTypeBytes[array.dtype];
+      if (array.dtype == kUint8)
+        bind_sample<uint8_t, float>(layout, from, sample,
+                                    [&](uint8_t x, uint64_t c) { return x * in.mul[c] + in.add[c]; });
+      else if (array.dtype == kInt32)
+        bind_sample<int32_t, int32_t>(layout, from, sample, [](int32_t x, uint64_t) { return x; });
+      else
+        bind_sample<float, float>(layout, from, sample, [](float x, uint64_t) { return x; });
+    }
+  });
+}
+
 void Session::bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid) {
   for (size_t i = 0; i < count; i++) {
     const PlanInput& in = plan_.inputs[i];
-    const Port& port = inputs_[i];
-    const er_array& array = arrays[i];
-    const Layout& layout = array.layout ? port.runtime : port.user;
-    uint8_t* to = regions_->arena.data() + (train ? in.train_offset : in.eval_offset);
-    const uint64_t elements = port.sample_elements;
-    regions_->pool.split(plan_.micro_batch, 1, [&](int64_t begin, int64_t end, int) {
-      for (uint64_t s = static_cast<uint64_t>(begin); s < static_cast<uint64_t>(end); s++) {
-        uint8_t* sample = to + s * elements * 4;
-        // Rows past the valid ones get a zero gradient, but 0 times what a model makes of zeros may be NaN (a mean over
-        // a mask without any key): they repeat the last valid sample.
-        const uint64_t source = first + std::min(s, valid - 1);
-        const uint8_t* from = static_cast<const uint8_t*>(array.data) + source * elements * kTypeBytes[array.dtype];
-        if (array.dtype == kUint8)
-          bind_sample<uint8_t, float>(layout, from, sample,
-                                      [&](uint8_t x, uint64_t c) { return x * in.mul[c] + in.add[c]; });
-        else if (array.dtype == kInt32)
-          bind_sample<int32_t, int32_t>(layout, from, sample, [](int32_t x, uint64_t) { return x; });
-        else
-          bind_sample<float, float>(layout, from, sample, [](float x, uint64_t) { return x; });
-      }
-    });
+    bind_input(i, arrays[i], regions_->arena.data() + (train ? in.train_offset : in.eval_offset), first, valid);
   }
 }
 

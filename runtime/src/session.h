@@ -8,6 +8,7 @@
 #include "plan.h"
 #include "spill_file.h"
 #include "stored.h"
+#include "turns.h"
 
 namespace er {
 
@@ -31,6 +32,7 @@ struct Regions {
   Regions(const Plan& plan);
   Pages arena, params, state;
   ThreadPool pool;
+  Turns turns;  // one call at a time
   // Of the parameters in the weights file: where they are now, and, where they are not read in the file, their memory.
   std::vector<uint8_t*> frozen;
   std::vector<std::unique_ptr<Pages>> copies;
@@ -44,6 +46,10 @@ class Session {
   explicit Session(Plan plan);
   // Works on the regions of `base`, whose plan must lay parameters and state out in the same way.
   Session(Plan plan, const Session& base);
+
+  using Turn = std::lock_guard<Turns>;
+  // Held by every call that reads or writes the regions.
+  Turns& turns() const { return regions_->turns; }
 
   const Plan& plan() const { return plan_; }
   // Where parameter `index` is; null if it is one of the weights file and none has been loaded.
@@ -64,6 +70,7 @@ class Session {
   er_status train_step(const er_array* arrays, uint32_t samples, float learning_rate, uint64_t update, uint64_t seed,
                        float* loss);
   er_status predict(const er_array* inputs, uint64_t samples, float* const* outputs);
+  er_status evaluate(const er_array* arrays, uint64_t samples, er_evaluation* result);
 
   void open_spill(const char* directory);  // throws Error with ER_IO
   void spill_info(er_spill_info* info) const;
@@ -89,6 +96,7 @@ class Session {
   std::vector<Step> prepare(const std::vector<PlanStep>& steps);
   er_status check_arrays(const er_array* arrays, size_t count, uint64_t samples) const;
   er_status check_labels(const er_array& labels, uint64_t samples, uint64_t* counted) const;
+  void bind_input(size_t input, const er_array& array, uint8_t* to, uint64_t first, uint64_t valid);
   void bind(const er_array* arrays, size_t count, bool train, uint64_t first, uint64_t valid);
   er_status run(std::vector<Step>& steps);
   er_status find_frozen();
@@ -103,6 +111,7 @@ class Session {
   uint64_t frozen_seen_ = 0;                                  // Regions::changes when they were last looked up
   std::vector<Step> train_, eval_;
   std::vector<Port> inputs_, outputs_;
+  const Pages target_;               // of an evaluated micro-batch; resident once evaluate() has run
   std::vector<Transfer> transfers_;  // one a slot of the spill file
   bool spill_open_ = false;          // with room for this plan
   bool broken_ = false;              // a step ended halfway

@@ -46,8 +46,16 @@ inline VecI lane_index() {
   return v;
 }
 
+// Without masked loads and stores a tail is a loop over lanes: called, not inlined, or it is a third of the kernels'
+// code.
+#if ER_VECTOR_BYTES == 16
+#define ER_PARTIAL inline __attribute__((noinline))
+#else
+#define ER_PARTIAL inline
+#endif
+
 // The first `count` (0 … kLanes) elements; the other lanes are 0 and their memory is not touched.
-inline VecF load_partial(const float* p, int count) {
+ER_PARTIAL VecF load_partial(const float* p, int count) {
 #if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
   return (VecF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
 #elif ER_VECTOR_BYTES == 32 && defined(__AVX__)
@@ -58,7 +66,7 @@ inline VecF load_partial(const float* p, int count) {
   return v;
 #endif
 }
-inline void store_partial(float* p, VecF v, int count) {
+ER_PARTIAL void store_partial(float* p, VecF v, int count) {
 #if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
 #elif ER_VECTOR_BYTES == 32 && defined(__AVX__)

@@ -1,55 +1,16 @@
 #include "weights.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <map>
 
 #include "error.h"
+#include "file.h"
 #include "safetensors.h"
 
 namespace er {
 namespace {
 
 constexpr uint64_t kChunk = 16384;  // elements; 64 KB on the stack
-
-[[noreturn]] void io_error(const char* path) {
-  throw Error{ER_IO, text("cannot write %.400s: %s", path, std::strerror(errno))};
-}
-
-class OutFile {
- public:
-  explicit OutFile(const char* path) : path_(path), fd_(::open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
-    if (fd_ < 0) io_error(path);
-  }
-  ~OutFile() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  OutFile(const OutFile&) = delete;
-  OutFile& operator=(const OutFile&) = delete;
-
-  void write(const void* data, size_t bytes) const {
-    for (const char* at = static_cast<const char*>(data); bytes;) {
-      const ssize_t n = ::write(fd_, at, bytes);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) io_error(path_);
-      at += n;
-      bytes -= static_cast<size_t>(n);
-    }
-  }
-  void close() {
-    const int fd = fd_;
-    fd_ = -1;
-    if (::close(fd)) io_error(path_);
-  }
-
- private:
-  const char* path_;
-  int fd_;
-};
 
 std::string shape_text(const std::vector<uint64_t>& shape) {
   std::string out = "[";
@@ -134,7 +95,8 @@ void save_weights(const Session& session, const char* path) {
     at += param.elements * 4;
   }
   const std::string header = write_safetensors_header(entries);
-  OutFile file(path);
+  ReplacedFile replaced(path);
+  const File& file = replaced.file();
   file.write(header.data(), header.size());
   float chunk[kChunk];
   for (uint32_t i = 0; i < params.size(); i++) {
@@ -144,7 +106,7 @@ void save_weights(const Session& session, const char* path) {
       file.write(chunk, count * 4);
     }
   }
-  file.close();
+  replaced.commit();
 }
 
 }  // namespace er

@@ -107,6 +107,7 @@ def test_without_weights_nothing_runs() -> None:
         for run in (
             lambda: session.predict([inputs(2)]),
             lambda: session.train_step([inputs(2)], np.zeros((2, 5), np.float32), learning_rate=0.1, update=1),
+            lambda: session.evaluate([inputs(2)], np.zeros((2, 5), np.float32)),
             lambda: session.read_parameter("fc.weight"),
         ):
             with pytest.raises(UsageError, match="weights file"):
@@ -153,6 +154,47 @@ def test_weights_inside_another_file_at_any_offset(form: int, shift: int, tmp_pa
         np.testing.assert_array_equal(session.predict([inputs(3)])[0], other.predict([inputs(3)])[0])
         with pytest.raises(BundleError, match="truncated"):
             session.load_weights(tmp_path / "archive", shift, len(data) + 7)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_checkpoint_holds_what_trains_and_resumes_to_the_same_bits(form: int, tmp_path: Path) -> None:
+    values, x, target = weights(), inputs(4), np.zeros((4, OUTPUTS), np.float32)
+
+    def train(session: Session, *updates: int) -> None:
+        for update in updates:
+            session.train_step([x], target, learning_rate=0.3, update=update)
+
+    with session_on(form, tmp_path / "w", values) as session:
+        train(session, 1, 2)
+        session.save_checkpoint(tmp_path / "c", 2, b"here")
+        train(session, 3)
+        end = session.read_parameter("fc.bias")
+    held = safetensors.numpy.load_file(tmp_path / "c")
+    assert "fc.bias" in held and not any("fc.weight" in name for name in held)
+    with session_on(form, tmp_path / "w2", {**values, "fc.bias": np.ones(OUTPUTS, np.float32)}) as session:
+        assert session.load_checkpoint(tmp_path / "c") == (2, b"here")
+        train(session, 3)
+        np.testing.assert_array_equal(session.read_parameter("fc.bias"), end)
+        np.testing.assert_array_equal(session.read_parameter("fc.weight"), stored(values["fc.weight"], form)[1])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_evaluate_uses_the_frozen_weight(form: int, tmp_path: Path) -> None:
+    values, x, target = weights(), inputs(5), np.ones((5, OUTPUTS), np.float32)
+    with session_on(form, tmp_path / "w", values) as session:
+        got = session.evaluate([x], target)
+    y = flat(x) @ stored(values["fc.weight"], form)[1].T + values["fc.bias"]
+    np.testing.assert_allclose(got.loss, ((y - 1) ** 2).mean(), rtol=1e-5)
+
+
+def test_weights_may_be_saved_over_the_file_that_is_being_read(tmp_path: Path) -> None:
+    with session_on(1, tmp_path / "w", weights()) as session:
+        session.train_step([inputs(4)], np.zeros((4, OUTPUTS), np.float32), learning_rate=0.5, update=1)
+        (before,) = session.predict([inputs(3)])
+        session.save_weights(tmp_path / "w")
+        np.testing.assert_array_equal(session.predict([inputs(3)])[0], before)
+        session.load_weights(tmp_path / "w")
+        np.testing.assert_array_equal(session.predict([inputs(3)])[0], before)
 
 
 def test_int8_has_no_infinity(tmp_path: Path) -> None:

@@ -112,13 +112,42 @@ void grad_rows(const Call& call, Times&& times) {
   });
 }
 
+// f' by a pointer: one copy of the loops below for all activations. A dense pre-activation is kept for smooth ones
+// only, whose f' takes longer than the call.
+using Derivative = VecF (*)(VecF, float, float);
+
+Derivative derivative_of(int64_t code) {
+  switch (code) {
+    case kActRelu:
+      return derivative<kActRelu>;
+    case kActClip:
+      return derivative<kActClip>;
+    case kActLeakyRelu:
+      return derivative<kActLeakyRelu>;
+    case kActHardSigmoid:
+      return derivative<kActHardSigmoid>;
+    case kActHardSwish:
+      return derivative<kActHardSwish>;
+    case kActSigmoid:
+      return derivative<kActSigmoid>;
+    case kActTanh:
+      return derivative<kActTanh>;
+    case kActSilu:
+      return derivative<kActSilu>;
+    case kActGelu:
+      return derivative<kActGelu>;
+    default:
+      return derivative<kActGeluTanh>;
+  }
+}
+
 // dX = dY·f'(pre-activation).
-template <int64_t kCode>
 void grad_dense(const Call& call, const Activation& act) {
+  const Derivative slope = derivative_of(act.code);
   const float* x = call.as<const float>(1);
   const int64_t cols = call.ints[1];
   auto times = [=](VecF g, int64_t r, int64_t c, int64_t left) {
-    return g * derivative<kCode>(load_upto(x + r * cols + c, left), act.alpha, act.beta);
+    return g * slope(load_upto(x + r * cols + c, left), act.alpha, act.beta);
   };
   if (call.ints[4]) return grad_rows(call, times);
   // One long row: columns may be few.
@@ -128,36 +157,11 @@ void grad_dense(const Call& call, const Activation& act) {
   });
 }
 
-void grad_dense_any(const Call& call, const Activation& act) {
-  switch (act.code) {
-    case kActRelu:
-      return grad_dense<kActRelu>(call, act);
-    case kActClip:
-      return grad_dense<kActClip>(call, act);
-    case kActLeakyRelu:
-      return grad_dense<kActLeakyRelu>(call, act);
-    case kActHardSigmoid:
-      return grad_dense<kActHardSigmoid>(call, act);
-    case kActHardSwish:
-      return grad_dense<kActHardSwish>(call, act);
-    case kActSigmoid:
-      return grad_dense<kActSigmoid>(call, act);
-    case kActTanh:
-      return grad_dense<kActTanh>(call, act);
-    case kActSilu:
-      return grad_dense<kActSilu>(call, act);
-    case kActGelu:
-      return grad_dense<kActGelu>(call, act);
-    default:
-      return grad_dense<kActGeluTanh>(call, act);
-  }
-}
-
 bool run_grad(const Call& call) {
   const int64_t keep = call.ints[3];
   const Activation act = activation_of(call, 2);
   if (keep == kKeepDense) {
-    grad_dense_any(call, act);
+    grad_dense(call, act);
     return true;
   }
   const Slope slope = Slope::of(act, keep, call.as<const uint8_t>(1), call.ints[1]);

@@ -30,7 +30,7 @@ struct Activation {
 };
 
 // What is wrong with an activation and the way it is kept, "" if nothing.
-inline std::string activation_error(const Activation& act, int64_t keep) {
+__attribute__((cold, noinline)) inline std::string activation_error(const Activation& act, int64_t keep) {
   if (act.code < kActNone || act.code > kActGeluTanh) return "unknown activation code " + std::to_string(act.code);
   if (!std::isfinite(act.alpha) || !std::isfinite(act.beta)) {
     if (act.code != kActClip || std::isnan(act.alpha) || std::isnan(act.beta)) return "alpha and beta must be finite";

@@ -9,6 +9,9 @@
 
 namespace er::ER_ISA {
 
+// Checks run once, when a plan is loaded: small code matters more than their speed.
+#define ER_COLD __attribute__((cold, noinline))
+
 // Larger dimensions cannot be stored; the bound keeps products of two of them inside int64.
 constexpr int64_t kMaxDim = int64_t{1} << 31;
 
@@ -23,24 +26,24 @@ inline uint64_t byte_size(std::initializer_list<int64_t> sizes, uint64_t bytes =
 // Collects the first problem of a call.
 class CallCheck {
  public:
-  CallCheck(const Call& call, uint32_t operands, uint32_t ints, uint32_t floats) : call_(call) {
+  ER_COLD CallCheck(const Call& call, uint32_t operands, uint32_t ints, uint32_t floats) : call_(call) {
     count("operands", call.n_operands, operands);
     count("ints", call.n_ints, ints);
     count("floats", call.n_floats, floats);
   }
   bool ok() const { return error_.empty(); }
   const std::string& error() const { return error_; }
-  void fail(const std::string& what) {
+  ER_COLD void fail(const std::string& what) {
     if (ok()) error_ = what;
   }
-  void require(bool condition, const char* what) {
+  ER_COLD void require(bool condition, const char* what) {
     if (!condition) fail(what);
   }
-  void count(const char* what, uint32_t given, uint32_t expected) {
+  ER_COLD void count(const char* what, uint32_t given, uint32_t expected) {
     if (given != expected) fail("expected " + std::to_string(expected) + " " + what + ", got " + std::to_string(given));
   }
   // The int at `index`, which must lie in [low, high]; low if the call is already wrong.
-  int64_t integer(uint32_t index, const char* name, int64_t low, int64_t high) {
+  ER_COLD int64_t integer(uint32_t index, const char* name, int64_t low, int64_t high) {
     if (!ok()) return low;
     int64_t value = call_.ints[index];
     if (value >= low && value <= high) return value;
@@ -50,18 +53,18 @@ class CallCheck {
   }
   int64_t size(uint32_t index, const char* name) { return integer(index, name, 1, kMaxDim); }
   // An operand of at least `bytes` bytes.
-  void present(uint32_t index, const char* name, uint64_t bytes) {
+  ER_COLD void present(uint32_t index, const char* name, uint64_t bytes) {
     if (!ok()) return;
     if (!call_.operands[index].data) return fail(std::string(name) + " is absent");
     enough(index, name, bytes);
   }
   // An operand that may be absent.
-  void optional(uint32_t index, const char* name, uint64_t bytes) {
+  ER_COLD void optional(uint32_t index, const char* name, uint64_t bytes) {
     if (ok() && call_.operands[index].data) enough(index, name, bytes);
   }
 
  private:
-  void enough(uint32_t index, const char* name, uint64_t bytes) {
+  ER_COLD void enough(uint32_t index, const char* name, uint64_t bytes) {
     uint64_t given = call_.operands[index].bytes;
     if (bytes == UINT64_MAX) return fail(std::string(name) + " is too large");
     if (given < bytes)

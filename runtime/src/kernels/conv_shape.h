@@ -33,7 +33,7 @@ inline ConvShape conv_shape(const int64_t* i) {
 
 // What is wrong with a call's shape, "" if nothing. A shape that passes makes no product above 2^40 elements and no
 // coordinate above 2^52.
-inline std::string conv_shape_error(const Call& call) {
+__attribute__((cold, noinline)) inline std::string conv_shape_error(const Call& call) {
   static const char* const names[kConvInts] = {"n",  "ih", "iw", "ic", "oh", "ow", "oc", "kh",
                                                "kw", "sh", "sw", "pt", "pl", "dh", "dw", "group"};
   if (call.n_ints < kConvInts)

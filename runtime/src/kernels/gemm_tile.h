@@ -16,6 +16,13 @@ constexpr int kTileVectors = 4, kTileRowsWide = 6, kTileRowsNarrow = 8;
 constexpr int kTileVectors = 2, kTileRowsWide = 6, kTileRowsNarrow = 8;
 #endif
 
+// A masked load or store costs what a whole one does.
+#if defined(__AVX512F__)
+constexpr bool kMaskedLoads = true;
+#else
+constexpr bool kMaskedLoads = false;
+#endif
+
 struct GemmTile {
   const float* const* a;  // row r of tap t: a[t·a_stride + r] + a_offset, k contiguous values
   int64_t a_stride, a_offset, taps, k;
@@ -34,6 +41,24 @@ struct GemmTile {
   int64_t column;
   RunningSums sums;
 };
+
+// The last step of a gradient: C = sum [+ C] where the slope is 1, and the columns' running sums. Apart from gemm_tile,
+// whose every size would hold a copy; `acc` is [rows][vectors].
+__attribute__((noinline)) inline void finish_gradient_tile(const GemmTile& g, const VecF* acc, int rows, int vectors) {
+  for (int v = 0; v < vectors; v++) {
+    const int64_t left = v == vectors - 1 ? g.last : kLanes, column = g.column + v * kLanes;
+    VecF total{};
+    for (int r = 0; r < rows; r++) {
+      float* c = g.c[r] + g.c_offset + v * kLanes;
+      VecF z = acc[r * vectors + v];
+      if (g.load_c) z += load_upto(c, left);
+      if (g.kept) z = keep_lanes(kept_bits(g.kept[r], column, left), z);
+      store_upto(c, z, left);
+      total += z;
+    }
+    if (g.sums.sum) g.sums.add(column, total, left);
+  }
+}
 
 template <int kRows, int kVectors, bool kPartialB>
 void gemm_tile(const GemmTile& g) {
@@ -63,27 +88,17 @@ void gemm_tile(const GemmTile& g) {
       b += ldb;
     }
   }
-  const bool whole = g.last == kLanes;
+  const bool whole = !kMaskedLoads && g.last == kLanes;
   auto fetch = [&](const float* p, int v) {
     return v == kEnd && !whole ? load_partial(p + v * kLanes, g.last) : load(p + v * kLanes);
   };
   if (g.finish && (g.kept || g.sums.sum)) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) {
-      const int64_t left = v == kEnd ? g.last : kLanes, column = g.column + v * kLanes;
-      VecF total{};
+    VecF copy[kRows * kVectors];  // the address of `acc` itself would keep it out of registers
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; r++) {
-        float* c = g.c[r] + g.c_offset + v * kLanes;
-        VecF z = acc[r][v];
-        if (g.load_c) z += load_upto(c, left);
-        if (g.kept) z = keep_lanes(kept_bits(g.kept[r], column, left), z);
-        store_upto(c, z, left);
-        total += z;
-      }
-      if (g.sums.sum) g.sums.add(column, total, left);
-    }
-    return;
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) copy[r * kVectors + v] = acc[r][v];
+    return finish_gradient_tile(g, copy, kRows, kVectors);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; v++) {
@@ -117,7 +132,7 @@ inline void gemm_tile(const GemmTile& g, int rows, int vectors, bool partial_b) 
   }
   static constexpr Function table[2][kTileVectors][8] = {
 #if defined(__AVX512F__) || defined(__aarch64__)
-      {ER_ROWS(1, false), ER_ROWS(2, false), ER_ROWS(3, false), ER_ROWS(4, false)},
+      {ER_ROWS(1, kMaskedLoads), ER_ROWS(2, kMaskedLoads), ER_ROWS(3, kMaskedLoads), ER_ROWS(4, kMaskedLoads)},
       {ER_ROWS(1, true), ER_ROWS(2, true), ER_ROWS(3, true), ER_ROWS(4, true)}};
 #else
       {ER_ROWS(1, false), ER_ROWS(2, false)}, {ER_ROWS(1, true), ER_ROWS(2, true)}};
