@@ -189,6 +189,17 @@ def test_channels_first_bindings_and_normalization(mobile: tuple[Network, Built]
     assert target.classes and target.at(8) == (8,) and target.perm == (0,)
 
 
+@pytest.mark.parametrize("preprocessing", [None, {"mean": [0.5], "std": [0.5]}], ids=["none", "other channels"])
+def test_pixels_without_a_normalization_become_x_over_255(
+    mobile: tuple[Network, Built], preprocessing: dict[str, Any] | None
+) -> None:
+    """In the runtime, so that no float32 copy of a batch is in the data pipeline."""
+    built = mobile[1]
+    graph = read_graph(built.training, built.manifest["output"]["name"])
+    image = read_interface(graph, built.manifest | {"preprocessing": preprocessing}).inputs[0]
+    assert image.mul == (1 / 255,) * 3 and image.add == (0.0,) * 3
+
+
 def test_the_target_of_a_channels_first_map_lacks_the_class_dimension() -> None:
     net = Network((5, 4, 3))
     built = net.build(net.conv(net.input, 6))
