@@ -1,6 +1,6 @@
 """What a cap costs: five caps for each model, from the smallest that can be met to all that exact training takes.
 
-python dev.py bench caps [--models mobilenet_v2 …] [--rounds 3] [--redraw]
+python dev.py bench caps [--models mobilenet_v2 …] [--parts proofs turns] [--rounds 3] [--redraw]
 
 For each cap `edge-razor train`, with data loading, a checkpoint every two updates and an evaluation, runs in a memory
 cgroup of exactly the cap with swap off. Then the plans of ``--prefer exact``, ``balanced`` and ``fast`` and PyTorch,
@@ -34,6 +34,8 @@ SIZE, TOKENS = 224, 128
 PREFER = ("exact", "balanced", "fast")
 PEERS = {"PyTorch eager": "torch", "PyTorch, activation checkpointing": "torch-checkpoint"}
 STEP_OF_CAPS = 100_000  # bytes, to which the smallest cap is rounded up
+ROOM = 5_000_000  # bytes of the largest cap beyond what `plan` says: the command line's own libraries
+PARTS = ("proofs", "turns")
 
 
 def batch_size(model: str) -> int:
@@ -107,8 +109,8 @@ def prove(model: str, data: Path, directory: Path, cap: int) -> Proof:
     run = directory / f"run-{cap}"
     done = run_confined(train_command(model, data, run, cap), cap, timeout=1800)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Proof(cap, done.returncode, group_peak=done.peak_bytes, error=f"{last} ({done.oom_kills} OOM kills)")
+        said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or ["no message"]
+        return Proof(cap, done.returncode, group_peak=done.peak_bytes, error=f"{said[0]} ({done.oom_kills} OOM kills)")
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "plan.json").read_text())
     peak = max(event.get("peak_rss_bytes", 0) for event in events)
@@ -165,31 +167,37 @@ def take_turns_under(model: str, cap: int, peers: list[dict[str, Any]], rounds: 
     return found
 
 
-def measure(model: str, rounds: int) -> dict[str, Any]:
-    """JSON-able results of one model."""
+def measure_proofs(model: str) -> dict[str, Any]:
+    """The caps, a run of the command line under each, and onnxruntime's peak; JSON-able."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         data = write_data(directory, model)
         low = smallest_cap(model, data, directory / "refused")
-        high = max(exact_cap(model) + 5_000_000, low)
+        high = max(exact_cap(model) + ROOM, low)
         caps = [round(low * (high / low) ** (i / (CAPS - 1))) for i in range(CAPS)]
-        inference = Worker(
-            "onnxruntime", model, "--bundle", str(bundle(model, size_of(model))), *common(model, batch_size(model))
-        )
+        path = str(bundle(model, size_of(model)))
+        inference = Worker("onnxruntime", model, "--bundle", path, *common(model, batch_size(model)))
         for _ in range(3):
             inference.ask("step")
         inference_peak = inference.ask("stop")["peak_rss_bytes"]
-        say(f"{model}: caps {[round(cap / 1e6, 1) for cap in caps]} MB, inference {inference_peak / 1e6:.1f} MB")
+        say(f"{model}: inference {inference_peak / 1e6:.1f} MB")
         proofs = []
         for cap in caps:
             proof = prove(model, data, directory, cap)
             say(f"    {cap / 1e6:.1f} MB: status {proof.status} {proof.error}, peak {proof.peak / 1e6:.1f} MB")
-            proofs.append(proof)
-        # With LoRA PyTorch's worker would train all parameters: other work.
-        peers = [] if model == "minilm_lora" else peers_by_batch(model)
-        curves = [{"cap": cap, "systems": take_turns_under(model, cap, peers, rounds)} for cap in caps]
-    proven = [asdict(proof) for proof in proofs]
-    return {"inference_peak": inference_peak, "proofs": proven, "peers": peers, "curves": curves}
+            proofs.append(asdict(proof))
+    return {"inference_peak": inference_peak, "proofs": proofs}
+
+
+def measure_turns(model: str, caps: list[int], rounds: int) -> dict[str, Any]:
+    """Every way to train under each of the caps, in turns; JSON-able."""
+    # With LoRA PyTorch's worker would train all parameters: other work.
+    peers = [] if model == "minilm_lora" else peers_by_batch(model)
+    curves = []
+    for cap in caps:
+        say(f"{model}: {cap / 1e6:.1f} MB")
+        curves.append({"cap": cap, "systems": take_turns_under(model, cap, peers, rounds)})
+    return {"peers": peers, "curves": curves}
 
 
 def mb(count: float) -> str:
@@ -236,7 +244,7 @@ def throughput_table(models: dict[str, Any]) -> str:
     """Samples a second at equal caps; in brackets PyTorch's batch."""
     rows = []
     for model, found in models.items():
-        for point in found["curves"]:
+        for point in found.get("curves", []):
             cells = []
             for label in (*(f"edge-razor, {p}" for p in PREFER), *PEERS):
                 entry = next((s for s in point["systems"] if s["label"] == label and not s["error"]), None)
@@ -255,9 +263,10 @@ def write_report(content: dict[str, Any]) -> None:
 
     models, pictures = content["models"], ""
     for model, found in models.items():
-        path = RESULTS / f"caps-{model}.png"
-        cap_curves(model, found, path)
-        pictures += f"![{model}]({path.name})\n\n"
+        if "curves" in found:
+            path = RESULTS / f"caps-{model}.png"
+            cap_curves(model, found, path)
+            pictures += f"![{model}]({path.name})\n\n"
     body = "## Proof\n\n" + proof_table(models)
     body += "\n`--prefer balanced`; data loading, checkpoints and an evaluation included, swap off.\n"
     body += "\n## Against running the model\n\n" + inference_table(models)
@@ -269,7 +278,7 @@ def write_report(content: dict[str, Any]) -> None:
     errors = [
         f"- {model}, {entry['label']}, batch {entry['batch']}: {entry['error']}\n"
         for model, found in models.items()
-        for entry in (*found["peers"], *({**s, "cap": p["cap"]} for p in found["curves"] for s in p["systems"]))
+        for entry in (*found.get("peers", []), *(s for p in found.get("curves", []) for s in p["systems"]))
         if entry.get("error")
     ]
     title = (
@@ -282,6 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="turns need proofs, made before")
     parser.add_argument("--redraw", action="store_true", help="measure nothing: tables and plots from caps.json")
     options = parser.parse_args()
     file = RESULTS / "caps.json"
@@ -289,11 +299,16 @@ def main() -> None:
         reason = unavailable()
         if reason is not None:
             raise SystemExit(reason)
-        models: dict[str, Any] = {}
-        for model in options.models:
-            models[model] = measure(model, options.rounds)
-            content = {"machine": machine_line("torch", "onnxruntime"), "rounds": options.rounds, "models": models}
-            file.write_text(json.dumps(content, indent=1) + "\n")
+        models = json.loads(file.read_text())["models"] if file.exists() else {}
+        for part in options.parts:
+            for model in options.models:
+                if part == "proofs":
+                    models[model] = measure_proofs(model)
+                else:
+                    caps = [proof["cap"] for proof in models[model]["proofs"]]
+                    models[model] |= measure_turns(model, caps, options.rounds)
+                content = {"machine": machine_line("torch", "onnxruntime"), "rounds": options.rounds, "models": models}
+                file.write_text(json.dumps(content, indent=1) + "\n")
     write_report(json.loads(file.read_text()))
 
 

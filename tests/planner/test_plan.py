@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import onnx
 import pytest
 
 from edge_razor.bundle import write_bundle
-from edge_razor.errors import BudgetError, BundleError, EdgeRazorError, PlanError, UsageError
+from edge_razor.errors import BudgetError, BundleError, EdgeRazorError, OutOfMemoryError, PlanError, UsageError
 from edge_razor.planner import Plan, plan, plan_in_child
 from edge_razor.planner.accounting import measure_base
 from edge_razor.planner.graph import read_graph
@@ -127,6 +128,14 @@ def test_errors_cross_from_the_child(bundle: Path, tmp_path: Path) -> None:
         plan_in_child(bundle, mem_budget="12 parsecs")
     with pytest.raises(EdgeRazorError, match="unexpected keyword"):
         plan_in_child(bundle, mem_budget=None, no_such_argument=1)
+
+
+def test_a_planner_that_is_killed_is_want_of_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(OutOfMemoryError, match=r"planning was killed.*memory ran out; .*--plan") as error:
+        plan_in_child(bundle, mem_budget=None)
+    assert error.value.exit_status == 3
 
 
 def test_sparsity_may_be_text(bundle: Path) -> None:
