@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bundle", "write_bundle"]
 
-_MANIFEST_LIMIT = 64_000_000  # bytes: far above any real list of parameter names
+_MANIFEST_LIMIT = 4 << 20  # bytes: 20,000 parameters; as Python objects JSON can take 20 times its size
 _CHUNK = 1 << 20
 
 
@@ -222,7 +223,7 @@ def _find_members(path: Path) -> dict[str, _Member]:
                 ):
                     raise BundleError(f"{path}: {info.filename} is compressed; bundles are zipped with 'zip -0'")
                 members[info.filename] = _Member(path, stored_member_start(path, info), info.file_size)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error) as error:
         raise BundleError(f"{path}: neither a bundle directory nor a whole zip: {error}") from error
     return members
 

@@ -525,9 +525,7 @@ class Trainer:
         with Checkpoint(path) as checkpoint:
             for problem in checkpoint.damaged.values():
                 warnings.warn(f"{problem}; going on from {checkpoint.path}", RuntimeWarning, stacklevel=2)
-            settings = checkpoint.state.get("settings")
-            if not isinstance(settings, dict):
-                raise CheckpointError(f"{checkpoint.path}: has no settings; it is damaged")
+            settings = checkpoint.settings
             source = bundle_of(checkpoint, bundle)
             trainer = cls(source, **{**settings, **options})
             trainer.load_checkpoint(checkpoint)
@@ -547,7 +545,9 @@ class Trainer:
         try:
             update = int(checkpoint.state["update"])
             epoch, batch = (int(v) for v in checkpoint.state["position"])
-        except (KeyError, TypeError, ValueError) as error:
+            if not all(0 <= v < 2**63 for v in (update, epoch, batch)):
+                raise ValueError("negative or too large")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{checkpoint.path}: has no valid step or data position; it is damaged") from error
         for name in self._saved:
             stored: list[tuple[int | None, str]] = [(None, name)]

@@ -36,8 +36,8 @@ def run(
     with Checkpoint(run_directory) as checkpoint:
         show_damaged(checkpoint)
         path = bundle_of(checkpoint, bundle)
-        classes = checkpoint.state.get("extra", {}).get("classes")
-        batch_size = int(checkpoint.state["settings"]["batch_size"])
+        classes = checkpoint.extra.get("classes")
+        batch_size = checkpoint.settings["batch_size"]
     with Bundle(path) as opened:
         source = open_source(
             data,

@@ -113,16 +113,16 @@ def _run(options: RunOptions, stop: Stop) -> int:
             manifest,
             augmentation=Augmentation(recipe["flip"], recipe["random_crop"]),
             skip_bad=options.skip_bad,
-            classes=None if checkpoint is None else checkpoint.state["extra"].get("classes"),
+            classes=None if checkpoint is None else checkpoint.extra.get("classes"),
             memory_limit=budget,
             bundle=bundle,
             text=options.text,
         )
     show_text(source)
     samples = len(source)
-    if checkpoint is not None and samples != checkpoint.state["extra"].get("samples", samples):
+    if checkpoint is not None and samples != checkpoint.extra.get("samples", samples):
         print(
-            f"warning: {options.data} has {samples} samples, and had {checkpoint.state['extra']['samples']} when the "
+            f"warning: {options.data} has {samples} samples, and had {checkpoint.extra['samples']} when the "
             "run began: which of them are held out, and their order, differ from then",
             file=sys.stderr,
         )
@@ -215,9 +215,10 @@ def _resumed(options: RunOptions, checkpoint: Checkpoint) -> tuple[dict[str, Any
         CheckpointError: it was not written by `train`.
         UsageError: an option differs from the run's.
     """
-    stored, recipe = checkpoint.state.get("settings"), checkpoint.state.get("extra", {}).get("recipe")
-    if not isinstance(stored, dict) or not isinstance(recipe, dict) or recipe.keys() != options.recipe.keys():
+    recipe = checkpoint.extra.get("recipe")
+    if not isinstance(recipe, dict) or recipe.keys() != options.recipe.keys():
         raise CheckpointError(f"{checkpoint.path}: was not written by 'edge-razor train'; resume it from Python")
+    stored = checkpoint.settings
     wanted = {**options.settings, **options.recipe}
     for name, old in {**stored, **recipe}.items():
         if name not in options.given or name in ("epochs", "threads", "mem_budget"):

@@ -25,7 +25,7 @@ __all__ = ["Answer", "Request", "is_text", "tokenize_in_child"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 _BLOCK = 256  # texts that are tokenized together
-_FIELD_LIMIT = 1 << 27  # bytes of one CSV field
+_FIELD_LIMIT = 1 << 27  # bytes of one CSV field, or of a line
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class _Reader:
     def _lines(self, file: Path) -> Iterator[tuple[int, str]]:
         """(number, line) of a UTF-8 file; a byte order mark is dropped."""
         with open(file, "rb") as stream:
-            for number, raw in enumerate(stream, 1):
+            for number, raw in enumerate(iter(lambda: stream.readline(_FIELD_LIMIT + 1), b""), 1):
+                if len(raw) > _FIELD_LIMIT:
+                    raise DataError(f"{file}:{number}: has a line of more than {_FIELD_LIMIT >> 20} MiB; break it up")
                 raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 try:
                     yield number, raw.decode("utf-8")
@@ -178,6 +180,9 @@ class _Reader:
         if not isinstance(text, str):
             self.refuse(place, f"has no text {self.request.text_column!r}")
             return
+        if not _is_unicode(text):
+            self.refuse(place, "holds half of a surrogate pair, which is no text")
+            return
         if self.request.causal:
             yield text, None, place
             return
@@ -185,7 +190,19 @@ class _Reader:
         if label is None or isinstance(label, float | list | dict) or not str(label).strip():
             self.refuse(place, f"has no label {self.request.label_column!r}")
             return
+        if not _is_unicode(str(label)):
+            self.refuse(place, "has a label with half of a surrogate pair, which is no text")
+            return
         yield text, str(label).strip(), place
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no surrogate, which JSON can spell but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tokenize(request: Request) -> Answer:
@@ -210,7 +227,7 @@ def tokenize(request: Request) -> Answer:
         for block in _blocks(reader.samples()):
             encoded = tokenizer.encode_batch([text for text, _, _ in block], add_special_tokens=not request.causal)
             for (text, label, place), tokens in zip(block, encoded, strict=True):
-                ids = np.array(tokens.ids, np.int32)
+                ids = np.array(tokens.ids, np.int64)  # a damaged tokenizer has any
                 if not text.strip() or not ids.size:
                     reader.refuse(place, "is empty")
                     continue
@@ -219,6 +236,7 @@ def tokenize(request: Request) -> Answer:
                         f"{place}: token {int(ids.max())} of the tokenizer is outside of the model's table of "
                         f"{request.vocabulary}; export the model with its own tokenizer"
                     )
+                ids = ids.astype(np.int32)
                 if tokens.overflowing:
                     if not request.truncate:
                         raise DataError(f"{place}: is longer than the model's {request.length} tokens; shorten it")
@@ -259,7 +277,7 @@ def _classes(request: Request, names: list[str]) -> list[str]:
     """Class names by index: the model's; or, if the labels are its indices, these; or the labels found, sorted."""
     if request.classes is not None:
         return request.classes
-    if all(name.isascii() and name.isdigit() and int(name) < request.class_count for name in names):
+    if all(name.isascii() and name.isdigit() and len(name) < 10 and int(name) < request.class_count for name in names):
         return [str(index) for index in range(request.class_count)]
     if len(names) != request.class_count:
         raise DataError(

@@ -15,6 +15,8 @@ from .serialize import check_header
 
 __all__ = ["Plan"]
 
+_READ = ("batch_size", "micro_batch", "threads", "sparsity", "arena_bytes", "predicted_peak_bytes")
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -87,13 +89,19 @@ class Plan:
             summary = json.loads(_summary_path(target).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read {error.filename}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{_summary_path(target)} is damaged: {error}") from error
         if not isinstance(summary, dict) or summary.pop("plan_sha256", None) != _sha256(binary):
             raise PlanError(f"{_summary_path(target)} does not belong to {target}; plan again")
         if summary.get("bundle_id") != bundle_id:
             raise PlanError(f"{target} and its summary name different bundles; plan again")
-        return Plan(binary, summary, _read_buckets(target, bundle_id, summary.pop("buckets_sha256", {})))
+        plan = Plan(binary, summary, _read_buckets(target, bundle_id, summary.pop("buckets_sha256", {})))
+        try:
+            for name in _READ:
+                getattr(plan, name)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PlanError(f"{_summary_path(target)} is damaged: no valid {name}") from error
+        return plan
 
 
 def _read_buckets(target: Path, bundle_id: str, stated: Any) -> dict[int, bytes]:
