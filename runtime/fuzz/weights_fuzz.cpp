@@ -1,5 +1,6 @@
 // libFuzzer target: the loader of safetensors weights. benchmarks/fuzz.py builds and runs it; the environment variable
 // EDGE_RAZOR_FUZZ_PLAN names the plan whose parameters are loaded.
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,10 +37,8 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
     std::fprintf(stderr, "EDGE_RAZOR_FUZZ_PLAN: %s\n", er_last_error());
     std::exit(2);
   }
-  char temporary[] = "/tmp/edge-razor-fuzz-XXXXXX";
-  file = ::mkstemp(temporary);
+  file = ::memfd_create("weights", MFD_CLOEXEC);
   expect(file >= 0);
-  ::unlink(temporary);
   path = "/proc/self/fd/" + std::to_string(file);
   return 0;
 }
