@@ -27,13 +27,13 @@ BUILD = ROOT / "build" / "fuzz"
 TOTALS = RESULTS / "fuzz.json"
 
 FINDINGS = (
-    ("npy", "an .npy header (format 2) that states 2 GB made numpy allocate them", "the stated length is checked first"),
-    ("npz", "a small compressed .npz whose array states any size was allocated before it was read", "size checked first"),
+    ("npy", "an .npy header (format 2) that states 2 GB made numpy take them", "length checked first"),
+    ("npz", "a small compressed .npz that states a huge array was allocated before it was read", "size checked first"),
     ("npz", "encrypted, LZMA- or bzip2-compressed and damaged deflate members raised other errors", "DataError"),
     ("npy", "shapes with negative numbers passed the check of the size", "refused"),
     ("bundle", "a zip64 offset beyond 2^63 raised OverflowError; members could reach past the end", "BundleError"),
     ("bundle", "shapes such as [0, 2^70] raised OverflowError in weights.safetensors", "refused"),
-    ("manifest", "numbers like 1e400 or 10^400 and sizes beyond memory were taken or raised OverflowError", "BundleError"),
+    ("manifest", "numbers such as 10^400 raised OverflowError, sizes beyond memory were taken", "BundleError"),
     ("checkpoint", "deeply nested state raised RecursionError; settings of any name and type reached the trainer",
      "checked by a table of names and types"),
     ("plan_summary", "a summary without a field, or with one of another type, raised KeyError or TypeError later",

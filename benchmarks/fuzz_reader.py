@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 from random import Random
+from types import FunctionType
 from typing import Any
 
 try:
@@ -28,14 +29,24 @@ def _readers() -> tuple[Any, type[Exception]]:
     return READERS, EdgeRazorError
 
 
+def _instrument(atheris: Any) -> None:
+    """Counts the branches of the package. (atheris.instrument_imports does not see an editable installation.)"""
+    for module in [m for n, m in sorted(sys.modules.items()) if n.split(".")[0] == "edge_razor"]:
+        for value in list(vars(module).values()):
+            if getattr(value, "__module__", None) != module.__name__:
+                continue
+            for item in vars(value).values() if isinstance(value, type) else (value,):
+                function = getattr(item, "fget", None) or item
+                if isinstance(function, FunctionType):
+                    atheris.instrument_func(function)
+
+
 def main() -> None:
     name, runs, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     folder = Path(sys.argv[4]) if len(sys.argv) > 4 else Path(tempfile.mkdtemp())
-    if atheris is None:
-        readers, own = _readers()
-    else:
-        with atheris.instrument_imports(include=["edge_razor"]):
-            readers, own = _readers()
+    readers, own = _readers()
+    if atheris is not None:
+        _instrument(atheris)
     reader = readers[name]
     work = Path(tempfile.mkdtemp())
     seeds = reader.seeds(work)
