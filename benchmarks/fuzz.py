@@ -109,8 +109,8 @@ def _report(totals: dict[str, dict[str, float]]) -> None:
     body += (
         f"\nLimits: an allocation of {MALLOC_LIMIT_MB} MB (native), {RSS_LIMIT_MB} MB resident, {TIMEOUT_SECONDS} s an "
         "input. Inputs that the loader of plans accepts and whose memory is small are also trained on and predicted "
-        "with. Seconds are of the clock, on a machine with other work.\n\nFound while the fuzz targets were written, "
-        "by reading and by running them, and fixed; `tests/untrusted` pins each:\n\n"
+        "with. Seconds are of the clock, on a machine with other work.\n\nFixed before: the first was found by the "
+        "property tests in `tests/untrusted`, the others by reading the readers:\n\n"
     )
     body += markdown_table(("reader", "what happened", "now"), FINDINGS)
     write_result("fuzz", "Fuzzing of what reads files", "python dev.py bench fuzz", body)
