@@ -31,32 +31,6 @@ _FILE = re.compile(r"checkpoint-(\d+)\.safetensors")
 _NO_CHECKSUM = "0" * 8
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e30  # type: ignore[arg-type]
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-# `Trainer.settings`: what each may be. The planner checks ranges.
-_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("prefer", "razor", "attention", "optimizer", "schedule"), _is_text),
-    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps"), _is_number),
-    **dict.fromkeys(("batch_size", "warmup_steps", "seed"), _is_count),
-    **dict.fromkeys(("micro_batch", "total_steps", "threads"), lambda v: v is None or _is_count(v)),
-    "mem_budget": lambda v: v is None or _is_count(v) or _is_text(v),
-    "sparsity": lambda v: _is_text(v) or _is_number(v),
-    "nesterov": lambda v: isinstance(v, bool),
-    "betas": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
-    "choices": lambda v: v is None or isinstance(v, dict),
-}
-
-
 def checkpoint_files(path: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a run directory or its `checkpoint` directory, newest first; a file is itself the only one."""
     given = Path(path)
@@ -219,34 +193,6 @@ class Checkpoint:
             self._file.close()
             raise
         self.tensors = self._file.tensors
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """`Trainer.settings` of the run, each of the right type: a checkpoint may come from anyone.
-
-        Raises:
-            CheckpointError: missing, unknown or of another type.
-        """
-        settings = self.state.get("settings")
-        if not isinstance(settings, dict) or "batch_size" not in settings:
-            raise CheckpointError(f"{self.path}: has no settings; it is damaged")
-        for name, value in settings.items():
-            if name not in _SETTINGS or not _SETTINGS[name](value):
-                raise CheckpointError(f"{self.path}: its setting {name!r} is not valid; it is damaged")
-        return dict(settings)
-
-    @property
-    def extra(self) -> dict[str, Any]:
-        """What `Trainer.save` was given beside the training itself.
-
-        Raises:
-            CheckpointError: it is no table, or its classes are no list of names.
-        """
-        extra = self.state.get("extra", {})
-        classes = extra.get("classes") if isinstance(extra, dict) else 0
-        if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-            raise CheckpointError(f"{self.path}: what it says of the run is not valid; it is damaged")
-        return dict(extra)
 
     def read(self, name: str) -> np.ndarray:
         """A copy of one tensor.

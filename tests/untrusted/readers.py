@@ -24,6 +24,7 @@ from edge_razor.planner.deserialize import read_steps
 from edge_razor.planner.harm import read_harm_table
 from edge_razor.planner.plan_file import Plan
 from edge_razor.tensors import TensorSpec
+from edge_razor.training_state import stored_extra, stored_progress, stored_settings
 from tests.bundles import write_linear_bundle
 from tests.runtime.plan_writer import encode, linear_plan, spilled
 
@@ -193,7 +194,8 @@ def _read_checkpoint(data: bytes, folder: Path) -> None:
     with Checkpoint(path) as checkpoint:
         for name in checkpoint.tensors:
             checkpoint.read(name)
-        _ = checkpoint.settings, checkpoint.extra
+        for said in (stored_settings, stored_extra, stored_progress):
+            said(checkpoint)
 
 
 # ---- Data ----
