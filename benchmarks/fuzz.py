@@ -2,9 +2,10 @@
 behaviour sanitizers (clang and libclang-rt, Debian packages clang and libclang-rt-14-dev), the Python readers with
 atheris (`pip install atheris`), or without it at random.
 
-    python dev.py bench fuzz [--runs N] [--only NAME …] [--keep FOLDER]
+    python dev.py bench fuzz [--runs N] [--only NAME …] [--jobs 2] [--keep FOLDER]
 
-Counts add up over calls, in results/fuzz.json; a crash, hang, or allocation beyond the limit stops it with status 1.
+Counts add up over calls, in results/fuzz.json (remove it to begin anew); a crash, hang, or allocation beyond the limit
+stops it with status 1.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, markdown_table, write_result
 from tests.untrusted.readers import READERS
 
-NATIVE = ("plan_fuzz", "weights_fuzz")
+NATIVE = ("plan_fuzz", "weights_fuzz", "checkpoint_fuzz")
 MALLOC_LIMIT_MB, RSS_LIMIT_MB, TIMEOUT_SECONDS = 160, 1024, 60
 BUILD = ROOT / "build" / "fuzz"
+DICTIONARY = ROOT / "runtime" / "fuzz" / "safetensors.dict"
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where readers are given their files
 TOTALS = RESULTS / "fuzz.json"
 
 FINDINGS = (
@@ -52,29 +57,45 @@ def _build() -> None:
 
 
 def _seeds(folder: Path) -> None:
-    """Valid plans and weights files."""
+    """Valid plans, weights files and checkpoints; the plans whose parameters the last two are of."""
     import numpy as np
     from safetensors.numpy import save
 
     from edge_razor.runtime import Session
+    from tests.runtime.frozen_plans import FORMS, frozen_plan, rows_plan
+    from tests.runtime.plan_writer import encode, linear_plan
     from tests.runtime.write_plans import write_plans
 
-    for target in NATIVE:
-        (folder / target).mkdir(parents=True, exist_ok=True)
+    for name in (*NATIVE, "plans"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     write_plans(folder / "plan_fuzz")
-    session = Session((folder / "plan_fuzz" / "linear.plan").read_bytes())
-    tensors = {name: np.ones(p.shape, np.float32) for name, p in session.parameters().items()}
+    frozen = {name: encode(frozen_plan(form, micro=2)) for name, form in FORMS.items()}
+    for name, plan in {**frozen, "rows": encode(rows_plan())}.items():
+        (folder / "plan_fuzz" / f"{name}.plan").write_bytes(plan)
+    plans = {"weights_fuzz": {"linear": encode(linear_plan()), **frozen}}
+    plans["checkpoint_fuzz"] = {"linear": encode(linear_plan(momentum=0.9)), "int8": frozen["int8"]}
+    for target, made in plans.items():
+        for name, plan in made.items():
+            (folder / "plans" / f"{target}-{name}.plan").write_bytes(plan)
+    with Session(plans["weights_fuzz"]["linear"]) as session:
+        tensors = {name: np.ones(p.shape, np.float32) for name, p in session.parameters().items()}
     (folder / "weights_fuzz" / "seed").write_bytes(save(tensors))
     more = {**tensors, "other": np.zeros(3, np.int64)}
     (folder / "weights_fuzz" / "seed-more").write_bytes(save(more, metadata={"format": "pt"}))
+    for name, plan in plans["checkpoint_fuzz"].items():
+        with Session(plan) as session:
+            session.load_weights(folder / "weights_fuzz" / "seed")
+            session.save_checkpoint(folder / "checkpoint_fuzz" / f"seed-{name}", 3, b"the program's own")
 
 
 def _native(target: str, runs: int, seed: int, folder: Path) -> tuple[int, str]:
     """(inputs, libFuzzer's output)"""
     options = [f"-runs={runs}", f"-seed={seed}", "-max_len=8192", "-print_final_stats=1", f"-timeout={TIMEOUT_SECONDS}"]
     options += [f"-malloc_limit_mb={MALLOC_LIMIT_MB}", f"-rss_limit_mb={RSS_LIMIT_MB}"]
+    if target != "plan_fuzz":
+        options.append(f"-dict={DICTIONARY}")
     environment = {
-        "EDGE_RAZOR_FUZZ_PLAN": str(folder / "plan_fuzz" / "linear.plan"),
+        "EDGE_RAZOR_FUZZ_PLANS": ":".join(map(str, sorted((folder / "plans").glob(f"{target}-*.plan")))),
         "OPENBLAS_NUM_THREADS": "1",
         "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0",  # OpenBLAS keeps its buffers
     }
@@ -84,7 +105,8 @@ def _native(target: str, runs: int, seed: int, folder: Path) -> tuple[int, str]:
 def _python(name: str, runs: int, seed: int, folder: Path) -> tuple[int, str]:
     (folder / name).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.fuzz_reader", name, str(runs), str(seed), str(folder / name)]
-    return _run(command, {}, ROOT, name)
+    with tempfile.TemporaryDirectory(prefix="edge-razor-fuzz-", dir=MEMORY) as work:
+        return _run(command, {"TMPDIR": work}, ROOT, name)
 
 
 def _run(command: list[str], environment: dict[str, str], folder: Path, name: str) -> tuple[int, str]:
@@ -94,55 +116,73 @@ def _run(command: list[str], environment: dict[str, str], folder: Path, name: st
     output = result.stdout + result.stderr
     if result.returncode:
         print(output[-6000:])
-        raise SystemExit(f"{name}: found something (status {result.returncode}); the input is in the corpus folder")
+        raise RuntimeError(f"{name}: found something (status {result.returncode}); the input is in the corpus folder")
     match = re.search(r"stat::number_of_executed_units:\s*(\d+)", output)
     return int(match[1]) if match else int(json.loads(result.stdout.splitlines()[0])["inputs"]), output
 
 
-def _report(totals: dict[str, dict[str, float]]) -> None:
+def _fuzz(name: str, runs: int, seed: int, folder: Path) -> tuple[str, int, int, float]:
+    """(name, inputs, most edges covered, seconds)"""
+    begin = time.monotonic()
+    inputs, output = (_native if name in NATIVE else _python)(name, runs, seed, folder)
+    edges = max((int(found) for found in re.findall(r"\bcov: (\d+)", output)), default=0)
+    return name, inputs, edges, time.monotonic() - begin
+
+
+def _report(totals: dict[str, dict[str, float]], command: str) -> None:
+    totals = {name: totals[name] for name in (*NATIVE, *READERS) if name in totals}
     rows = [
-        (name, f"{int(t['inputs']):,}", int(t["edges"]) or "not guided", f"{t['seconds']:.0f}")
+        (name, "native" if name in NATIVE else "Python", f"{int(t['inputs']):,}", int(t["edges"]) or "not guided",
+         f"{t['inputs'] / t['seconds']:,.0f}", 0)
         for name, t in totals.items()
-    ]
-    rows.append(("all", f"{int(sum(t['inputs'] for t in totals.values())):,}", "", ""))
-    body = markdown_table(("reader", "inputs", "edges covered", "seconds"), rows)
+    ]  # fmt: skip
+    for kind, names in (("native", NATIVE), ("Python", tuple(READERS)), ("", (*NATIVE, *READERS))):
+        count = sum(int(t["inputs"]) for name, t in totals.items() if name in names)
+        rows.append((f"all {kind}".strip(), kind, f"{count:,}", "", "", 0))
+    body = markdown_table(
+        ("reader", "kind", "inputs", "edges covered", "inputs a second", "crashes, hangs, too much memory"), rows
+    )
     body += (
         f"\nLimits: an allocation of {MALLOC_LIMIT_MB} MB (native), {RSS_LIMIT_MB} MB resident, {TIMEOUT_SECONDS} s an "
-        "input. Inputs that the loader of plans accepts and whose memory is small are also trained on and predicted "
-        "with. Seconds are of the clock, on a machine with other work.\n\nFixed before: the first was found by the "
-        "property tests in `tests/untrusted`, the others by reading the readers:\n\n"
+        "input; the first finding ends a run. Native: Clang's address and undefined-behaviour sanitizers, edges of the "
+        "whole library; plans that are accepted and whose memory is small are given weights, trained on, evaluated and "
+        "predicted with, and weights and checkpoints that are accepted are saved and loaded again. Python: any "
+        "exception that is none of the package's is a crash; edges of the package's Python code. Rates are of a "
+        "machine with other work.\n\nFixed before: found by these targets, by the property tests in "
+        "`tests/untrusted`, or by reading the readers; `tests/untrusted/test_regressions.py` has a case of each.\n\n"
     )
     body += markdown_table(("reader", "what happened", "now"), FINDINGS)
-    write_result("fuzz", "Fuzzing of what reads files", "python dev.py bench fuzz", body)
+    write_result("fuzz", "Fuzzing of what reads files", command, body, "atheris")
 
 
 def main() -> None:
     names = (*NATIVE, *READERS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs in all: 4 of 5 native")
+    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs in all: 3 of 5 native")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="readers")
     parser.add_argument("--keep", type=Path, default=BUILD / "corpus", help="folder of the corpora")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="readers at a time")
     options = parser.parse_args()
     native = [name for name in options.only if name in NATIVE]
     python = [name for name in options.only if name in READERS]
-    share = {name: options.runs * (4 if python else 5) // 5 // len(native) for name in native}
-    share |= {name: options.runs * (1 if native else 5) // 5 // len(python) for name in python}
+    share = {name: options.runs * (3 if python else 5) // 5 // len(native) for name in native}
+    share |= {name: options.runs * (2 if native else 5) // 5 // len(python) for name in python}
     folder = options.keep.resolve()
     if native:
         _build()
         _seeds(folder)
     totals: dict[str, dict[str, float]] = json.loads(TOTALS.read_text()) if TOTALS.exists() else {}
-    for name, runs in share.items():
-        begin = time.monotonic()
-        inputs, output = (_native if name in NATIVE else _python)(name, runs, options.seed, folder)
-        edges = [int(found) for found in re.findall(r"\bcov: (\d+)", output)]
-        total = totals.setdefault(name, {"inputs": 0, "edges": 0, "seconds": 0.0})
-        total["inputs"] += inputs
-        total["edges"] = max(total["edges"], *edges, 0)
-        total["seconds"] += time.monotonic() - begin
-        TOTALS.write_text(json.dumps(totals, indent=1) + "\n")
-        _report(totals)
+    command = " ".join(("python dev.py bench fuzz", *sys.argv[1:]))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed([pool.submit(_fuzz, *item, options.seed, folder) for item in share.items()]):
+            name, inputs, edges, seconds = done.result()
+            total = totals.setdefault(name, {"inputs": 0, "edges": 0, "seconds": 0.0})
+            total["inputs"] += inputs
+            total["edges"] = max(total["edges"], edges)
+            total["seconds"] += seconds
+            TOTALS.write_text(json.dumps(totals, indent=1) + "\n")
+            _report(totals, command)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ onnx nor protobuf; `write_bundle` gets its models from a caller that has.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,8 +25,9 @@ import numpy as np
 
 from edge_razor.errors import BundleError
 from edge_razor.manifest import BUCKET_FILE, FILES, FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, parse_manifest
+from edge_razor.regular_file import open_regular
 from edge_razor.tensors import TensorFile, TensorSpec, TensorWriter, sync_directory
-from edge_razor.zipped import stored_member_start
+from edge_razor.zipped import open_zip, stored_member_start
 
 if TYPE_CHECKING:
     import onnx
@@ -173,7 +175,7 @@ class Bundle:
         return self._members[name]
 
     def _read(self, member: _Member) -> bytes:
-        with open(member.path, "rb") as file:
+        with io.BufferedReader(open_regular(member.path)) as file:
             file.seek(member.start)
             return file.read(member.size)
 
@@ -186,7 +188,7 @@ class Bundle:
             )
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_CHUNK))
-        with open(member.path, "rb", buffering=0) as file:
+        with open_regular(member.path) as file:
             file.seek(member.start)
             left = member.size
             while left and (count := file.readinto(buffer[: min(left, _CHUNK)])):
@@ -208,9 +210,11 @@ def _find_members(path: Path) -> dict[str, _Member]:
         return {n: _Member(f, 0, f.stat().st_size) for n, f in files.items() if f.is_file()}
     if not path.exists():
         raise BundleError(f"{path}: no such bundle")
+    if not path.is_file():
+        raise BundleError(f"{path}: is neither a directory nor a regular file; give a bundle")
     members: dict[str, _Member] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             for info in archive.infolist():
                 if not is_known(info.filename):
                     continue

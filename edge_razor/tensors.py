@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from edge_razor.regular_file import open_regular
+
 __all__ = [
     "TensorFile",
     "TensorSpec",
@@ -74,7 +76,7 @@ class TensorFile:
         """
         self.path = path
         # Unbuffered: no hidden copy of the data. The descriptor lives as long as the object.
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._file = open_regular(path)
         try:
             size = os.fstat(self._file.fileno()).st_size - start if size is None else size
             self._file.seek(start)

@@ -131,7 +131,7 @@ class Trainer:
             raise UsageError(f"learning rate must be a number, 0 or more, not {lr}")
         if not 0 <= seed < 2**63:
             raise UsageError(f"seed must be 0 or more, not {seed}")
-        self.schedule = Schedule(schedule, warmup_steps, total_steps)
+        self.schedule: Schedule = Schedule(schedule, warmup_steps, total_steps)
         self.bundle = Bundle(bundle)
         give_back_freed_memory()
         abi_version()  # loads the native library and OpenBLAS, whose resident bytes belong to the base
@@ -172,8 +172,8 @@ class Trainer:
         if plan is None:
             budget = resolve_budget(mem_budget)
             plan = plan_in_child(self.bundle.path, mem_budget=budget.bytes, choices=choices, **self._planning)
-        self.lr = lr
-        self.seed = seed
+        self.lr: float = lr
+        self.seed: int = seed
         self.update = 0
         self.position = (0, 0)
         self._damaged_checkpoints: tuple[Path, ...] = ()  # that the next `save` replaces
@@ -201,7 +201,7 @@ class Trainer:
             raise
         self._session = session
         self._parameters = session.parameters()
-        self.plan = plan
+        self.plan: Plan = plan
         if self._profiling:
             self.profile(True)
 

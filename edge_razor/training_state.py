@@ -243,9 +243,7 @@ def write_run(
     if keep < 1:
         raise UsageError(f"keep must be at least 1 checkpoint, not {keep}")
     parameters, places = session.parameters(), _places(session, names, optimizer)
-    specs = {
-        tensor: TensorSpec(np.dtype("<f4"), tuple(parameters[name].shape)) for tensor, (name, _) in places.items()
-    }
+    specs = {tensor: TensorSpec(np.dtype("<f4"), tuple(parameters[name].shape)) for tensor, (name, _) in places.items()}
     buffer = np.empty(BUFFER_BYTES // 4, np.float32)
 
     def parts(tensor: str) -> Iterator[np.ndarray]:

@@ -21,8 +21,9 @@ import numpy as np
 from edge_razor.data.source import Source
 from edge_razor.errors import DataError
 from edge_razor.manifest import Manifest
+from edge_razor.regular_file import open_regular
 from edge_razor.units import format_bytes
-from edge_razor.zipped import stored_member_start
+from edge_razor.zipped import open_zip, stored_member_start
 
 __all__ = ["ArraySource", "find_arrays"]
 
@@ -56,7 +57,7 @@ def find_arrays(root: Path) -> tuple[ArrayFile, ArrayFile] | None:
     names = ", ".join(f"{x} and {y}" for x, y in _PAIRS)
     if root.suffix == ".npz" and root.is_file():
         try:
-            with zipfile.ZipFile(root) as archive:
+            with open_zip(root) as archive:
                 members = set(archive.namelist())
         except _DAMAGE as error:
             raise DataError(f"{root}: is no whole .npz file: {error}") from error
@@ -86,7 +87,7 @@ class _Rows:
     def __init__(self, source: ArrayFile, limit: int | None) -> None:
         self.source = source
         self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         self._loaded: np.ndarray | None = None
         self.loaded_bytes = 0
         try:
@@ -100,7 +101,7 @@ class _Rows:
             raise DataError(f"{source}: holds no samples")
 
     def _open_member(self, member: str, limit: int | None) -> None:
-        with zipfile.ZipFile(self.source.path) as archive:
+        with open_zip(self.source.path) as archive:
             info = archive.getinfo(member)
             if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
                 self._open_stored(stored_member_start(self.source.path, info), info.file_size)
@@ -127,7 +128,7 @@ class _Rows:
         self.loaded_bytes = self._loaded.nbytes
 
     def _open_stored(self, start: int, size: int) -> None:
-        self._file = open(self.source.path, "rb", buffering=0)  # noqa: SIM115
+        self._file = open_regular(self.source.path)
         self._file.seek(start)
         self._read_header(self._file)
         self._start = self._file.tell()
@@ -165,7 +166,7 @@ class _Rows:
             self._file.seek(self._start + first * self.row_bytes)
             filled = 0
             while filled < len(view):
-                part = self._file.readinto(view[filled:])  # type: ignore[attr-defined]
+                part = self._file.readinto(view[filled:])
                 if not part:
                     raise DataError(f"{self.source}: was truncated while it was read")
                 filled += part

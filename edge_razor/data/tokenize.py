@@ -10,6 +10,7 @@ The request (`edge_razor.child`) is a `Request`, the answer an `Answer`, and the
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ import numpy as np
 
 from edge_razor.child import ask, serve
 from edge_razor.errors import DataError
+from edge_razor.regular_file import open_regular
 
 __all__ = ["Answer", "Request", "is_text", "tokenize_in_child"]
 
@@ -121,7 +123,11 @@ class _Reader:
 
     def _lines(self, file: Path) -> Iterator[tuple[int, str]]:
         """(number, line) of a UTF-8 file; a byte order mark is dropped."""
-        with open(file, "rb") as stream:
+        try:
+            opened = open_regular(file)
+        except OSError as error:
+            raise DataError(f"{file}: cannot read it: {error.strerror}") from error
+        with io.BufferedReader(opened) as stream:
             for number, raw in enumerate(iter(lambda: stream.readline(_FIELD_LIMIT + 1), b""), 1):
                 if len(raw) > _FIELD_LIMIT:
                     raise DataError(f"{file}:{number}: has a line of more than {_FIELD_LIMIT >> 20} MiB; break it up")

@@ -1,69 +1,48 @@
-// libFuzzer target: the loader of safetensors weights. benchmarks/fuzz.py builds and runs it; the environment variable
-// EDGE_RAZOR_FUZZ_PLAN names the plan whose parameters are loaded.
-#include <sys/mman.h>
-#include <unistd.h>
+// libFuzzer target: the loader of safetensors weights, into the memory of a session or as a file that it goes on
+// reading. benchmarks/fuzz.py builds and runs it; EDGE_RAZOR_FUZZ_PLANS names plans whose parameters are loaded.
+#include <cmath>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <fstream>
-#include <iterator>
-#include <string>
-#include <vector>
-
-#include "edge_razor.h"
-
-extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
+#include "fuzz_file.h"
 
 namespace {
 
-er_session* session = nullptr;
-int file = -1;
-std::string path;
+std::vector<er_session*> sessions;
 
-void expect(bool holds) {
-  if (!holds) std::abort();
+void predict(er_session* session) {
+  er_info info;
+  er_tensor_info input, output;
+  expect(er_session_info(session, &info) == ER_OK && info.inputs == 2 && info.outputs == 1);
+  expect(er_input_info(session, 0, &input) == ER_OK && er_output_info(session, 0, &output) == ER_OK);
+  const std::vector<float> values(input.elements, 0.5f);
+  std::vector<float> result(output.elements);
+  const er_array array{values.data(), values.size() * 4, 0, 0};
+  float* const outputs[] = {result.data()};
+  const er_status status = er_predict(session, &array, info.micro_batch, outputs);
+  expect(status == ER_OK || status == ER_NON_FINITE);
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
-  const char* name = std::getenv("EDGE_RAZOR_FUZZ_PLAN");
-  std::ifstream stream(name ? name : "", std::ios::binary);
-  const std::vector<char> plan((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
-  if (er_session_create(plan.data() ? plan.data() : "", plan.size(), &session)) {
-    std::fprintf(stderr, "EDGE_RAZOR_FUZZ_PLAN: %s\n", er_last_error());
-    std::exit(2);
-  }
-  file = ::memfd_create("weights", MFD_CLOEXEC);
-  expect(file >= 0);
-  path = "/proc/self/fd/" + std::to_string(file);
+  sessions = open_sessions();
   return 0;
 }
 
-// Half of the inputs keep a header length that is right, so that changes of the header are seen as such.
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
-  uint64_t header = 0;
-  if (size >= 8) std::memcpy(&header, data, 8);
-  if (seed % 2 || size < 9 || header > size - 8) return LLVMFuzzerMutate(data, size, max_size);
-  const std::vector<uint8_t> values(data + 8 + header, data + size);
-  if (max_size < 9 + values.size()) return LLVMFuzzerMutate(data, size, max_size);
-  header = LLVMFuzzerMutate(data + 8, header, max_size - 8 - values.size());
-  std::memcpy(data, &header, 8);
-  if (!values.empty()) std::memcpy(data + 8 + header, values.data(), values.size());
-  return 8 + header + values.size();
+  return mutate_safetensors(data, size, max_size, seed);
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  expect(::ftruncate(file, 0) == 0 && ::pwrite(file, data, size, 0) == static_cast<ssize_t>(size));
-  const er_status status = er_weights_load(session, path.c_str());
-  expect(status == ER_OK || status == ER_BAD_FILE);
-  expect(status == ER_OK || std::strlen(er_last_error()) > 0);
-  if (status) return 0;
-  // What was loaded can be saved, and loaded again.
-  expect(er_weights_save(session, path.c_str()) == ER_OK);
-  expect(er_weights_load(session, path.c_str()) == ER_OK);
+  for (er_session* session : sessions) {
+    write_file(data, size);
+    const er_status status = er_weights_load(session, fuzz_path().c_str());
+    expect(status == ER_OK || status == ER_BAD_FILE);
+    expect(status == ER_OK || std::strlen(er_last_error()) > 0);
+    if (status) continue;
+    predict(session);
+    // What was loaded can be saved, and loaded again, in the place of what is being read.
+    expect(er_weights_save(session, fuzz_path().c_str()) == ER_OK);
+    expect(er_weights_load(session, fuzz_path().c_str()) == ER_OK);
+  }
   return 0;
 }
