@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from edge_razor.regular_file import open_regular
 __all__ = ["Answer", "Request", "is_text", "tokenize_in_child"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+_INDEX = re.compile(r"0|[1-9]\d{0,8}", re.ASCII)  # of a class, as a label; "00" is a name
+_MAX_CLASSES = 1 << 20  # a list of whose names fits in memory
 _BLOCK = 256  # texts that are tokenized together
 _FIELD_LIMIT = 1 << 27  # bytes of one CSV field, or of a line
 
@@ -271,8 +274,9 @@ def tokenize(request: Request) -> Answer:
         table = np.stack([starts, np.minimum(request.length + 1, answer.tokens - starts), 0 * starts], axis=1)
     else:
         order = _classes(request, names)
+        index_of = {name: index for index, name in enumerate(order)}
         table = np.array(rows, np.int64)
-        table[:, 2] = np.array([order.index(name) for name in names], np.int64)[table[:, 2]]
+        table[:, 2] = np.array([index_of[name] for name in names], np.int64)[table[:, 2]]
         answer.classes = order
     answer.samples = len(table)
     np.save(directory / "rows.npy", np.ascontiguousarray(table, np.int64))
@@ -283,7 +287,9 @@ def _classes(request: Request, names: list[str]) -> list[str]:
     """Class names by index: the model's; or, if the labels are its indices, these; or the labels found, sorted."""
     if request.classes is not None:
         return request.classes
-    if all(name.isascii() and name.isdigit() and len(name) < 10 and int(name) < request.class_count for name in names):
+    if all(_INDEX.fullmatch(name) and int(name) < request.class_count for name in names):
+        if request.class_count > _MAX_CLASSES:
+            raise DataError(f"the bundle states {request.class_count} classes, more than are possible")
         return [str(index) for index in range(request.class_count)]
     if len(names) != request.class_count:
         raise DataError(

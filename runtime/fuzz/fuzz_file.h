@@ -18,7 +18,9 @@
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
 inline void expect(bool holds) {
-  if (!holds) std::abort();
+  if (holds) return;
+  std::fprintf(stderr, "not as expected; the last error: %s\n", er_last_error());
+  std::abort();
 }
 
 // A path in memory (/dev/shm) that is this process's own; nothing is left behind, except where a process is killed.
