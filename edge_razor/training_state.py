@@ -106,6 +106,8 @@ SETTINGS: Mapping[str, Setting] = {
     "threads": _planned("threads", _or_none(_is_count)),
     "mem_budget": _planned("mem_budget", _or_none(lambda value: _is_count(value) or _is_text(value))),
 }
+# Came after checkpoints of this format: one without them was made with `Trainer`'s default.
+_LATER = ("attention", "frozen_weights")
 
 
 def stored_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -115,8 +117,10 @@ def stored_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: missing, unknown or of another type.
     """
     settings = checkpoint.state.get("settings")
-    if not isinstance(settings, dict) or "batch_size" not in settings:
+    if not isinstance(settings, dict):
         raise CheckpointError(f"{checkpoint.path}: has no settings; it is damaged")
+    for name in SETTINGS.keys() - settings.keys() - set(_LATER):
+        raise CheckpointError(f"{checkpoint.path}: lacks the setting {name!r}; it is damaged")
     for name, value in settings.items():
         if name not in SETTINGS:
             raise CheckpointError(

@@ -219,6 +219,12 @@ def _resumed(options: RunOptions, checkpoint: Checkpoint) -> tuple[dict[str, Any
     recipe = stored_extra(checkpoint).get("recipe")
     if not isinstance(recipe, dict) or recipe.keys() != options.recipe.keys():
         raise CheckpointError(f"{checkpoint.path}: was not written by 'edge-razor train'; resume it from Python")
+    if (
+        any(type(recipe[name]) is not type(value) for name, value in options.recipe.items())
+        or not 0 <= recipe["val_split"] < 1
+        or recipe["epochs"] < 1
+    ):
+        raise CheckpointError(f"{checkpoint.path}: what it says of the run's data is not valid; it is damaged")
     stored = stored_settings(checkpoint)
     wanted = {**options.settings, **options.recipe}
     for name, old in {**stored, **recipe}.items():

@@ -155,8 +155,11 @@ def _checkpoint_seeds(folder: Path) -> list[bytes]:
         "position": [0, 3],
         "settings": {
             "batch_size": 4, "micro_batch": 2, "sparsity": 0.5, "choices": None, "prefer": "balanced", "lr": 0.1,
-            "razor": "plain", "betas": [0.9, 0.999], "nesterov": False, "threads": 2, "mem_budget": None,
+            "razor": "plain", "attention": "recompute", "frozen_weights": "fp32", "optimizer": "sgd", "momentum": 0.9,
+            "nesterov": False, "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8, "schedule": "constant",
+            "warmup_steps": 0, "total_steps": None, "seed": 0, "threads": 2, "mem_budget": None,
         },
+        "asked": {"sparsity": "auto", "micro_batch": None},
         "extra": {"classes": ["a", "b"], "samples": 9},
     }  # fmt: skip
     arrays = {"w": np.ones((2, 3), np.float32), "optimizer/momentum/w": np.zeros((2, 3), np.float32)}

@@ -27,7 +27,7 @@ from edge_razor.manifest import parse_manifest
 from edge_razor.planner.plan_file import Plan
 from edge_razor.runtime import Session
 from edge_razor.tensors import TensorFile, TensorSpec
-from edge_razor.training_state import bundle_of, stored_extra, stored_progress, stored_settings
+from edge_razor.training_state import SETTINGS, bundle_of, stored_extra, stored_progress, stored_settings
 from edge_razor.zipped import open_zip
 from tests.bundles import write_linear_bundle
 from tests.runtime.plan_writer import encode, linear_plan
@@ -252,18 +252,29 @@ def test_deeply_nested_state_is_damage(tmp_path: Path) -> None:
         Checkpoint(path)
 
 
+VALID: dict[str, Any] = {
+    "batch_size": 4, "sparsity": 0.5, "prefer": "balanced", "razor": "plain", "attention": "recompute",
+    "frozen_weights": "fp32", "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0,
+    "betas": [0.9, 0.999], "eps": 1e-8, "schedule": "constant", "warmup_steps": 0, "seed": 0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "settings",
+    "change",
     [
-        None, [], {}, {"batch_size": "8"}, {"batch_size": True}, {"batch_size": -1}, {"batch_size": 2**64},
-        {"batch_size": 8, "bundle": "/elsewhere"}, {"batch_size": 8, "plan": {}}, {"batch_size": 8, "lr": "fast"},
-        {"batch_size": 8, "lr": 1e300}, {"batch_size": 8, "betas": [0.9]}, {"batch_size": 8, "betas": 0.9},
-        {"batch_size": 8, "choices": []}, {"batch_size": 8, "nesterov": 1}, {"batch_size": 8, "razor": None},
-        {"batch_size": 8, "frozen_weights": 3}, {"batch_size": 8, "attention": []},
-        {"batch_size": 8, "spill_dir": "/x"},
+        None, [], {"batch_size": "8"}, {"batch_size": True}, {"batch_size": -1}, {"batch_size": 2**64},
+        {"bundle": "/elsewhere"}, {"plan": {}}, {"lr": "fast"},
+        {"lr": 1e300}, {"betas": [0.9]}, {"betas": 0.9},
+        {"choices": []}, {"nesterov": 1}, {"razor": None},
+        {"frozen_weights": 3}, {"attention": []},
+        {"spill_dir": "/x"},
     ],
 )  # fmt: skip
-def test_settings_of_other_names_or_types_reach_no_trainer(settings: Any, tmp_path: Path) -> None:
+def test_settings_of_other_names_or_types_reach_no_trainer(change: Any, tmp_path: Path) -> None:
+    good = {name: VALID.get(name) for name in SETTINGS}
+    with Checkpoint(checkpoint(tmp_path, {"settings": good})) as opened:
+        assert stored_settings(opened) == good
+    settings = {**good, **change} if isinstance(change, dict) else change
     with Checkpoint(checkpoint(tmp_path, {"settings": settings})) as opened, pytest.raises(CheckpointError):
         stored_settings(opened)
 
