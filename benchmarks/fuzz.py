@@ -39,12 +39,19 @@ FINDINGS = (
     ("bundle", "a zip64 offset beyond 2^63 raised OverflowError; members could reach past the end", "BundleError"),
     ("bundle", "shapes such as [0, 2^70] raised OverflowError in weights.safetensors", "refused"),
     ("manifest", "numbers such as 10^400 raised OverflowError, sizes beyond memory were taken", "BundleError"),
-    ("checkpoint", "deeply nested state raised RecursionError; settings of any name and type reached the trainer",
-     "checked by a table of names and types"),
+    ("checkpoint", "deeply nested state raised RecursionError; settings of any name and type reached the trainer, and "
+     "a recipe of any type the data", "checked by tables of names and types"),
     ("plan_summary", "a summary without a field, or with one of another type, raised KeyError or TypeError later",
      "PlanError when it is loaded"),
     ("jsonl", "a lone surrogate in a text or label broke the tokenizer's call", "the line is refused"),
     ("jsonl", "a file of one endless line was read whole; a label of 5,000 digits raised ValueError", "bounded"),
+    ("csv, jsonl", 'the label "00" counted as an index, but was in no list of them: ValueError', "a name"),
+    ("graph", "values without a shape, of too few dimensions, or that nothing makes: KeyError, IndexError, ValueError",
+     "BundleError"),
+    ("bundle, npz", "a zip's directory of any length was made Python objects, ten times its size", "256 KB at most"),
+    ("plan_summary", "a bucket whose number of tokens has 5,000 digits raised ValueError", "refused"),
+    ("plan_fuzz", "the check of spills took time with the square of the transfers under way", "a search tree"),
+    ("all", "a FIFO in the place of a file was waited for, a device read without end", "refused when it is opened"),
 )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def main() -> None:
         return reader.mutate(data, Random(number))[:limit]  # type: ignore[no-any-return]
 
     print(json.dumps({"inputs": runs, "guided": True}), flush=True)
-    options = [f"-runs={runs}", f"-seed={seed}", "-max_len=16384", "-timeout=60", "-rss_limit_mb=1024"]
+    options = [f"-runs={runs}", f"-seed={seed}", "-max_len=32768", "-timeout=60", "-rss_limit_mb=1024"]
     os.chdir(folder)  # where libFuzzer leaves what crashed
     atheris.Setup(["fuzz", *options, "-print_final_stats=1", str(folder)], read, custom_mutator=mutate)
     atheris.Fuzz()

@@ -23,11 +23,14 @@ from edge_razor.manifest import parse_manifest
 from edge_razor.planner.deserialize import read_steps
 from edge_razor.planner.harm import read_harm_table
 from edge_razor.planner.plan_file import Plan
+from edge_razor.planner.planning import plan_graph
 from edge_razor.tensors import TensorSpec
 from edge_razor.training_state import stored_extra, stored_progress, stored_settings
 from tests.bundles import write_linear_bundle
+from tests.planner.conftest import mobile_network, settings
 from tests.runtime.plan_writer import encode, linear_plan, spilled
 
+from .mutate_graph import mutate_graph
 from .mutation import mutate_bytes, mutate_json
 
 __all__ = ["READERS", "Reader"]
@@ -141,6 +144,14 @@ def _mutate_safetensors(data: bytes, random: Random) -> bytes:
         return mutate_bytes(data, random)
     header = _bytes_or_json(data[8 : 8 + length], random)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+_MOBILE = mobile_network()[1]
+
+
+def _read_graph(data: bytes, folder: Path) -> None:
+    """Plans in this process, as the child of the one that trains does."""
+    plan_graph(data, _MOBILE.manifest, settings(batch_size=4, micro_batch=2), None)
 
 
 # ---- Checkpoints ----
@@ -353,6 +364,7 @@ def _read_harm(data: bytes, folder: Path) -> None:
 READERS: dict[str, Reader] = {
     "manifest": Reader(_manifest_seeds, _read_manifest, _bytes_or_json),
     "bundle": Reader(_zip_seeds, _read_zip, _mutate_zip),
+    "graph": Reader(lambda folder: [_MOBILE.training], _read_graph, mutate_graph),
     "checkpoint": Reader(_checkpoint_seeds, _read_checkpoint, _mutate_checkpoint),
     "npz": Reader(_npz_seeds, _read_npz, _mutate_npz),
     "npy": Reader(lambda folder: [_npy(_arrays()["x"])], _read_npy, _mutate_npy),

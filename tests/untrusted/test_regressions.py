@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import struct
@@ -9,13 +10,14 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from edge_razor.bundle import Bundle
@@ -24,13 +26,22 @@ from edge_razor.data import tokenize as texts
 from edge_razor.data.arrays import ArraySource, find_arrays
 from edge_razor.errors import BundleError, CheckpointError, DataError, PlanError
 from edge_razor.manifest import parse_manifest
+from edge_razor.planner.graph import Graph, Node, Shape
 from edge_razor.planner.plan_file import Plan
+from edge_razor.planner.planning import plan_graph
+from edge_razor.planner.program import Buffer, Step
+from edge_razor.planner.schedule import insert_updates
+from edge_razor.planner.segments import Forward
 from edge_razor.runtime import Session
 from edge_razor.tensors import TensorFile, TensorSpec
 from edge_razor.training_state import SETTINGS, bundle_of, stored_extra, stored_progress, stored_settings
 from edge_razor.zipped import open_zip
 from tests.bundles import write_linear_bundle
+from tests.planner.conftest import mobile_network
+from tests.planner.conftest import settings as planner_settings
 from tests.runtime.plan_writer import encode, linear_plan
+
+MOBILE = mobile_network()[1]
 
 
 @contextmanager
@@ -228,6 +239,83 @@ def test_a_manifest_beyond_its_limit_is_not_read(tmp_path: Path) -> None:
     (bundle / "bundle.json").write_bytes(b"[" + b"[]," * 2_000_000 + b"[]]")
     with memory_below(1 << 20), pytest.raises(BundleError, match=r"bundle\.json"):
         Bundle(bundle)
+
+
+# ---- Training graphs ----
+
+
+def without_each_shape(graph: Any) -> Iterator[Any]:
+    for index in range(len(graph.value_info)):
+        changed = copy.deepcopy(graph)
+        del changed.value_info[index]
+        yield changed
+
+
+def with_a_dimension_less(graph: Any) -> Iterator[Any]:
+    for index in range(len(graph.value_info)):
+        changed = copy.deepcopy(graph)
+        if dims := changed.value_info[index].type.tensor_type.shape.dim:
+            del dims[-1]
+            yield changed
+
+
+def without_each_node(graph: Any) -> Iterator[Any]:
+    for index in range(len(graph.node)):
+        changed = copy.deepcopy(graph)
+        del changed.node[index]
+        yield changed
+
+
+def with_each_node_in_another_phase(graph: Any) -> Iterator[Any]:
+    for index, node in enumerate(graph.node):
+        for phase in {"forward", "loss", "backward"} - {p.value for p in node.metadata_props}:
+            changed = copy.deepcopy(graph)
+            next(p for p in changed.node[index].metadata_props if p.key == "phase").value = phase
+            yield changed
+
+
+def with_each_parameter_unread(graph: Any) -> Iterator[Any]:
+    for output in [o.name for o in graph.output if o.name.startswith("grad/")]:
+        changed = copy.deepcopy(graph)
+        for node in changed.node:
+            node.input[:] = ["" if name == output.removeprefix("grad/") else name for name in node.input]
+        yield changed
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        without_each_shape, with_a_dimension_less, without_each_node, with_each_node_in_another_phase,
+        with_each_parameter_unread,
+    ],
+)  # fmt: skip
+def test_a_graph_that_lacks_something_is_planned_or_a_bundle_error(alter: Callable[[Any], Iterator[Any]]) -> None:
+    model = onnx.load_model_from_string(MOBILE.training)
+    count = 0
+    for graph in alter(model.graph):
+        altered = onnx.ModelProto()
+        altered.CopyFrom(model)
+        altered.graph.CopyFrom(graph)
+        count += 1
+        with suppress(BundleError):
+            plan_graph(altered.SerializeToString(), MOBILE.manifest, planner_settings(micro_batch=4), None)
+    assert count > 5
+
+
+def test_a_parameter_that_nothing_reads_is_updated_after_its_gradient_which_must_be_made() -> None:
+    weight, gradient = Buffer("w", 4), Buffer("grad/w", 4)
+    make = Step("fill", "fc:fill", [1], [0.0], [gradient], True)
+    update = Step("sgd", "fc:sgd", [1, 0], [0.0, 0.0], [weight, gradient, None, None], True)
+    assert insert_updates([make], [update]) == [make, update]
+    with pytest.raises(BundleError, match="no step makes the gradient of 'w'"):
+        insert_updates([], [update])
+
+
+def test_a_product_of_matrices_that_are_none_is_a_bundle_error() -> None:
+    node = Node("product", "BatchMatMul", "ai.edge_razor", ["a", "b"], ["c"], {}, "forward", "layer")
+    graph = Graph(["a", "b"], "c", [node], {name: Shape(1, ()) for name in "abc"}, {}, {})
+    with pytest.raises(BundleError, match="'a' has 0 dimensions beside the batch, 2 are needed"):
+        Forward(graph).work(node)
 
 
 # ---- Checkpoints ----
