@@ -72,12 +72,13 @@ def main() -> None:
 
     name, size, classes, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     example: Any = (torch.zeros(2, 3, size, size),)
+    tokenizer = None
     if name in LANGUAGE:
         from benchmarks import minilm
 
-        example = minilm.example(size)
+        example, tokenizer = minilm.example(size), minilm.directory() / "tokenizer.json"
     model, trainable = build(name, size, classes), LANGUAGE.get(name, "all")
-    edge_razor.export(model, example, path, trainable=trainable, dropout=False)
+    edge_razor.export(model, example, path, trainable=trainable, dropout=False, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

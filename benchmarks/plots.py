@@ -22,6 +22,9 @@ STYLES = {
     "edge-razor, centered 0.95": ("#D55E00", "o"),
     "edge-razor, centered 0.97": ("#E69F00", "o"),
     "edge-razor, plain 0.9": ("#009E73", "v"),
+    "edge-razor, exact": ("#0072B2", "s"),
+    "edge-razor, balanced": ("#D55E00", "o"),
+    "edge-razor, fast": ("#009E73", "v"),
     "PyTorch eager": ("#555555", "X"),
     "PyTorch eager, channels_last": ("#000000", "P"),
     "PyTorch, torch.compile": ("#CC79A7", "D"),
@@ -165,3 +168,37 @@ def thread_bars(title: str, bars: dict[str, list[tuple[int, float]]], path: Path
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     _save(figure, path)
+
+
+def cap_curves(model: str, found: dict[str, Any], path: Path) -> None:
+    """Samples a second, and the expected error of the gradient, against the memory cap.
+
+    Args:
+        found: of ``benchmarks.caps``: "inference_peak" in bytes, and "curves", [{"cap", "systems"}].
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.6))
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for point in found["curves"]:
+        for system in point["systems"]:
+            if not system["error"]:
+                rate = system["batch"] / median(system["seconds"])
+                lines.setdefault(system["label"], []).append((point["cap"] / 1e6, rate, system["gradient_error"]))
+    for label, points in lines.items():
+        colour, marker = STYLES[label]
+        left.plot([p[0] for p in points], [p[1] for p in points], color=colour, marker=marker, label=label)
+        if label.startswith("edge-razor"):
+            right.plot([p[0] for p in points], [p[2] for p in points], color=colour, marker=marker, label=label)
+    caps = [point["cap"] / 1e6 for point in found["curves"]]
+    for axes, y_label in ((left, "samples a second (median)"), (right, "expected error of the gradient")):
+        log_axis(axes.xaxis, [*caps, found["inference_peak"] / 1e6])
+        axes.axvline(found["inference_peak"] / 1e6, color="#999999", linestyle=":", label="onnxruntime, inference only")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("cap on the whole process, MB")
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.3)
+    handles, labels = left.get_legend_handles_labels()
+    figure.suptitle(f"{model}: what a cap costs")
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)

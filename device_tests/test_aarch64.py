@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from device_tests.record_kernels import Recorder
 from device_tests.toolchain import (
     PROCESSORS,
     ROOT,
@@ -30,32 +33,57 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("aarch64")
+def folder(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> Path:
+    """One folder for all processes of this test run; what one of them makes in it, the others find."""
+    path = tmp_path_factory.getbasetemp().parent / f"aarch64-{testrun_uid}"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def make_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, which make(path) makes unless another process of this test run has."""
+    with open(path.parent / f"{path.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = path.parent / f"{path.name}.done"
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
 
 
 @pytest.fixture(scope="module")
-def wheel(folder: Path) -> Path:
-    """The wheel for aarch64; OpenBLAS for it is in folder/site beside it."""
-    library = openblas(folder / "site")
-    if library is None:
+def site(folder: Path) -> Path:
+    """A directory of packages for aarch64: edge_razor, and scipy_openblas32 unless it cannot be had."""
+
+    def make(path: Path) -> None:
+        library = openblas(path)
+        if library is not None:
+            with zipfile.ZipFile(build_wheel(folder, library)) as archive:
+                archive.extractall(path)
+
+    return make_once(folder / "site", make)
+
+
+@pytest.fixture(scope="module")
+def wheel(site: Path, folder: Path) -> Path:
+    """The wheel for aarch64."""
+    if not (site / "edge_razor").is_dir():
         pytest.skip("needs the wheel of scipy-openblas32 for aarch64 from the package index")
-    return build_wheel(folder, library)
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, folder: Path) -> Path:
+def installed(wheel: Path, site: Path) -> Path:
     """The directory edge_razor/runtime of an installation, with library, header and CMake package."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site/edge_razor/runtime"
+    return site / "edge_razor/runtime"
 
 
 @pytest.fixture(scope="module")
 def replay(installed: Path, folder: Path) -> Path:
-    program = folder / "kernel_replay_aarch64"
-    run("aarch64-linux-gnu-g++", *compile_replay(installed, program))
-    return program
+    return make_once(
+        folder / "kernel_replay_aarch64",
+        lambda program: run("aarch64-linux-gnu-g++", *compile_replay(installed, program)),
+    )
 
 
 def compile_replay(library: Path, program: Path) -> list[str | Path]:
@@ -67,17 +95,18 @@ def compile_replay(library: Path, program: Path) -> list[str | Path]:
 @pytest.fixture(scope="module")
 def calls(folder: Path) -> Path:
     """Kernel calls of tests/kernels with what this machine's plain kernels made of them."""
-    path = folder / "calls.bin"
     command = ["-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider", "-p", "device_tests.record_kernels"]
-    run(which("python") or "python", *command, "--record-kernels", path, EDGE_RAZOR_ISA="portable")
-    return path
+    return make_once(
+        folder / "calls.bin",
+        lambda path: run(which("python") or "python", *command, "--record-kernels", path, EDGE_RAZOR_ISA="portable"),
+    )
 
 
 @pytest.fixture(scope="module")
 def replay_here(folder: Path) -> Path:
-    program = folder / "kernel_replay"
-    run("c++", *compile_replay(library_path().parent, program))
-    return program
+    return make_once(
+        folder / "kernel_replay", lambda program: run("c++", *compile_replay(library_path().parent, program))
+    )
 
 
 def documented_kernels() -> set[str]:
@@ -109,32 +138,48 @@ def test_every_instruction_set_here_agrees(isa: str, calls: Path, replay_here: P
     run(replay_here, calls, EDGE_RAZOR_ISA=isa)
 
 
-def test_the_replay_notices_a_wrong_result(calls: Path, replay_here: Path, tmp_path: Path) -> None:
-    """The file ends with the last call's expected values: one of them is changed by more than rounding."""
-    data = bytearray(calls.read_bytes())
-    data[-1] ^= 0x40  # exponent of a float
-    (tmp_path / "calls.bin").write_bytes(data)
-    done = subprocess.run([replay_here, tmp_path / "calls.bin"], capture_output=True, text=True)
-    assert done.returncode in (1, 2), done.stdout
+def test_the_replay_notices_a_wrong_result(replay_here: Path, tmp_path: Path) -> None:
+    """The file ends with what is expected of the call: 1e-4 of the largest value is more than rounding."""
+    path, x, y = tmp_path / "calls.bin", np.arange(1, 5, dtype=np.float32), np.zeros(4, np.float32)
+    with open(path, "wb") as file:
+        Recorder(file)("neg", [4], [], [x, y])
+    assert "1 calls, 0 wrong" in run(replay_here, path).stdout
+    path.write_bytes(path.read_bytes()[:-4] + (y[-1:] * np.float32(1.0001)).tobytes())
+    done = subprocess.run([replay_here, path], capture_output=True, text=True)
+    assert done.returncode == 1 and "1 calls, 1 wrong" in done.stdout
 
 
 @pytest.fixture(scope="module")
 def program(installed: Path, folder: Path) -> Path:
     """examples/embed_c for aarch64, through the installed CMake package."""
-    source, where = ROOT / "examples/embed_c", folder / "digits"
-    run("cmake", "-S", source, "-B", where, "-G", "Ninja", f"-Dedge_razor_DIR={installed}/cmake",
-        f"-DCMAKE_TOOLCHAIN_FILE={ROOT}/runtime/cmake/aarch64-linux-gnu.cmake")  # fmt: skip
-    run("cmake", "--build", where)
-    return where / "digits"
+
+    def make(where: Path) -> None:
+        run("cmake", "-S", ROOT / "examples/embed_c", "-B", where, "-G", "Ninja", f"-Dedge_razor_DIR={installed}/cmake",
+            f"-DCMAKE_TOOLCHAIN_FILE={ROOT}/runtime/cmake/aarch64-linux-gnu.cmake")  # fmt: skip
+        run("cmake", "--build", where)
+
+    return make_once(folder / "digits", make) / "digits"
 
 
 @pytest.fixture(scope="module")
 def program_here(folder: Path) -> Path:
     library = library_path().parent
     source = ROOT / "examples/embed_c/digits.c"
-    run("cc", "-O1", f"-I{ROOT}/runtime/include", source, f"-L{library}", "-ledge_razor", f"-Wl,-rpath,{library}",
-        "-o", folder / "digits_here")  # fmt: skip
-    return folder / "digits_here"
+    command = [
+        "cc",
+        "-O1",
+        f"-I{ROOT}/runtime/include",
+        source,
+        f"-L{library}",
+        "-ledge_razor",
+        f"-Wl,-rpath,{library}",
+    ]
+    return make_once(folder / "digits_here", lambda program: run(*command, "-o", program))
+
+
+def digits_models(folder: Path) -> None:
+    folder.mkdir()
+    digits_bundle(folder)
 
 
 def trained(train: list[str], weights: list[str], path: Path) -> tuple[str, dict[str, np.ndarray]]:
@@ -150,15 +195,14 @@ def trained(train: list[str], weights: list[str], path: Path) -> tuple[str, dict
 def test_a_training_gives_the_same_as_here(
     processor: str, program: Path, program_here: Path, folder: Path, tmp_path: Path
 ) -> None:
-    if not (folder / "digits.razor").exists():
-        digits_bundle(folder)
-    weights = str(folder / "digits.razor/weights.safetensors")
+    models = make_once(folder / "models", digits_models)
+    weights = str(models / "digits.razor/weights.safetensors")
     emulator = [which("qemu-aarch64-static") or "", "-L", SYSROOT, "-cpu", processor, str(program)]
 
     def both(plan: str, updates: int) -> list[tuple[str, dict[str, np.ndarray]]]:
         out = []
         for name, command in (("arm", emulator), ("here", [str(program_here)])):
-            files = [str(folder / plan), weights, str(tmp_path / f"{name}-{plan}")]
+            files = [str(models / plan), weights, str(tmp_path / f"{name}-{plan}")]
             train = [*command, "train", *files, str(updates)]
             out.append(trained(train, [*command, "weights", *files], tmp_path / f"{name}.safetensors"))
         return out
@@ -168,7 +212,8 @@ def test_a_training_gives_the_same_as_here(
     for name, value in here.items():
         assert np.abs(arm[name] - value).max() <= 1e-5 * np.abs(value).max(), name
     # With razor, which activations are dropped and how they are rounded to int8 can hang on a float's last bit: a few
-    # updates agree less closely, and two long trainings part, though both learn.
+    # updates agree less closely. Two long trainings part, though both learn, as those of two instruction sets of one
+    # machine do: after 300 updates 79, 90, 86 % right (portable, AVX2, AVX-512), and at sparsity 0 90, 90, 81 %.
     (_, arm), (_, here) = both("digits.plan", 5)
     for name, value in here.items():
         assert np.abs(arm[name] - value).max() <= 1e-3 * np.abs(value).max(), name

@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cmake
+
 from device_tests.toolchain import ROOT, TOOLCHAIN, openblas, run, which
 
 TARGETS = ("aarch64",)
@@ -22,8 +24,11 @@ def build_wheel(out: Path, library: Path) -> Path:
     if which("ccache"):
         options.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--disable-pip-version-check", "-w", str(out)]
-    # The variable that distutils and its heirs take the platform tag from when they cross-compile.
+    # The variable that distutils and its heirs take the platform tag from when they cross-compile. pip takes it for its
+    # own, too, and would install build tools for that processor: so they are named, and nothing is installed.
     environment = {"CMAKE_ARGS": " ".join(options), "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
+    environment |= {"CMAKE_EXECUTABLE": str(Path(cmake.CMAKE_BIN_DIR) / "cmake")}
+    environment |= {"CMAKE_MAKE_PROGRAM": which("ninja") or "ninja"}
     before = set(out.glob("*.whl"))
     run(*command, cwd=ROOT, **environment)
     (made,) = set(out.glob("*.whl")) - before or set(out.glob("*aarch64.whl"))

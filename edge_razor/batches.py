@@ -40,13 +40,13 @@ def check_inputs(
     given_tokens = arrays[0].shape[1] if arrays[0].ndim == 2 else 0
     if given_tokens in tokens:
         specs = tuple(replace(spec, shape=(given_tokens,)) for spec in specs)
-    arrays = [_bind(a, s, manifest, channels_last) for a, s in zip(arrays, specs, strict=True)]
+    arrays = [_bind(a, s, channels_last) for a, s in zip(arrays, specs, strict=True)]
     if len({len(a) for a in arrays}) > 1:
         raise UsageError(f"the inputs have different numbers of samples: {[len(a) for a in arrays]}")
     return arrays, channels_last
 
 
-def _bind(array: Array, spec: InputSpec, manifest: Manifest, channels_last: bool) -> Array:
+def _bind(array: Array, spec: InputSpec, channels_last: bool) -> Array:
     if not array.ndim or array.shape[1:] != (spec.runtime_shape if channels_last else spec.shape):
         expected = ", ".join(["samples", *map(str, spec.shape)])
         raise UsageError(f"input {spec.name!r} has shape {list(array.shape)}, the model needs [{expected}]")
@@ -61,7 +61,7 @@ def _bind(array: Array, spec: InputSpec, manifest: Manifest, channels_last: bool
             raise UsageError(f"input {spec.name!r} has type {array.dtype}; give {spec.dtype}")
         return np.ascontiguousarray(array, dtype=np.float32)
     if array.dtype == np.uint8:
-        if normalizes(spec, manifest):
+        if normalizes(spec):
             return np.ascontiguousarray(array)  # the runtime does it while it copies
         return np.ascontiguousarray(array, dtype=np.float32) / np.float32(255)
     if array.dtype.kind != "f":
@@ -74,10 +74,9 @@ def _bind(array: Array, spec: InputSpec, manifest: Manifest, channels_last: bool
     return array
 
 
-def normalizes(spec: InputSpec, manifest: Manifest) -> bool:
-    """Whether the plan has a normalization for uint8 data of this input; without one they become x/255 in float32."""
-    preprocessing = manifest.preprocessing
-    return len(spec.shape) == 3 and preprocessing is not None and len(preprocessing.mean) == spec.runtime_shape[-1]
+def normalizes(spec: InputSpec) -> bool:
+    """Whether the plan has a normalization for uint8 data of this input; if not they become x/255 in float32 here."""
+    return len(spec.shape) == 3
 
 
 def check_targets(targets: Any, manifest: Manifest, samples: int, tokens: int | None = None) -> Array:

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_razor import errors
-from edge_razor.errors import Advice, BudgetError, EdgeRazorError
+from edge_razor.errors import Advice, BudgetError, EdgeRazorError, OutOfMemoryError
 
 __all__ = ["ask", "serve"]
 
 
 def ask(
-    module: str, request: Mapping[str, Any], doing: str, environment: Mapping[str, str] | None = None
+    module: str,
+    request: Mapping[str, Any],
+    doing: str,
+    environment: Mapping[str, str] | None = None,
+    remedy: str = "",
 ) -> dict[str, Any]:
     """The answer of `python -m module` to a request.
 
     Args:
         doing: what the child does, for the message if it dies: "planning".
         environment: variables beside this process's own.
+        remedy: what helps if there is not memory enough for the child.
 
     Raises:
+        OutOfMemoryError: the child was killed.
         EdgeRazorError: the child's own error, of its own class; or it died without an answer.
     """
     result = subprocess.run(
@@ -42,6 +49,9 @@ def ask(
     try:
         answer: dict[str, Any] = json.loads(result.stdout)
     except ValueError:
+        if result.returncode == -signal.SIGKILL:
+            killed = f"{doing} was killed, most likely because memory ran out"
+            raise OutOfMemoryError(killed + (f"; {remedy}" if remedy else "")) from None
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise EdgeRazorError(f"{doing} failed with exit status {result.returncode}: {reason}") from None
     if "error" in answer:

@@ -83,6 +83,12 @@ class MemoryCapError(EdgeRazorError):
         self.parts = parts
 
 
+class OutOfMemoryError(EdgeRazorError):
+    """The system ended a helper process, most likely for want of memory."""
+
+    exit_status = 3
+
+
 class BundleError(EdgeRazorError):
     """A model bundle is missing, truncated, altered, or of another format version."""
 

@@ -95,7 +95,13 @@ def test_lengths_take_turns_on_one_set_of_parameters(bundles: Callable[[str], Pa
 
 
 def test_the_longest_decides_the_cap(bundles: Callable[[str], Path]) -> None:
-    settings: dict[str, Any] = {"batch_size": 8, "sparsity": 0.9, "base_bytes": 10**7, "threads": 2}
+    settings: dict[str, Any] = {
+        "batch_size": 8,
+        "sparsity": 0.9,
+        "base_bytes": 10**7,
+        "base_variation": 0,
+        "threads": 2,
+    }
     free = plan(bundles("llama"), mem_budget=None, **settings)
     capped = plan(bundles("llama"), mem_budget=free.predicted_peak_bytes, **settings)
     assert sorted(capped.buckets) == list(SHORTER) and capped.binary == free.binary

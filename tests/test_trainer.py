@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edge_razor import CheckpointError, NonFiniteError, PlanError, Trainer, UsageError, plan
+from edge_razor import CheckpointError, NonFiniteError, PlanError, Trainer, UsageError, export, plan
 from edge_razor.memory import rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.schedule import Schedule
@@ -53,6 +53,17 @@ def reference() -> Reference:
     tensors = {n: torch.from_numpy(a) for n, a in linear_tensors().items()}
     model.load_state_dict({**tensors, "tied.weight": tensors["fc.weight"]})
     return model
+
+
+def test_pixels_mean_x_over_255_where_the_bundle_names_no_normalization(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 3 * 4, 2))
+    export(model, (torch.zeros(1, 3, 5, 6),), tmp_path / "pixels.razor")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 5, 6), dtype=np.uint8)
+    expected = model(torch.from_numpy(pixels) / 255).detach().numpy()
+    with trainer(tmp_path / "pixels.razor") as ours:
+        for given in (pixels, pixels.transpose(0, 2, 3, 1)):
+            np.testing.assert_allclose(ours.predict(given), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def edge_razor(options: argparse.Namespace, inputs: Any, labels: np.ndarray) -> 
         batch_size=options.batch_size,
         sparsity=options.sparsity,
         razor=options.razor,
+        prefer=options.prefer,
         optimizer=options.optimizer,
         momentum=0.0,
         lr=1e-3,

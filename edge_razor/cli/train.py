@@ -129,7 +129,7 @@ def _run(options: RunOptions, stop: Stop) -> int:
         )
     training, held_out = split(samples, recipe["val_split"], settings["seed"])
     data_bytes = BatchRing.bytes_for(source, batch_size)
-    if source.input_dtype == "uint8" and not normalizes(manifest.inputs[0], manifest):
+    if source.input_dtype == "uint8" and not normalizes(manifest.inputs[0]):
         data_bytes += 2 * 4 * batch_size * prod(source.input_shape)  # x/255 in float32, and its unscaled copy
     data_bytes += BUFFER_BYTES  # a checkpoint passes through it
     steps = -(-len(training) // batch_size) * recipe["epochs"]

@@ -6,19 +6,30 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from math import prod
 
 from edge_razor.errors import EdgeRazorError
 
-__all__ = ["BLAS_BYTES_PER_THREAD", "GROWTH_BYTES", "Accounting", "measure_base"]
+from .graph import Graph
 
-# Only weight gradients of dense or bf16 operands call OpenBLAS, which packs panels of both operands into one buffer a
-# calling thread and touches what the product needs. Measured with conv_grad_weight, RSS after minus before, less the
-# result: 0.5 MB for 64 × 64 channels, 1.7 MB for 512 × 512, 1.2 MB for two threads on 4096 × 1000 (AVX-512).
-BLAS_BYTES_PER_THREAD = 1_750_000
+__all__ = ["BASE_VARIATION", "GROWTH_BYTES", "Accounting", "blas_bytes", "measure_base"]
+
+# Weight gradients of dense or bf16 operands call OpenBLAS, which packs panels of both operands into a buffer of the
+# calling thread and touches what the product needs: a panel of dY with at most so many columns, and one of X with all
+# that the thread has, both of at most so many rows (AVX-512; other processors' panels have about as many elements).
+# Measured with conv_grad_weight and two threads, RSS after minus before, and (predicted), MB: 768 × 3072 channels 4.9
+# (5.0), 3072 × 768 7.4 (7.7), 384 × 1536 3.3 (3.6), 768 × 768 1.9 (3.6), 512 × 512 1.5 (3.1), 4096 × 1000 with 64 rows
+# 1.8 (1.9).
+BLAS_ROWS = BLAS_COLUMNS = 448
+BLAS_BYTES_PER_THREAD = 300_000  # what else it touches: small products, as attention's
 # What a process grows by beside the other items, from opening the bundle to the last step: session tables and the plan
 # 1.4 MB, numpy.random 2 MB, allocator slack. Measured with MobileNetV2 at 224 × 224, batch 8: peak less the other
 # items was 3.7 to 4.0 MB, steps and evaluation included.
 GROWTH_BYTES = 4_000_000
+
+# By how much the resident sets of two processes that are the same differ after their imports: up to 0.25 MB were seen,
+# in and outside of a memory cgroup. A cap that a refusal names must do for the next process, too.
+BASE_VARIATION = 500_000
 
 # The imports and the loaded native library of a process that trains, and nothing else.
 _BASE_PROGRAM = """
@@ -60,6 +71,23 @@ class Accounting:
     def total(self) -> int:
         """The predicted peak resident set."""
         return sum(self.items.values())
+
+
+def blas_bytes(graph: Graph, batch_size: int, threads: int) -> int:
+    """What OpenBLAS's buffers take at the most: those of the largest weight gradient."""
+    most = 0
+    for node in graph.nodes:
+        if node.op == "LinearGradWeight" or (
+            node.op == "ConvGradWeight" and node.integers("weight_shape")[2:] == [1, 1]
+        ):
+            first, second = node.integers("weight_shape")[:2]
+            transposed = node.op == "ConvGradWeight" or node.integer("transW", 1)
+            oc, ic = (first, second) if transposed else (second, first)
+            *batch, _ = graph.shape(node.input(1), node).at(batch_size)
+            # Threads share the larger side.
+            oc, ic = (oc, -(-ic // threads)) if ic >= oc else (-(-oc // threads), ic)
+            most = max(most, min(prod(batch), BLAS_ROWS) * (min(oc, BLAS_COLUMNS) + ic))
+    return threads * (BLAS_BYTES_PER_THREAD + 4 * most)
 
 
 def measure_base() -> int:

@@ -19,7 +19,8 @@ def plan_in_child(bundle: str | os.PathLike[str], **arguments: Any) -> Plan:
     Raises:
         EdgeRazorError: beside the errors of `plan`, the child died without an answer.
     """
-    made = ask("edge_razor.planner", {"bundle": os.fspath(bundle), **arguments}, "planning")
+    remedy = "plan where there is more, with 'edge-razor plan -o model.plan', and train with --plan model.plan"
+    made = ask("edge_razor.planner", {"bundle": os.fspath(bundle), **arguments}, "planning", remedy=remedy)
     buckets = {int(tokens): base64.b64decode(data) for tokens, data in made["buckets"].items()}
     return Plan(base64.b64decode(made["plan"]), made["summary"], buckets)
 

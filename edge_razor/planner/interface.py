@@ -100,10 +100,13 @@ def _normalization(preprocessing: Mapping[str, Any] | None) -> tuple[tuple[float
 
 
 def _with_normalization(binding: Binding, normalization: tuple[tuple[float, ...], tuple[float, ...]]) -> Binding:
-    """Image inputs with as many channels as the bundle's normalization carry it."""
-    mul, add = normalization
-    if len(binding.shape) != 4 or binding.shape[binding.perm[-1]] != len(mul):
+    """Image inputs carry the bundle's normalization if they have as many channels, else x / 255."""
+    if len(binding.shape) != 4:
         return binding
+    mul, add = normalization
+    channels = binding.shape[binding.perm[-1]]
+    if len(mul) != channels:
+        mul, add = (1 / 255,) * channels, (0.0,) * channels
     return Binding(binding.name, binding.shape, binding.perm, binding.classes, mul, add)
 
 

@@ -11,7 +11,7 @@ from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
 from edge_razor.errors import BundleError, UsageError
 
-from .accounting import BLAS_BYTES_PER_THREAD, GROWTH_BYTES, measure_base
+from .accounting import BASE_VARIATION, GROWTH_BYTES, measure_base
 from .calibrate import device_rates
 from .choose import Decision, choose
 from .context import parameter_perms
@@ -47,6 +47,7 @@ def plan(
     micro_batch: int | None = None,
     frozen_weights: str = "fp32",
     base_bytes: int | None = None,
+    base_variation: int = BASE_VARIATION,
     data_bytes: int = 0,
     prefer: str = "balanced",
     allow_freeze: int = 0,
@@ -69,6 +70,7 @@ def plan(
         micro_batch: samples at a time, a divisor of batch_size; None: the largest that fits.
         frozen_weights: weights that do not train: "fp32" (read in the bundle's file), "bf16" or "int8" (in memory).
         base_bytes: resident bytes of the process that will train, after its imports; None: measured in a fresh process.
+        base_variation: by how many bytes the next process may be larger; caps that a refusal names have room for it.
         data_bytes: what the data pipeline will hold.
         prefer: "balanced": the least error of the gradient that fits, "exact": none, however slow, or "fast": the least
             time, with no more error than sparsity 0.95 for all values would bring.
@@ -78,7 +80,7 @@ def plan(
         spill: kept values may lie in a file until the backward pass; the session then needs a directory for it.
 
     Raises:
-        BudgetError: nothing fits; `smallest_budget` is exact.
+        BudgetError: nothing fits; `smallest_budget` does, and less than it by more than `base_variation` does not.
         DataError: the harm table is damaged.
         BundleError: the bundle is damaged or its graph breaks docs/training-graph.md.
         UsageError: an argument is out of range.
@@ -107,7 +109,7 @@ def plan(
         optimizer=rule,
         threads=threads,
         process_bytes=measure_base() if base_bytes is None else base_bytes,
-        blas_bytes=BLAS_BYTES_PER_THREAD * threads,
+        blas_bytes=None,
         growth_bytes=GROWTH_BYTES,
         data_bytes=data_bytes,
         frozen_weights=frozen_weights,
@@ -116,6 +118,7 @@ def plan(
         harm=table,
         rates=device_rates(threads),
         spill=spill,
+        base_variation=base_variation,
     )
     return plan_graph(training, manifest, settings, budget, buckets, choices)
 

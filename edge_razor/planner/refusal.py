@@ -21,20 +21,21 @@ PRESENT = "the present settings"
 def refusal(parts: list[Search], budget: int) -> BudgetError:
     """The error for a cap that none of `parts` meets."""
     present = _smallest(parts)
-    smallest = present.accounting.total
+    variation = parts[0].settings.base_variation
+    first = _row(PRESENT, present, variation)
     rows: list[Advice] = []
     for change, graph, settings in _changes(parts[0]):
-        row = _row(change, _smallest(searches(graph, settings)))
-        if row.smallest_budget < smallest:
+        row = _row(change, _smallest(searches(graph, settings)), variation)
+        if row.smallest_budget < first.smallest_budget:
             rows.append(row)
     rows.sort(key=lambda row: row.smallest_budget)
     hints = "; ".join(f"{row.change}: {format_bytes(row.smallest_budget)}" for row in rows)
     return BudgetError(
         f"the cap of {format_bytes(budget)} cannot be met: the smallest that works with these settings is "
-        f"{format_bytes(smallest)} ({smallest} bytes)" + (f"; with {hints}" if hints else ""),
-        smallest,
+        f"{format_bytes(first.smallest_budget)} ({first.smallest_budget} bytes)" + (f"; with {hints}" if hints else ""),
+        first.smallest_budget,
         tuple((row.change, row.smallest_budget) for row in rows),
-        (_row(PRESENT, present), *rows),
+        (first, *rows),
     )
 
 
@@ -42,8 +43,8 @@ def _smallest(parts: list[Search]) -> Candidate:
     return min((part.smallest() for part in parts), key=lambda c: c.accounting.total)
 
 
-def _row(change: str, candidate: Candidate) -> Advice:
-    return Advice(change, candidate.accounting.total, sqrt(candidate.harm), candidate.seconds)
+def _row(change: str, candidate: Candidate, variation: int) -> Advice:
+    return Advice(change, candidate.accounting.total + variation, sqrt(candidate.harm), candidate.seconds)
 
 
 def _changes(search: Search) -> Iterator[tuple[str, Graph, Settings]]:

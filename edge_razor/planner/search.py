@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from edge_razor.errors import PlanError, UsageError
 
-from .accounting import Accounting
+from .accounting import Accounting, blas_bytes
 from .attention_storage import ATTENTION, keep_probabilities
 from .context import parameter_perms
 from .cost import Rates, program_seconds
@@ -53,7 +53,8 @@ class Settings:
 
     `prefer`: "exact" keeps every value exactly, "fast" trades gradient error for time, "balanced" takes as little
     error as the cap allows. `allow_freeze`: how many early layers may stay frozen. `harm`: measured harm, None: usual
-    curves. `rates`: of this device, None: usual ones. `spill`: kept values may lie in a file.
+    curves. `rates`: of this device, None: usual ones. `spill`: kept values may lie in a file. `blas_bytes`: None: what
+    the graph's weight gradients need.
     """
 
     batch_size: int
@@ -63,7 +64,7 @@ class Settings:
     optimizer: Optimizer
     threads: int
     process_bytes: int
-    blas_bytes: int
+    blas_bytes: int | None
     growth_bytes: int
     data_bytes: int
     prefer: str = "balanced"
@@ -73,6 +74,7 @@ class Settings:
     spill: bool = False
     attention: str = "recompute"
     frozen_weights: str = "fp32"
+    base_variation: int = 0
 
     def __post_init__(self) -> None:
         if self.frozen_weights not in FROZEN_WEIGHTS:
@@ -238,6 +240,11 @@ class Search:
         self.frozen = frozen
         self.graph = graph.restricted([p for p in graph.gradients if p not in frozen] if frozen else None)
         self.inference = graph.inference()
+        self.blas_bytes = (
+            blas_bytes(self.graph, settings.batch_size, settings.threads)
+            if settings.blas_bytes is None
+            else settings.blas_bytes
+        )
         parts = [part for g in relatives or (graph,) for part in (g.restricted(None), g.inference())]
         perms: dict[str, tuple[int, ...] | None] = {}
         for part in parts:
@@ -281,7 +288,7 @@ class Search:
         settings = self.settings
         return Accounting(
             process=settings.process_bytes,
-            blas=settings.blas_bytes,
+            blas=self.blas_bytes,
             growth=settings.growth_bytes,
             data=settings.data_bytes,
             parameters=memory.params_bytes,

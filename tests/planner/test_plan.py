@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import onnx
 import pytest
 
 from edge_razor.bundle import write_bundle
-from edge_razor.errors import BudgetError, BundleError, EdgeRazorError, PlanError, UsageError
+from edge_razor.errors import BudgetError, BundleError, EdgeRazorError, OutOfMemoryError, PlanError, UsageError
 from edge_razor.planner import Plan, plan, plan_in_child
 from edge_razor.planner.accounting import measure_base
 from edge_razor.planner.graph import read_graph
@@ -129,6 +130,14 @@ def test_errors_cross_from_the_child(bundle: Path, tmp_path: Path) -> None:
         plan_in_child(bundle, mem_budget=None, no_such_argument=1)
 
 
+def test_a_planner_that_is_killed_is_want_of_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(OutOfMemoryError, match=r"planning was killed.*memory ran out; .*--plan") as error:
+        plan_in_child(bundle, mem_budget=None)
+    assert error.value.exit_status == 3
+
+
 def test_sparsity_may_be_text(bundle: Path) -> None:
     assert plan(bundle, mem_budget=None, sparsity="0.9", base_bytes=0).sparsity == 0.9
     with pytest.raises(UsageError, match="sparsity"):
@@ -187,6 +196,17 @@ def test_channels_first_bindings_and_normalization(mobile: tuple[Network, Built]
     np.testing.assert_allclose(255 * np.array(image.mul) + image.add, [1.0, 3.0, 1.0])
     np.testing.assert_allclose(image.add, [-1.0, -1.0, 0.0])
     assert target.classes and target.at(8) == (8,) and target.perm == (0,)
+
+
+@pytest.mark.parametrize("preprocessing", [None, {"mean": [0.5], "std": [0.5]}], ids=["none", "other channels"])
+def test_pixels_without_a_normalization_become_x_over_255(
+    mobile: tuple[Network, Built], preprocessing: dict[str, Any] | None
+) -> None:
+    """In the runtime, so that no float32 copy of a batch is in the data pipeline."""
+    built = mobile[1]
+    graph = read_graph(built.training, built.manifest["output"]["name"])
+    image = read_interface(graph, built.manifest | {"preprocessing": preprocessing}).inputs[0]
+    assert image.mul == (1 / 255,) * 3 and image.add == (0.0,) * 3
 
 
 def test_the_target_of_a_channels_first_map_lacks_the_class_dimension() -> None:

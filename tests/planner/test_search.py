@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_razor.errors import BudgetError, PlanError, UsageError
+from edge_razor.planner.accounting import blas_bytes
 from edge_razor.planner.optimizer import Optimizer
 from edge_razor.planner.planning import plan_graph
 from edge_razor.planner.refusal import PRESENT, refusal
@@ -23,6 +24,20 @@ def built() -> Built:
 def test_without_a_cap_everything_is_kept_dense_and_whole(built: Built) -> None:
     plan = plan_graph(built.training, built.manifest, settings(), None)
     assert (plan.sparsity, plan.micro_batch) == (0.0, 8)
+
+
+def test_blas_buffers_follow_the_largest_weight_gradient() -> None:
+    """Panels of at most 448 rows: of dY's columns (at most 448), and of X's, whose larger number the threads share."""
+    net = Network((30, 30, 3))
+    small = net.conv(net.input, 8, 3, stride=1, pad=1)  # gathers tiles
+    wide = graph_of(net.build(net.linear(net.mean(net.conv(small, 900), (1, 2)), 10)))
+    assert blas_bytes(wide, 8, 2) == 2 * (300_000 + 4 * 448 * (448 + 8))
+    narrow = Network((4, 5, 3))
+    few = graph_of(narrow.build(narrow.linear(narrow.mean(narrow.conv(narrow.input, 900), (1, 2)), 10)))
+    assert blas_bytes(few, 2, 2) == 2 * (300_000 + 4 * 2 * 5 * 4 * (448 + 3))
+    assert Search(wide, settings(blas_bytes=None)).accounting(Search(wide, settings()).memory(1), 0).blas == blas_bytes(
+        wide, 8, 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,6 +62,15 @@ def test_the_smallest_budget_is_exact(built: Built, changes: dict[str, object]) 
         plan_graph(built.training, built.manifest, settings(**changes), smallest - 1)
     assert again.value.smallest_budget == smallest
     assert str(smallest) in str(refusal.value)
+
+
+def test_a_named_cap_has_room_for_a_process_that_is_a_little_larger(built: Built) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan_graph(built.training, built.manifest, settings(base_variation=5000), 1)
+    named = refused.value.smallest_budget
+    larger = settings(process_bytes=settings().process_bytes + 5000)
+    assert plan_graph(built.training, built.manifest, larger, named).predicted_peak_bytes == named
+    assert all(row.smallest_budget > 5000 for row in refused.value.table)
 
 
 def test_advice_names_caps_that_then_work(built: Built) -> None:
