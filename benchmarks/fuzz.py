@@ -20,6 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, markdown_table, write_result
 from tests.untrusted.readers import READERS
@@ -136,8 +137,8 @@ def _fuzz(name: str, runs: int, seed: int, folder: Path) -> tuple[str, int, int,
     return name, inputs, edges, time.monotonic() - begin
 
 
-def _report(totals: dict[str, dict[str, float]], command: str) -> None:
-    totals = {name: totals[name] for name in (*NATIVE, *READERS) if name in totals}
+def _report(readers: dict[str, dict[str, float]], commands: list[str]) -> None:
+    totals = {name: readers[name] for name in (*NATIVE, *READERS) if name in readers}
     rows = [
         (name, "native" if name in NATIVE else "Python", f"{int(t['inputs']):,}", int(t["edges"]) or "not guided",
          f"{t['inputs'] / t['seconds']:,.0f}", 0)
@@ -159,7 +160,7 @@ def _report(totals: dict[str, dict[str, float]], command: str) -> None:
         "`tests/untrusted`, or by reading the readers; `tests/untrusted/test_regressions.py` has a case of each.\n\n"
     )
     body += markdown_table(("reader", "what happened", "now"), FINDINGS)
-    write_result("fuzz", "Fuzzing of what reads files", command, body, "atheris")
+    write_result("fuzz", "Fuzzing of what reads files", "`, `".join(commands), body, "atheris")
 
 
 def main() -> None:
@@ -179,17 +180,18 @@ def main() -> None:
     if native:
         _build()
         _seeds(folder)
-    totals: dict[str, dict[str, float]] = json.loads(TOTALS.read_text()) if TOTALS.exists() else {}
-    command = " ".join(("python dev.py bench fuzz", *sys.argv[1:]))
+    totals: dict[str, Any] = json.loads(TOTALS.read_text()) if TOTALS.exists() else {"commands": [], "readers": {}}
+    only = "" if len(options.only) == len(names) else f" --only {' '.join(options.only)}"
+    totals["commands"].append(f"python3 dev.py bench fuzz --runs {options.runs} --seed {options.seed}{only}")
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in as_completed([pool.submit(_fuzz, *item, options.seed, folder) for item in share.items()]):
             name, inputs, edges, seconds = done.result()
-            total = totals.setdefault(name, {"inputs": 0, "edges": 0, "seconds": 0.0})
+            total = totals["readers"].setdefault(name, {"inputs": 0, "edges": 0, "seconds": 0.0})
             total["inputs"] += inputs
             total["edges"] = max(total["edges"], edges)
             total["seconds"] += seconds
             TOTALS.write_text(json.dumps(totals, indent=1) + "\n")
-            _report(totals, command)
+            _report(totals["readers"], totals["commands"])
 
 
 if __name__ == "__main__":
