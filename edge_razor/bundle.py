@@ -9,9 +9,11 @@ onnx nor protobuf; `write_bundle` gets its models from a caller that has.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,15 +25,16 @@ import numpy as np
 
 from edge_razor.errors import BundleError
 from edge_razor.manifest import BUCKET_FILE, FILES, FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, parse_manifest
+from edge_razor.regular_file import open_regular
 from edge_razor.tensors import TensorFile, TensorSpec, TensorWriter, sync_directory
-from edge_razor.zipped import stored_member_start
+from edge_razor.zipped import open_zip, stored_member_start
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ["Bundle", "write_bundle"]
 
-_MANIFEST_LIMIT = 64_000_000  # bytes: far above any real list of parameter names
+_MANIFEST_LIMIT = 4 << 20  # bytes: 20,000 parameters; as Python objects JSON can take 20 times its size
 _CHUNK = 1 << 20
 
 
@@ -172,7 +175,7 @@ class Bundle:
         return self._members[name]
 
     def _read(self, member: _Member) -> bytes:
-        with open(member.path, "rb") as file:
+        with io.BufferedReader(open_regular(member.path)) as file:
             file.seek(member.start)
             return file.read(member.size)
 
@@ -185,7 +188,7 @@ class Bundle:
             )
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_CHUNK))
-        with open(member.path, "rb", buffering=0) as file:
+        with open_regular(member.path) as file:
             file.seek(member.start)
             left = member.size
             while left and (count := file.readinto(buffer[: min(left, _CHUNK)])):
@@ -207,9 +210,11 @@ def _find_members(path: Path) -> dict[str, _Member]:
         return {n: _Member(f, 0, f.stat().st_size) for n, f in files.items() if f.is_file()}
     if not path.exists():
         raise BundleError(f"{path}: no such bundle")
+    if not path.is_file():
+        raise BundleError(f"{path}: is neither a directory nor a regular file; give a bundle")
     members: dict[str, _Member] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             for info in archive.infolist():
                 if not is_known(info.filename):
                     continue
@@ -222,7 +227,7 @@ def _find_members(path: Path) -> dict[str, _Member]:
                 ):
                     raise BundleError(f"{path}: {info.filename} is compressed; bundles are zipped with 'zip -0'")
                 members[info.filename] = _Member(path, stored_member_start(path, info), info.file_size)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error) as error:
         raise BundleError(f"{path}: neither a bundle directory nor a whole zip: {error}") from error
     return members
 

@@ -46,7 +46,7 @@ def _numbered(directory: Path) -> dict[int, Path]:
     if not directory.is_dir():
         return {}
     matches = ((_FILE.fullmatch(file.name), file) for file in directory.iterdir())
-    return {int(match[1]): file for match, file in matches if match is not None}
+    return {int(match[1]): file for match, file in matches if match is not None and file.is_file()}
 
 
 def write_checkpoint(
@@ -186,7 +186,7 @@ class Checkpoint:
                 raise ValueError("state or checksums are no table")
             for name in self._file.tensors:
                 self._verify(name, checksums.get(name))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             self._file.close()
             raise CheckpointError(f"{path}: is damaged: {error}") from error
         except CheckpointError:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NoReturn
 
 from edge_razor.errors import BundleError
@@ -31,6 +32,7 @@ TOKENIZER = "tokenizer.json"
 BUCKET_FILE = re.compile(r"training-([1-9]\d{0,6})\.onnx")
 """Training graphs for shorter texts; the number is how many tokens."""
 FORMAT_VERSION = 1
+_MAX_ELEMENTS = 2**31  # of a sample
 DTYPES = ("float32", "int64", "int32", "bool")
 IGNORE_INDEX = -100
 """A cross-entropy target that does not count, as in torch."""
@@ -197,11 +199,14 @@ class _Reader:
         return self.each(values, f"{where}{key}", lambda v: isinstance(v, str), "a list of texts")
 
     def number(self, table: Any, key: str, where: str = "") -> float:
-        return float(self.get(table, key, where, (int, float), "a number"))
+        value = self.get(table, key, where, (int, float), "a number")
+        if not abs(value) <= 1e30:  # nor NaN
+            self.fail(f"{where}{key}", "a number")
+        return float(value)
 
     def integer(self, table: Any, key: str, where: str = "") -> int:
         value = self.get(table, key, where, int, "a whole number, not negative")
-        if value < 0:
+        if not 0 <= value < 2**63:
             self.fail(f"{where}{key}", "a whole number, not negative")
         return value
 
@@ -215,7 +220,10 @@ class _Reader:
         shape = self.get(table, "shape", where, list, "a shape")
         if not 1 <= len(shape) <= 8 or shape[0] is not None:
             self.fail(f"{where}shape", "a shape whose first dimension is null (the batch)")
-        return self.each(shape[1:], f"{where}shape", lambda d: type(d) is int and d > 0, "positive after the batch")
+        sizes = self.each(shape[1:], f"{where}shape", lambda d: type(d) is int and d > 0, "positive after the batch")
+        if prod(sizes) > _MAX_ELEMENTS:
+            self.fail(f"{where}shape", "of a size that fits in memory")
+        return sizes
 
     def permutation(self, table: Any, where: str, rank: int) -> tuple[int, ...]:
         perm = self.get(table, "perm", where, list, "a permutation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edge_razor.manifest import IGNORE_INDEX
+from edge_razor.regular_file import open_regular
 from edge_razor.tensors import replacing
 
 __all__ = ["MetricsLog", "correct_count", "loss_sum"]
@@ -25,7 +27,8 @@ class MetricsLog:
         None: start an empty file."""
         with replacing(path) as file:
             if resume_at is not None and path.exists():
-                with open(path, "rb") as old:  # line by line: the log of a long run is larger than the cap may allow
+                # Line by line: the log of a long run is larger than the cap may allow.
+                with io.BufferedReader(open_regular(path)) as old:
                     file.writelines(line for line in old if _is_before(line, *resume_at))
         self._path = path
         # Unbuffered: a buffer that a full disk refused would be written, and refused, once more when it is closed.

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from edge_razor.regular_file import open_regular
+
 __all__ = [
     "TensorFile",
     "TensorSpec",
@@ -30,7 +32,8 @@ __all__ = [
     "sync_directory",
 ]
 
-_HEADER_LIMIT = 100_000_000  # bytes, the limit of the format's reference implementation
+_HEADER_LIMIT = 16 << 20  # bytes, as in the runtime: 100,000 tensors
+_MAX_ELEMENTS = 1 << 46  # of a tensor, even if another dimension of it is 0
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -73,7 +76,7 @@ class TensorFile:
         """
         self.path = path
         # Unbuffered: no hidden copy of the data. The descriptor lives as long as the object.
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._file = open_regular(path)
         try:
             size = os.fstat(self._file.fileno()).st_size - start if size is None else size
             self._file.seek(start)
@@ -175,7 +178,8 @@ def _parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorSpec], 
             begin, end = entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"header entry of tensor {name!r} is damaged or of an unsupported type") from error
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or len(shape) > 32:
+        whole = len(shape) <= 32 and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        if not whole or prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
             raise ValueError(f"tensor {name!r} has an impossible shape or offset")
         if end - begin != prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name!r} does not have the size that its shape needs")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,27 +18,33 @@ import numpy as np
 from edge_razor.batches import Array, check_inputs, check_targets
 from edge_razor.budget import resolve_budget
 from edge_razor.bundle import Bundle
-from edge_razor.checkpoint import BUFFER_BYTES, Checkpoint, write_checkpoint
-from edge_razor.errors import CheckpointError, MemoryCapError, NonFiniteError, PlanError, UsageError
+from edge_razor.checkpoint import BUFFER_BYTES, Checkpoint
+from edge_razor.errors import MemoryCapError, NonFiniteError, PlanError, UsageError
 from edge_razor.guard import MemoryGuard, MemoryPart, cap_error, memory_parts
 from edge_razor.handover import put_aside, take_back
 from edge_razor.manifest import IGNORE_INDEX
 from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
-from edge_razor.run_lock import run_lock
 from edge_razor.runtime import Session, SpillInfo, abi_version
 from edge_razor.schedule import Schedule
-from edge_razor.tensors import TensorSpec, make_directory
 from edge_razor.to_peft import merged
+from edge_razor.training_state import (
+    SETTINGS,
+    bundle_of,
+    check_bundle,
+    read_tensors,
+    run_state,
+    stored_progress,
+    stored_settings,
+    write_run,
+)
 from edge_razor.units import format_bytes
 
-__all__ = ["Trainer", "bundle_of", "check_bundle"]
+__all__ = ["Trainer"]
 
 Arrays: TypeAlias = "Array | Sequence[Array]"
 KEEP = 2  # checkpoints: the newest, and one to fall back to
-ASKED = ("sparsity", "micro_batch")  # what the planner may choose again when the cap changes
-STATE_NAMES = {"sgd": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 class Trainer:
@@ -125,7 +131,7 @@ class Trainer:
             raise UsageError(f"learning rate must be a number, 0 or more, not {lr}")
         if not 0 <= seed < 2**63:
             raise UsageError(f"seed must be 0 or more, not {seed}")
-        self.schedule = Schedule(schedule, warmup_steps, total_steps)
+        self.schedule: Schedule = Schedule(schedule, warmup_steps, total_steps)
         self.bundle = Bundle(bundle)
         give_back_freed_memory()
         abi_version()  # loads the native library and OpenBLAS, whose resident bytes belong to the base
@@ -166,8 +172,8 @@ class Trainer:
         if plan is None:
             budget = resolve_budget(mem_budget)
             plan = plan_in_child(self.bundle.path, mem_budget=budget.bytes, choices=choices, **self._planning)
-        self.lr = lr
-        self.seed = seed
+        self.lr: float = lr
+        self.seed: int = seed
         self.update = 0
         self.position = (0, 0)
         self._damaged_checkpoints: tuple[Path, ...] = ()  # that the next `save` replaces
@@ -195,7 +201,7 @@ class Trainer:
             raise
         self._session = session
         self._parameters = session.parameters()
-        self.plan = plan
+        self.plan: Plan = plan
         if self._profiling:
             self.profile(True)
 
@@ -435,27 +441,7 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make a trainer do the same training again; JSON-able."""
-        summary = self.plan.summary
-        optimizer = summary["optimizer"]
-        return {
-            "batch_size": self.plan.batch_size,
-            "micro_batch": self.plan.micro_batch,
-            "sparsity": self.plan.sparsity if summary["choices"] is None else "auto",
-            "choices": summary["choices"],
-            "prefer": summary["prefer"],
-            "razor": summary["razor"],
-            "attention": summary.get("attention", "recompute"),  # of a plan made before there was a choice
-            "frozen_weights": summary["frozen_weights"],
-            "optimizer": optimizer["name"],
-            "lr": self.lr,
-            **{key: optimizer[key] for key in ("momentum", "nesterov", "weight_decay", "betas", "eps")},
-            "schedule": self.schedule.kind,
-            "warmup_steps": self.schedule.warmup_steps,
-            "total_steps": self.schedule.total_steps,
-            "seed": self.seed,
-            "threads": summary["threads"],
-            "mem_budget": summary.get("mem_budget"),
-        }
+        return {name: setting.of(self) for name, setting in SETTINGS.items()}
 
     def save(self, path: str | os.PathLike[str], keep: int = KEEP, **extra: Any) -> None:
         """Writes a checkpoint into `path`; those that were there stay until the new one is durable.
@@ -473,38 +459,15 @@ class Trainer:
             OSError: the disk is full or not writable; the newest old checkpoint stays.
             RunLockedError: another process is training in `path`.
         """
-        if keep < 1:
-            raise UsageError(f"keep must be at least 1 checkpoint, not {keep}")
-        specs: dict[str, TensorSpec] = {}
-        for name in self._saved:
-            specs[name] = TensorSpec(np.dtype("<f4"), tuple(self._parameters[name].shape))
-        for name in self.trainable:
-            for slot in self._state_names(name):
-                specs[f"optimizer/{slot}/{name}"] = specs[name]
-        state = {
-            "bundle": str(self.bundle.path.resolve()),
-            "bundle_id": self.bundle.id,
-            "weights_id": self.bundle.weights_id,
-            "update": self.update,
-            "position": list(self.position),
-            "settings": self.settings(),
-            "asked": {name: self._planning[name] for name in ASKED},
-            "extra": extra,
-        }
-        buffer = np.empty(BUFFER_BYTES // 4, np.float32)
-
-        def parts(name: str) -> Iterator[Array]:
-            if not name.startswith("optimizer/"):
-                return self._session.read_parts(name, None, buffer)
-            _, slot, parameter = name.split("/", 2)
-            return self._session.read_parts(parameter, self._state_names(parameter).index(slot), buffer)
-
-        run = Path(path)
-        make_directory(run)
-        with run_lock(run):
-            write_checkpoint(
-                run / "checkpoint", self.update, specs, parts, state, keep=keep, damaged=self._damaged_checkpoints
-            )
+        write_run(
+            Path(path),
+            self._session,
+            self._saved,
+            self.plan.summary["optimizer"]["name"],
+            run_state(self, self._planning, extra),
+            keep=keep,
+            damaged=self._damaged_checkpoints,
+        )
         self._damaged_checkpoints = ()
 
     @classmethod
@@ -525,9 +488,7 @@ class Trainer:
         with Checkpoint(path) as checkpoint:
             for problem in checkpoint.damaged.values():
                 warnings.warn(f"{problem}; going on from {checkpoint.path}", RuntimeWarning, stacklevel=2)
-            settings = checkpoint.state.get("settings")
-            if not isinstance(settings, dict):
-                raise CheckpointError(f"{checkpoint.path}: has no settings; it is damaged")
+            settings = stored_settings(checkpoint)
             source = bundle_of(checkpoint, bundle)
             trainer = cls(source, **{**settings, **options})
             trainer.load_checkpoint(checkpoint)
@@ -540,32 +501,12 @@ class Trainer:
             CheckpointError: it belongs to another bundle, or trains other parameters, or with another optimizer.
         """
         check_bundle(checkpoint, self.bundle)
-        names = {name for name in checkpoint.tensors if not name.startswith("optimizer/")}
-        if names != set(self._saved):
-            other = sorted(names ^ set(self._saved))[0]
-            raise CheckpointError(f"{checkpoint.path}: trains other parameters than the bundle ({other!r})")
-        try:
-            update = int(checkpoint.state["update"])
-            epoch, batch = (int(v) for v in checkpoint.state["position"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.path}: has no valid step or data position; it is damaged") from error
-        for name in self._saved:
-            stored: list[tuple[int | None, str]] = [(None, name)]
-            stored += [(i, f"optimizer/{slot}/{name}") for i, slot in enumerate(self._state_names(name))]
-            for index, tensor in stored:
-                if index is None or tensor in checkpoint.tensors:  # no state if the parameter was frozen then
-                    shape = checkpoint.spec(tensor).shape
-                    self._session.write_parts(name, index, shape, checkpoint.parts(tensor))
+        progress = stored_progress(checkpoint)
+        read_tensors(checkpoint, self._session, self._saved, self.plan.summary["optimizer"]["name"])
         self._damaged_checkpoints = tuple(checkpoint.damaged)
-        self.update = update
-        self.position = (epoch, batch)
-        asked = checkpoint.state.get("asked")
-        if isinstance(asked, dict):
-            self._planning |= {name: asked[name] for name in ASKED if name in asked}
-
-    def _state_names(self, name: str) -> tuple[str, ...]:
-        """Names of a parameter's optimizer state tensors, in slot order."""
-        return STATE_NAMES[self.plan.summary["optimizer"]["name"]][: self._parameters[name].states]
+        self.update = progress.update
+        self.position = progress.position
+        self._planning |= progress.asked
 
     # ---- Export back, figures ----
 
@@ -631,27 +572,3 @@ class Trainer:
 def _tokens(arrays: Sequence[Array]) -> int | None:
     """Tokens of a batch of texts."""
     return next((int(a.shape[1]) for a in arrays if a.ndim == 2 and a.dtype == np.int32), None)
-
-
-def bundle_of(checkpoint: Checkpoint, bundle: str | os.PathLike[str] | None) -> Path:
-    """Path of the bundle that a checkpoint belongs to: `bundle` if given, else where it was then.
-
-    Raises:
-        CheckpointError: it is not there any more.
-    """
-    if bundle is not None:
-        return Path(bundle)
-    path = checkpoint.state.get("bundle")
-    if not isinstance(path, str) or not Path(path).exists():
-        raise CheckpointError(f"{checkpoint.path}: its bundle {path} is gone; name the bundle's present path")
-    return Path(path)
-
-
-def check_bundle(checkpoint: Checkpoint, bundle: Bundle) -> None:
-    """
-    Raises:
-        CheckpointError: the checkpoint was made from another bundle (another graph, or other weights).
-    """
-    ids = (checkpoint.state.get("bundle_id"), checkpoint.state.get("weights_id"))
-    if ids != (bundle.id, bundle.weights_id):
-        raise CheckpointError(f"{checkpoint.path}: belongs to another bundle than {bundle.path}")

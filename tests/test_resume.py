@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +24,11 @@ from edge_razor.checkpointing import Every, parse_every
 from edge_razor.cli import main
 from edge_razor.cli.progress import Progress
 from edge_razor.data.loader import IterableLoader
-from edge_razor.errors import UsageError
+from edge_razor.errors import CheckpointError, UsageError
 from edge_razor.fit import Events, fit
 from edge_razor.memory import rss_bytes
 from edge_razor.metrics import MetricsLog
+from edge_razor.training_state import SETTINGS, stored_settings
 from tests.bundles import write_linear_bundle
 
 
@@ -209,6 +212,103 @@ def test_a_resumed_run_keeps_threads_and_cap_unless_told_otherwise(bundle: Path,
 
     assert settings("--epochs", "2") == (1, cap)
     assert settings("--epochs", "3", "--threads", "2", "--mem-budget", str(cap + 1_000_000)) == (2, cap + 1_000_000)
+
+
+def test_every_argument_of_a_trainer_is_kept_in_checkpoints_or_said_not_to_be() -> None:
+    """A new argument must be put into the table of settings, or here."""
+    arguments = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    of_the_moment = {"bundle", "plan", "data_bytes", "spill_dir"}  # where things are now
+    in_the_choices = {"allow_freeze", "harm"}  # the planner's choices are kept, and taken again
+    assert set(SETTINGS) == arguments - of_the_moment - in_the_choices
+
+
+def test_a_checkpoint_without_a_setting_is_damaged_and_an_older_one_is_not(
+    bundle: Path, made: Plan, tmp_path: Path
+) -> None:
+    with make(bundle, made) as trainer:
+        trainer.save(tmp_path)
+        settings = trainer.settings()
+    with Checkpoint(tmp_path) as checkpoint:
+        assert stored_settings(checkpoint) == settings
+        for name in SETTINGS:
+            checkpoint.state["settings"] = {key: value for key, value in settings.items() if key != name}
+            if name in ("attention", "frozen_weights"):  # of the first release with checkpoints there was no choice
+                assert name not in stored_settings(checkpoint)
+            else:
+                with pytest.raises(CheckpointError, match=f"lacks the setting '{name}'"):
+                    stored_settings(checkpoint)
+
+
+# Each option of `train` that decides what is computed, at another value than its default.
+EVERY_OPTION = {
+    "--lr": "0.05", "--schedule": "linear", "--warmup": "3", "--batch-size": "4", "--sparsity": "auto",
+    "--prefer": "exact", "--allow-freeze": "1", "--razor": "plain", "--attention": "probabilities",
+    "--frozen-weights": "int8", "--optimizer": "adamw", "--momentum": "0.8", "--nesterov": None,
+    "--weight-decay": "0.01", "--threads": "1", "--betas": "0.8 0.99", "--eps": "1e-6", "--val-split": "0.2",
+    "--seed": "5", "--epochs": "2", "--checkpoint-every": "3", "--keep": "3", "--log-every": "1",
+}  # fmt: skip
+OF_FILES = {"--mem-budget", "--harm", "--data", "--out", "--spill-dir"}  # given below
+OF_NO_EFFECT = {
+    "--help", "--plan", "--resume", "--nice", "--max-cpu", "--pause-on-battery", "--max-temperature", "--profile",
+    "--skip-bad", "--flip", "--random-crop", "--text-column", "--label-column", "--no-truncate",
+}  # fmt: skip
+
+
+# No run can have all of them: AdamW has no Nesterov momentum, kept probabilities need one sparsity for all.
+@pytest.mark.parametrize(
+    ("left_out", "sparsity"),
+    [({"--optimizer", "--attention"}, "auto"), ({"--nesterov", "--prefer", "--allow-freeze"}, "0.5")],
+    ids=["sgd", "adamw"],
+)
+def test_a_run_with_every_option_resumes_to_the_same_bits(
+    left_out: set[str],
+    sparsity: str,
+    bundle: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--help"]) == 0
+    options = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert options == set(EVERY_OPTION) | OF_FILES | OF_NO_EFFECT
+    errors = {"0": {"relative_error": 0.0}, "0.9": {"relative_error": 0.3}}
+    table = {name: {"norm": 1.0, "errors": errors} for name in ("fc.weight", "fc.bias")}
+    (tmp_path / "harm.json").write_text(json.dumps({"version": 1, "razor": "plain", "parameters": table}))
+    cap = rss_bytes() + 200_000_000  # a process that has run other tests may hold PyTorch
+    command = ["train", str(bundle), "--data", str(data), "--mem-budget", str(cap), "--spill-dir", str(tmp_path)]
+    command += ["--harm", str(tmp_path / "harm.json")]
+    for name, value in {**EVERY_OPTION, "--sparsity": sparsity}.items():
+        command += [] if name in left_out else [name, *(value or "").split()]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    step = Progress.step
+
+    def stop(progress: Progress, figures: dict[str, Any]) -> None:
+        step(progress, figures)
+        if progress.done == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", stop)
+        assert main([*command, "--out", str(tmp_path / "parts")]) == 143
+    assert main([*command, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    whole, parts = (checkpoint_files(tmp_path / name)[0] for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert Checkpoint(whole).state["settings"]["frozen_weights"] == "int8"
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 0}, {"epochs": "3"}, {"val_split": 5.0}, {"val_split": None}, {"flip": 1}]
+)
+def test_a_recipe_that_is_none_is_damage(
+    change: dict[str, Any], bundle: Path, made: Plan, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {"epochs": 2, "val_split": 0.1, "flip": False, "random_crop": False, **change}
+    with make(bundle, made) as trainer:
+        trainer.save(tmp_path / "run", recipe=recipe)
+    command = ["train", str(bundle), "--data", str(data), "--out", str(tmp_path / "run"), "--resume"]
+    assert main(command) == CheckpointError.exit_status
+    assert "what it says of the run's data is not valid" in capsys.readouterr().err
 
 
 def test_a_finished_run_that_was_killed_at_its_very_end_is_put_in_order(

@@ -13,7 +13,7 @@ from edge_razor.checkpoint import Checkpoint
 from edge_razor.to_onnx import write_onnx
 from edge_razor.to_peft import merged, write_adapter
 from edge_razor.to_torch import write_state_dict
-from edge_razor.trainer import bundle_of, check_bundle
+from edge_razor.training_state import bundle_of, check_bundle
 from edge_razor.units import format_bytes
 
 from .tables import show_damaged

@@ -14,7 +14,8 @@ from edge_razor.checkpoint import Checkpoint
 from edge_razor.data import BatchRing, Loader, open_source
 from edge_razor.data.text import TextOptions
 from edge_razor.memory import peak_rss_bytes
-from edge_razor.trainer import Trainer, bundle_of
+from edge_razor.trainer import Trainer
+from edge_razor.training_state import bundle_of, stored_extra, stored_settings
 from edge_razor.units import format_bytes
 
 from .tables import show_damaged, show_text
@@ -36,8 +37,8 @@ def run(
     with Checkpoint(run_directory) as checkpoint:
         show_damaged(checkpoint)
         path = bundle_of(checkpoint, bundle)
-        classes = checkpoint.state.get("extra", {}).get("classes")
-        batch_size = int(checkpoint.state["settings"]["batch_size"])
+        classes = stored_extra(checkpoint).get("classes")
+        batch_size = stored_settings(checkpoint)["batch_size"]
     with Bundle(path) as opened:
         source = open_source(
             data,

@@ -28,7 +28,8 @@ from edge_razor.run_lock import run_lock
 from edge_razor.runtime import isa
 from edge_razor.schedule import Schedule
 from edge_razor.throttle import Throttle, be_nice
-from edge_razor.trainer import Trainer, check_bundle
+from edge_razor.trainer import Trainer
+from edge_razor.training_state import check_bundle, stored_extra, stored_settings
 from edge_razor.units import format_bytes
 
 from .plan import show_accounting
@@ -113,16 +114,16 @@ def _run(options: RunOptions, stop: Stop) -> int:
             manifest,
             augmentation=Augmentation(recipe["flip"], recipe["random_crop"]),
             skip_bad=options.skip_bad,
-            classes=None if checkpoint is None else checkpoint.state["extra"].get("classes"),
+            classes=None if checkpoint is None else stored_extra(checkpoint).get("classes"),
             memory_limit=budget,
             bundle=bundle,
             text=options.text,
         )
     show_text(source)
     samples = len(source)
-    if checkpoint is not None and samples != checkpoint.state["extra"].get("samples", samples):
+    if checkpoint is not None and samples != stored_extra(checkpoint).get("samples", samples):
         print(
-            f"warning: {options.data} has {samples} samples, and had {checkpoint.state['extra']['samples']} when the "
+            f"warning: {options.data} has {samples} samples, and had {stored_extra(checkpoint)['samples']} when the "
             "run began: which of them are held out, and their order, differ from then",
             file=sys.stderr,
         )
@@ -215,9 +216,16 @@ def _resumed(options: RunOptions, checkpoint: Checkpoint) -> tuple[dict[str, Any
         CheckpointError: it was not written by `train`.
         UsageError: an option differs from the run's.
     """
-    stored, recipe = checkpoint.state.get("settings"), checkpoint.state.get("extra", {}).get("recipe")
-    if not isinstance(stored, dict) or not isinstance(recipe, dict) or recipe.keys() != options.recipe.keys():
+    recipe = stored_extra(checkpoint).get("recipe")
+    if not isinstance(recipe, dict) or recipe.keys() != options.recipe.keys():
         raise CheckpointError(f"{checkpoint.path}: was not written by 'edge-razor train'; resume it from Python")
+    if (
+        any(type(recipe[name]) is not type(value) for name, value in options.recipe.items())
+        or not 0 <= recipe["val_split"] < 1
+        or recipe["epochs"] < 1
+    ):
+        raise CheckpointError(f"{checkpoint.path}: what it says of the run's data is not valid; it is damaged")
+    stored = stored_settings(checkpoint)
     wanted = {**options.settings, **options.recipe}
     for name, old in {**stored, **recipe}.items():
         if name not in options.given or name in ("epochs", "threads", "mem_budget"):

@@ -6,8 +6,12 @@ and a whole epoch touches them all. Arrays in a compressed .npz cannot be read b
 
 from __future__ import annotations
 
+import io
+import struct
 import threading
+import tokenize
 import zipfile
+import zlib
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,13 +21,21 @@ import numpy as np
 from edge_razor.data.source import Source
 from edge_razor.errors import DataError
 from edge_razor.manifest import Manifest
+from edge_razor.regular_file import open_regular
 from edge_razor.units import format_bytes
-from edge_razor.zipped import stored_member_start
+from edge_razor.zipped import open_zip, stored_member_start
 
 __all__ = ["ArraySource", "find_arrays"]
 
 _PAIRS = (("x", "y"), ("images", "labels"), ("inputs", "targets"))
 _CHECK_ROWS = 65536
+_HEADER_LIMIT = 65536  # bytes; numpy takes 10,000
+# What numpy and zipfile raise for damaged files: RuntimeError for an encrypted member, TokenError, TypeError and the
+# rest from a header that is Python text.
+_DAMAGE = (
+    OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError, zlib.error, struct.error,
+    OverflowError, RuntimeError, tokenize.TokenError, TypeError, KeyError,
+)  # fmt: skip
 
 
 class ArrayFile(NamedTuple):
@@ -45,9 +57,9 @@ def find_arrays(root: Path) -> tuple[ArrayFile, ArrayFile] | None:
     names = ", ".join(f"{x} and {y}" for x, y in _PAIRS)
     if root.suffix == ".npz" and root.is_file():
         try:
-            with zipfile.ZipFile(root) as archive:
+            with open_zip(root) as archive:
                 members = set(archive.namelist())
-        except (zipfile.BadZipFile, OSError) as error:
+        except _DAMAGE as error:
             raise DataError(f"{root}: is no whole .npz file: {error}") from error
         for x, y in _PAIRS:
             if {f"{x}.npy", f"{y}.npy"} <= members:
@@ -75,7 +87,7 @@ class _Rows:
     def __init__(self, source: ArrayFile, limit: int | None) -> None:
         self.source = source
         self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         self._loaded: np.ndarray | None = None
         self.loaded_bytes = 0
         try:
@@ -83,17 +95,19 @@ class _Rows:
                 self._open_stored(0, source.path.stat().st_size)
             else:
                 self._open_member(source.member, limit)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError) as error:
+        except _DAMAGE as error:
             raise DataError(f"{source}: is no whole array file: {error}") from error
         if not self.shape or not self.shape[0]:
             raise DataError(f"{source}: holds no samples")
 
     def _open_member(self, member: str, limit: int | None) -> None:
-        with zipfile.ZipFile(self.source.path) as archive:
+        with open_zip(self.source.path) as archive:
             info = archive.getinfo(member)
-            if info.compress_type == zipfile.ZIP_STORED:
+            if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
                 self._open_stored(stored_member_start(self.source.path, info), info.file_size)
                 return
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("it is compressed in another way than numpy's")  # others may want gigabytes to unpack
             if limit is not None and info.file_size > limit:
                 raise DataError(
                     f"{self.source}: is compressed and unpacks to {format_bytes(info.file_size)}, more than the cap; "
@@ -101,6 +115,8 @@ class _Rows:
                 )
             with archive.open(info) as stream:
                 self._read_header(stream)  # type: ignore[arg-type]
+                if self.row_bytes * self.shape[0] > info.file_size:
+                    raise ValueError("its size does not match its shape")
                 self._loaded = np.empty(self.shape, self.dtype)
                 view = self._loaded.reshape(-1).view(np.uint8).data
                 position = 0
@@ -112,7 +128,7 @@ class _Rows:
         self.loaded_bytes = self._loaded.nbytes
 
     def _open_stored(self, start: int, size: int) -> None:
-        self._file = open(self.source.path, "rb", buffering=0)  # noqa: SIM115
+        self._file = open_regular(self.source.path)
         self._file.seek(start)
         self._read_header(self._file)
         self._start = self._file.tell()
@@ -121,8 +137,13 @@ class _Rows:
 
     def _read_header(self, file: BinaryIO) -> None:
         version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, self.dtype = read(file)
+        short = version == (1, 0)
+        size = file.read(2 if short else 4)
+        if int.from_bytes(size, "little") > _HEADER_LIMIT:  # numpy would make room for it first
+            raise ValueError("its header is too long")
+        header = io.BytesIO(size + file.read(int.from_bytes(size, "little")))
+        read = np.lib.format.read_array_header_1_0 if short else np.lib.format.read_array_header_2_0
+        shape, fortran, self.dtype = read(header)
         self.shape: tuple[int, ...] = tuple(shape)
         if self.dtype.hasobject or self.dtype.kind not in "fiub":
             raise ValueError(f"type {self.dtype} is not numeric")
@@ -130,6 +151,8 @@ class _Rows:
             raise ValueError("it is in Fortran order; save np.ascontiguousarray of it")
         if not self.shape:
             raise ValueError("it is a single number")
+        if any(type(n) is not int or not 0 <= n < 2**48 for n in self.shape):
+            raise ValueError("its shape is impossible")
         self.row_bytes = self.dtype.itemsize * prod(self.shape[1:])
 
     def read(self, first: int, count: int = 1) -> np.ndarray:
@@ -143,7 +166,7 @@ class _Rows:
             self._file.seek(self._start + first * self.row_bytes)
             filled = 0
             while filled < len(view):
-                part = self._file.readinto(view[filled:])  # type: ignore[attr-defined]
+                part = self._file.readinto(view[filled:])
                 if not part:
                     raise DataError(f"{self.source}: was truncated while it was read")
                 filled += part

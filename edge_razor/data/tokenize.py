@@ -10,7 +10,9 @@ The request (`edge_razor.child`) is a `Request`, the answer an `Answer`, and the
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +22,15 @@ import numpy as np
 
 from edge_razor.child import ask, serve
 from edge_razor.errors import DataError
+from edge_razor.regular_file import open_regular
 
 __all__ = ["Answer", "Request", "is_text", "tokenize_in_child"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+_INDEX = re.compile(r"0|[1-9]\d{0,8}", re.ASCII)  # of a class, as a label; "00" is a name
+_MAX_CLASSES = 1 << 20  # a list of whose names fits in memory
 _BLOCK = 256  # texts that are tokenized together
-_FIELD_LIMIT = 1 << 27  # bytes of one CSV field
+_FIELD_LIMIT = 1 << 27  # bytes of one CSV field, or of a line
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,14 @@ class _Reader:
 
     def _lines(self, file: Path) -> Iterator[tuple[int, str]]:
         """(number, line) of a UTF-8 file; a byte order mark is dropped."""
-        with open(file, "rb") as stream:
-            for number, raw in enumerate(stream, 1):
+        try:
+            opened = open_regular(file)
+        except OSError as error:
+            raise DataError(f"{file}: cannot read it: {error.strerror}") from error
+        with io.BufferedReader(opened) as stream:
+            for number, raw in enumerate(iter(lambda: stream.readline(_FIELD_LIMIT + 1), b""), 1):
+                if len(raw) > _FIELD_LIMIT:
+                    raise DataError(f"{file}:{number}: has a line of more than {_FIELD_LIMIT >> 20} MiB; break it up")
                 raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 try:
                     yield number, raw.decode("utf-8")
@@ -178,6 +189,9 @@ class _Reader:
         if not isinstance(text, str):
             self.refuse(place, f"has no text {self.request.text_column!r}")
             return
+        if not _is_unicode(text):
+            self.refuse(place, "holds half of a surrogate pair, which is no text")
+            return
         if self.request.causal:
             yield text, None, place
             return
@@ -185,7 +199,19 @@ class _Reader:
         if label is None or isinstance(label, float | list | dict) or not str(label).strip():
             self.refuse(place, f"has no label {self.request.label_column!r}")
             return
+        if not _is_unicode(str(label)):
+            self.refuse(place, "has a label with half of a surrogate pair, which is no text")
+            return
         yield text, str(label).strip(), place
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no surrogate, which JSON can spell but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tokenize(request: Request) -> Answer:
@@ -210,7 +236,7 @@ def tokenize(request: Request) -> Answer:
         for block in _blocks(reader.samples()):
             encoded = tokenizer.encode_batch([text for text, _, _ in block], add_special_tokens=not request.causal)
             for (text, label, place), tokens in zip(block, encoded, strict=True):
-                ids = np.array(tokens.ids, np.int32)
+                ids = np.array(tokens.ids, np.int64)  # a damaged tokenizer has any
                 if not text.strip() or not ids.size:
                     reader.refuse(place, "is empty")
                     continue
@@ -219,6 +245,7 @@ def tokenize(request: Request) -> Answer:
                         f"{place}: token {int(ids.max())} of the tokenizer is outside of the model's table of "
                         f"{request.vocabulary}; export the model with its own tokenizer"
                     )
+                ids = ids.astype(np.int32)
                 if tokens.overflowing:
                     if not request.truncate:
                         raise DataError(f"{place}: is longer than the model's {request.length} tokens; shorten it")
@@ -247,8 +274,9 @@ def tokenize(request: Request) -> Answer:
         table = np.stack([starts, np.minimum(request.length + 1, answer.tokens - starts), 0 * starts], axis=1)
     else:
         order = _classes(request, names)
+        index_of = {name: index for index, name in enumerate(order)}
         table = np.array(rows, np.int64)
-        table[:, 2] = np.array([order.index(name) for name in names], np.int64)[table[:, 2]]
+        table[:, 2] = np.array([index_of[name] for name in names], np.int64)[table[:, 2]]
         answer.classes = order
     answer.samples = len(table)
     np.save(directory / "rows.npy", np.ascontiguousarray(table, np.int64))
@@ -259,7 +287,9 @@ def _classes(request: Request, names: list[str]) -> list[str]:
     """Class names by index: the model's; or, if the labels are its indices, these; or the labels found, sorted."""
     if request.classes is not None:
         return request.classes
-    if all(name.isascii() and name.isdigit() and int(name) < request.class_count for name in names):
+    if all(_INDEX.fullmatch(name) and int(name) < request.class_count for name in names):
+        if request.class_count > _MAX_CLASSES:
+            raise DataError(f"the bundle states {request.class_count} classes, more than are possible")
         return [str(index) for index in range(request.class_count)]
     if len(names) != request.class_count:
         raise DataError(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_razor.errors import DataError, UsageError
+from edge_razor.regular_file import read_regular
 
 from .graph import Graph
 from .storage import Choice
@@ -66,9 +67,7 @@ def read_harm_table(path: str | os.PathLike[str]) -> HarmTable:
         DataError: it cannot be read, or is no harm table.
     """
     try:
-        if Path(path).stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path}: too large for a harm table; write one with 'edge-razor fidelity'")
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_regular(Path(path), _MAX_BYTES))
     except OSError as error:
         raise DataError(f"{path}: cannot read the harm table: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edge_razor.errors import PlanError
+from edge_razor.regular_file import read_regular
 
 from .serialize import check_header
 
 __all__ = ["Plan"]
+
+_LIMIT = 64 << 20  # bytes; plans take some hundred bytes a step
+_SUMMARY_LIMIT = 16 << 20
+_TOKENS = re.compile(r"[1-9]\d{0,6}", re.ASCII)
+_READ = ("batch_size", "micro_batch", "threads", "sparsity", "arena_bytes", "predicted_peak_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +89,34 @@ class Plan:
         """
         target = Path(path)
         try:
-            binary = target.read_bytes()
+            binary = read_regular(target, _LIMIT)
             bundle_id = check_header(binary)
-            summary = json.loads(_summary_path(target).read_text(encoding="utf-8"))
+            summary = json.loads(read_regular(_summary_path(target), _SUMMARY_LIMIT))
         except OSError as error:
             raise PlanError(f"cannot read {error.filename}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{_summary_path(target)} is damaged: {error}") from error
         if not isinstance(summary, dict) or summary.pop("plan_sha256", None) != _sha256(binary):
             raise PlanError(f"{_summary_path(target)} does not belong to {target}; plan again")
         if summary.get("bundle_id") != bundle_id:
             raise PlanError(f"{target} and its summary name different bundles; plan again")
-        return Plan(binary, summary, _read_buckets(target, bundle_id, summary.pop("buckets_sha256", {})))
+        plan = Plan(binary, summary, _read_buckets(target, bundle_id, summary.pop("buckets_sha256", {})))
+        try:
+            for name in _READ:
+                getattr(plan, name)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PlanError(f"{_summary_path(target)} is damaged: no valid {name}") from error
+        return plan
 
 
 def _read_buckets(target: Path, bundle_id: str, stated: Any) -> dict[int, bytes]:
     buckets = {}
-    if not isinstance(stated, dict) or not all(tokens.isascii() and tokens.isdecimal() for tokens in stated):
+    if not isinstance(stated, dict) or not all(map(_TOKENS.fullmatch, stated)):
         raise PlanError(f"{_summary_path(target)} is damaged: its buckets are no table of tokens; plan again")
     for tokens, digest in stated.items():
         path = _bucket_path(target, int(tokens))
         try:
-            binary = path.read_bytes()
+            binary = read_regular(path, _LIMIT)
         except OSError as error:
             raise PlanError(f"cannot read {path}, the plan for texts of {tokens} tokens: {error.strerror}") from error
         if _sha256(binary) != digest or check_header(binary) != bundle_id:

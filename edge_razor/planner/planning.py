@@ -186,7 +186,7 @@ def plan_graph(
 
 def _frozen_as(graph: Graph, settings: Settings, relatives: Sequence[Graph], choices: Mapping[str, Any]) -> Search:
     frozen = choices.get("frozen", [])
-    if not isinstance(frozen, (list, tuple)) or not all(name in graph.gradients for name in frozen):
+    if not isinstance(frozen, (list, tuple)) or not all(isinstance(n, str) and n in graph.gradients for n in frozen):
         raise UsageError("the choices freeze parameters that the model does not train; they belong to another model")
     return Search(graph, settings, relatives, tuple(frozen))
 

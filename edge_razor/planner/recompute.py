@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from edge_razor.errors import BundleError
+
 from .context import scratch_bytes
 from .graph import Graph
 from .program import KERNELS, Buffer, Places, Region, Step
@@ -252,6 +254,8 @@ class _Repetition:
             if buffer in self.before_activation:
                 activated.add(self.before_activation[buffer][0])
                 continue
+            if buffer not in self.writers:
+                raise BundleError(f"training graph: no forward node makes what {buffer.name!r} is needed from")
             for step in self.writers[buffer]:
                 chosen.add(step)
                 stack += step.reads

@@ -7,6 +7,8 @@ independently.
 
 from __future__ import annotations
 
+from edge_razor.errors import BundleError
+
 from .finish import fuse_finish
 from .program import ACCUMULATE, KERNELS, Buffer, Program, Region, Step, touches
 from .recompute import make_again
@@ -158,7 +160,10 @@ def insert_updates(steps: list[Step], updates: list[Step]) -> list[Step]:
     for update in updates:
         parameter, gradient = update.operands[:2]
         assert parameter is not None and gradient is not None
-        after.setdefault(max(touched[gradient][-1], touched[parameter][-1]), []).append(update)
+        if gradient not in touched:
+            raise BundleError(f"training graph: no step makes the gradient of {parameter.name!r}")
+        unread = [-1]  # of a parameter that nothing reads
+        after.setdefault(max(touched[gradient][-1], touched.get(parameter, unread)[-1]), []).append(update)
     result: list[Step] = []
     for index, step in enumerate(steps):
         result.append(step)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
+from edge_razor.errors import BundleError
+
 from .graph import DOMAIN, Graph, Node
 from .storage import PIECEWISE_LINEAR
 
@@ -49,7 +51,9 @@ class Forward:
 
     def bytes(self, name: str) -> float:
         """A sample's bytes of a value, in float32."""
-        shape = self.graph.shapes[name]
+        shape = self.graph.shapes.get(name)
+        if shape is None:
+            raise BundleError(f"training graph: value {name!r} has no known shape")
         return 4.0 * shape.sample_elements
 
     @cached_property
@@ -111,15 +115,21 @@ class Forward:
             return 0.0
         elements = self.graph.shapes[node.output(0)].sample_elements
         if node.domain == DOMAIN and node.op in ("Conv", "Linear"):
-            weight = self.graph.shape(node.input(1), node).dims
+            weight = self._dims(node, 1, 2)
             outputs = weight[0] if node.op == "Conv" or node.integer("transW", 1) else weight[1]
             return float(elements) * (16 + prod(weight) / outputs)
         if node.op == "Attention":
-            return float(elements) * (16 + 2 * self.graph.shape(node.input(1), node).dims[0])
+            return float(elements) * (16 + 2 * self._dims(node, 1, 1)[0])
         if node.op == "BatchMatMul":
-            inner = self.graph.shape(node.input(0), node).dims[-2 if node.integer("transA", 0) else -1]
+            inner = self._dims(node, 0, 2)[-2 if node.integer("transA", 0) else -1]
             return float(elements) * (16 + inner)
         return 16.0 * elements
+
+    def _dims(self, node: Node, index: int, least: int) -> tuple[int, ...]:
+        dims = self.graph.shape(node.input(index), node).dims
+        if len(dims) < least:
+            node.fail(f"input {node.input(index)!r} has {len(dims)} dimensions beside the batch, {least} are needed")
+        return dims
 
 
 def articulation_points(graph: Graph) -> list[str]:

@@ -210,7 +210,10 @@ def kept_values(graph: Graph, samples: int) -> dict[str, KeptValue]:
             if node.output(1) in graph.consumers:
                 found[node.output(1)] = _activation(graph, node, samples)
         elif node.op == "MaxPool" and node.output(1) in graph.consumers:
-            n, h, w, c = graph.shape(node.output(0), node).at(samples)
+            shape = graph.shape(node.output(0), node).at(samples)
+            if len(shape) != 4:
+                node.fail(f"its output must have 4 dimensions, not {len(shape)}")
+            n, h, w, c = shape
             found[node.output(1)] = KeptValue("index", n, h * w, c, samples)
     return found
 

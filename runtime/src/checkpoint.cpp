@@ -185,7 +185,7 @@ void save_checkpoint(const Session& session, const char* path, uint64_t update, 
 
 void load_checkpoint(const Session& session, const char* path, uint64_t* update, void* user, size_t capacity,
                      size_t* user_bytes) {
-  const File file(path, O_RDONLY, "read");
+  const File file(path, O_RDONLY | O_NONBLOCK, "read");  // nor wait for a FIFO's writer
   const Contents contents = read_contents(file);
   if (contents.bundle_id != session.plan().bundle_id)
     throw Error{ER_BAD_FILE, text("%.400s belongs to another model than the plan", path)};
@@ -199,7 +199,7 @@ void load_checkpoint(const Session& session, const char* path, uint64_t* update,
     if (found == contents.tensors.end())
       throw Error{ER_BAD_FILE, text("%.400s lacks '%.200s': other parameters were trained, or with another optimizer",
                                     path, item.entry.name.c_str())};
-    const auto& [entry, stated] = found->second;
+    const TensorEntry& entry = found->second.first;
     if (entry.dtype != "F32" || entry.shape != item.entry.shape)
       throw Error{ER_BAD_FILE,
                   text("'%.200s' in %.400s has another shape or type than in the plan", item.entry.name.c_str(), path)};
@@ -208,7 +208,7 @@ void load_checkpoint(const Session& session, const char* path, uint64_t* update,
       file.read(chunk, count * 4, contents.data_offset + entry.begin + begin * 4);
       crc = crc_of(chunk, count, crc);
     });
-    if (crc != stated)
+    if (crc != found->second.second)
       throw Error{ER_BAD_FILE,
                   text("%.400s is damaged: '%.200s' does not match its checksum", path, item.entry.name.c_str())};
   }

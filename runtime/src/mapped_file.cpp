@@ -12,7 +12,7 @@
 
 namespace er {
 WeightsFile::WeightsFile(const char* path, uint64_t start, uint64_t bytes)
-    : path_(path), fd_(::open(path, O_RDONLY | O_CLOEXEC)), start_(start), bytes_(bytes) {
+    : path_(path), fd_(::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)), start_(start), bytes_(bytes) {
   if (fd_ < 0) io_error("read", path_);
   try {
     opened_ = identity();

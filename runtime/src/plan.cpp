@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 
 #include "byte_reader.h"
@@ -363,14 +364,15 @@ class PlanReader {
 
   // The values of an int32 input are checked against the smallest table that they index.
   void indices(const std::vector<PlanStep>& steps, uint64_t PlanInput::* offset) {
+    std::map<uint64_t, PlanInput*> inputs;  // no two begin at one byte: they are disjoint, and none is empty
+    for (size_t i = 0; i + 1 < plan_.inputs.size(); i++)
+      if (plan_.inputs[i].dtype == 1) inputs[plan_.inputs[i].*offset] = &plan_.inputs[i];
     for (const PlanStep& step : steps) {
-      if (std::strcmp(step.kernel->name, "embedding")) continue;
-      const PlanOperand& ids = step.operands[0];
-      for (size_t i = 0; i + 1 < plan_.inputs.size(); i++) {
-        PlanInput& in = plan_.inputs[i];
-        if (in.dtype == 1 && ids.region == kArena && ids.offset == in.*offset)
-          in.limit = in.limit ? std::min(in.limit, step.ints[1]) : step.ints[1];
-      }
+      if (std::strcmp(step.kernel->name, "embedding") || step.operands[0].region != kArena) continue;
+      const auto found = inputs.find(step.operands[0].offset);
+      if (found == inputs.end()) continue;
+      PlanInput& in = *found->second;
+      in.limit = in.limit ? std::min(in.limit, step.ints[1]) : step.ints[1];
     }
   }
 

@@ -1,6 +1,7 @@
 // What must hold between the spill steps of a plan: every slot is written, awaited, read and awaited once, in this
 // order, at its own place in the file, and nothing touches its memory while the I/O thread does.
 #include <algorithm>
+#include <map>
 
 #include "error.h"
 #include "plan.h"
@@ -21,9 +22,21 @@ struct Slot {
   const PlanOperand* operand = nullptr;  // of the transfer under way
 };
 
-bool overlap(const PlanOperand& a, const PlanOperand& b) {
-  return a.region == b.region && a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
-}
+// Memory of the arena that the I/O thread works on. The spans are not empty, and what a transfer takes touches none of
+// the others: the last that begins before an operand's end is the only one that could reach into it.
+class Busy {
+ public:
+  void add(const PlanOperand& span) { ends_[span.offset] = span.offset + span.bytes; }
+  void remove(const PlanOperand& span) { ends_.erase(span.offset); }
+  bool touches(const PlanOperand& operand) const {
+    if (operand.region != kArena) return false;
+    const auto after = ends_.lower_bound(operand.offset + operand.bytes);
+    return after != ends_.begin() && std::prev(after)->second > operand.offset;
+  }
+
+ private:
+  std::map<uint64_t, uint64_t> ends_;  // first byte → one past the last
+};
 
 void begin(const PlanStep& step, Slot& slot) {
   const PlanOperand& operand = step.operands[0];
@@ -79,24 +92,22 @@ void check_spills(Plan& plan) {
   for (const PlanStep& step : plan.train) count += step.spill == Spill::kWrite;
   plan.spill_slots = static_cast<uint32_t>(count);
   std::vector<Slot> slots(count);
-  std::vector<const PlanOperand*> busy;  // a few: memory that the I/O thread works on
+  Busy busy;
   for (const PlanStep& step : plan.train) {
     if (step.spill != Spill::kNone && static_cast<uint64_t>(step.ints[0]) >= count)
       ER_BAD("step '%.200s' (%s) has slot %lld, the plan writes %zu", step.label.c_str(), step.kernel->name,
              (long long)step.ints[0], count);
-    if (step.spill == Spill::kWait)
-      busy.erase(std::remove(busy.begin(), busy.end(), slots[step.ints[0]].operand), busy.end());
+    if (step.spill == Spill::kWait && slots[step.ints[0]].operand) busy.remove(*slots[step.ints[0]].operand);
     for (const PlanOperand& operand : step.operands)
-      for (const PlanOperand* other : busy)
-        if (overlap(operand, *other))
-          ER_BAD("step '%.200s' (%s) touches memory that is being spilled", step.label.c_str(), step.kernel->name);
+      if (busy.touches(operand))
+        ER_BAD("step '%.200s' (%s) touches memory that is being spilled", step.label.c_str(), step.kernel->name);
     if (step.spill == Spill::kNone) continue;
     Slot& slot = slots[step.ints[0]];
     if (step.spill == Spill::kWait) {
       end(step, slot);
     } else {
       begin(step, slot);
-      busy.push_back(slot.operand);
+      busy.add(*slot.operand);
     }
   }
   for (size_t i = 0; i < count; i++)

@@ -241,6 +241,7 @@ def test_choices_of_a_plan_are_taken_again(built: Built) -> None:
         {"recompute_level": "high"},
         {"frozen": ["nothing"]},
         {"frozen": 3},
+        {"frozen": [["nothing"]]},
     ],
     ids=str,
 )

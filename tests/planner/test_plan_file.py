@@ -14,7 +14,9 @@ from tests.runtime.plan_writer import encode, linear_plan
 
 def text_plan() -> Plan:
     made = [encode(linear_plan(pixels=(1, tokens))) for tokens in (8, 4, 2)]
-    return Plan(made[0], {"bundle_id": "0" * 64}, {4: made[1], 2: made[2]})
+    figures = {"batch_size": 4, "micro_batch": 2, "threads": 1, "sparsity": 0.5, "arena_bytes": 64}
+    summary = {"bundle_id": "0" * 64, **figures, "predicted_peak_bytes": 128}
+    return Plan(made[0], summary, {4: made[1], 2: made[2]})
 
 
 def test_all_buckets_are_written_and_read(tmp_path: Path) -> None:

@@ -15,35 +15,11 @@ import safetensors.numpy
 
 from edge_razor.errors import BundleError, EdgeRazorError, PlanError, UsageError
 from edge_razor.planner.program import KERNELS
-from edge_razor.runtime import Session, kernel_scratch
+from edge_razor.runtime import Session
 from tests.kernels.test_weight_forms import stored
 
-from .plan_writer import encode, linear_plan, seal, up64
-
-FEATURES, OUTPUTS = 6, 5
-MAPPED = 4
-FORMS = {"in_file": 1, "bf16": 2, "int8": 3}
-SIZES = {1: 4 * 30, 2: 2 * 30, 3: 64 + 30}
-
-
-def frozen_plan(form: int, **settings: Any) -> dict[str, Any]:
-    """`linear_plan` with a weight that does not train, by rows of an output channel."""
-    plan = linear_plan(**settings)
-    operand = (MAPPED, 0, SIZES[1]) if form == 1 else (2, 0, SIZES[form])
-    plan["params"][0] |= {"trainable": 0, "form": form, "perm": [0, 1], "offset": 0, "states": []}
-    plan["params"][1]["offset"] = offset = 0 if form == 1 else up64(SIZES[form])
-    plan["params_bytes"] = offset + 64
-    forward = plan["train"][0]
-    forward["ints"] = [*forward["ints"], form]
-    forward["operands"][1:4] = [operand, (0, 0, 0), (2, offset, 20)]
-    scratch = kernel_scratch("conv", forward["ints"], forward["floats"], plan["threads"])
-    forward["operands"][-1] = (1, plan["arena_bytes"], scratch)
-    plan["arena_bytes"] += up64(scratch)
-    kept = [s for s in plan["train"] if s["kernel"] != "conv_grad_weight"]
-    plan["train"] = [*kept[:3], kept[4]]
-    plan["train"][3]["operands"][0] = (2, offset, 20)
-    plan["eval"] = [forward]
-    return plan
+from .frozen_plans import FEATURES, FORMS, MAPPED, OUTPUTS, SIZES, frozen_plan, rows_plan
+from .plan_writer import encode, seal
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:
@@ -255,47 +231,6 @@ def test_no_kernel_gets_a_written_operand_that_cannot_be_written(kernel: str) ->
             Session(encode(plan))
         reads = index < signature.operands and index not in signature.writes
         assert ("in the weights file, which is never written" in str(refused.value)) != reads, index
-
-
-def rows_plan() -> dict[str, Any]:
-    """`linear_plan` on the rows of a table [9, features] that trains, with the row set of its gradient."""
-    plan = linear_plan(batch=2, micro=2)
-    arena, params = plan["arena_bytes"], plan["params_bytes"]
-    x = plan["train"][0]["operands"][0]
-    ids, rows = (1, arena, 8), (1, arena + 64, 64 + 4 * 2 * FEATURES)
-    table, state = (2, params, 4 * 9 * FEATURES), (3, plan["state_bytes"], 4 * 9 * FEATURES)
-    plan["arena_bytes"] += 64 + up64(rows[2])
-    plan["params_bytes"] += up64(table[2])
-    plan["state_bytes"] += up64(state[2])
-    plan["params"].append(
-        {
-            "name": "table",
-            "trainable": 1,
-            "shape": [9, FEATURES],
-            "perm": [0, 1],
-            "offset": params,
-            "states": [state[1]],
-        }
-    )
-    plan["inputs"][0] |= {
-        "dtype": 1,
-        "shape": [2, 1],
-        "perm": [0, 1],
-        "train": arena,
-        "eval": arena,
-        "mul": [],
-        "add": [],
-    }
-
-    def step(kernel: str, ints: list[int], floats: list[float], *operands: tuple[int, int, int]) -> dict[str, Any]:
-        return {"kernel": kernel, "label": "table", "ints": ints, "floats": floats, "operands": list(operands)}
-
-    lookup = step("embedding", [2, 9, FEATURES, 0], [], ids, table, x)
-    gradient = step("embedding_grad_rows", [2, 9, FEATURES, 2, -1], [], ids, x, rows)
-    update = step("sgd_rows", [9, FEATURES, 2, 0, 0], [0.9, 0.1], table, rows, state, (0, 0, 0))
-    plan["train"] = [lookup, *plan["train"], gradient, update]
-    plan["eval"] = [lookup, *plan["eval"]]
-    return plan
 
 
 @pytest.mark.parametrize("kind", ["in_file", "int8", "rows"])

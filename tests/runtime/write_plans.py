@@ -8,17 +8,22 @@ from pathlib import Path
 from .plan_writer import encode, linear_plan, spilled
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def write_plans(folder: Path) -> list[Path]:
+    """Writes the plans; returns their paths."""
     plans = {
         "linear": linear_plan(),
         "momentum": linear_plan(threads=2, momentum=0.9, pixels=(3, 5), outputs=17),
         "classes": linear_plan(threads=3, loss="cross_entropy", batch=5, micro=2),
         "spilled": spilled(linear_plan(threads=2, pixels=(9, 20), outputs=40)),
     }
-    for name, plan in plans.items():
-        path = folder / f"{name}.plan"
+    paths = {folder / f"{name}.plan": plan for name, plan in plans.items()}
+    for path, plan in paths.items():
         path.write_bytes(encode(plan))
+    return list(paths)
+
+
+def main() -> None:
+    for path in write_plans(Path(sys.argv[1])):
         print(path)
 
 
