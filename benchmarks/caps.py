@@ -221,7 +221,7 @@ def proof_table(models: dict[str, Any]) -> str:
                     off,
                     p.summary["micro_batch"],
                     p.summary["recompute_level"],
-                    f"{error:.3f}" if error else "exact",
+                    "exact" if not error else "< 0.001" if error < 0.0005 else f"{error:.3f}",
                     "finished",
                 )
             )
