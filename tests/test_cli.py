@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from edge_razor.checkpoint import Checkpoint
 from edge_razor.cli import main
 from edge_razor.cli.progress import Progress
+from edge_razor.planner import refusal
 from tests.bundles import write_linear_bundle
 
 COMMANDS = ("export", "info", "plan", "train", "fidelity", "eval", "to-onnx", "to-torch", "demo")
@@ -122,7 +123,10 @@ def test_a_cap_that_cannot_be_met_is_status_3_and_names_one_that_works(
     assert "not understood" in fail(capsys, 2, "plan", bundle, "--mem-budget", "1XB")
 
 
-def test_a_refusal_lists_what_other_settings_would_bring(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+def test_a_refusal_lists_what_other_settings_would_bring(
+    capsys: pytest.CaptureFixture[str], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusal, "WORTHWHILE", 1.0)  # the model is a few hundred bytes
     capsys.readouterr()
     assert main(["plan", str(bundle), "--mem-budget", "1MB", "--optimizer", "adamw", "--prefer", "exact"]) == 3
     captured = capsys.readouterr()

@@ -16,6 +16,7 @@ from .search import SPARSITY_GRID, Candidate, Search, Settings, searches, traine
 __all__ = ["refusal"]
 
 PRESENT = "the present settings"
+WORTHWHILE = 0.995  # of the present cap: a change that brings less is no advice
 
 
 def refusal(parts: list[Search], budget: int) -> BudgetError:
@@ -26,7 +27,7 @@ def refusal(parts: list[Search], budget: int) -> BudgetError:
     rows: list[Advice] = []
     for change, graph, settings in _changes(parts[0]):
         row = _row(change, _smallest(searches(graph, settings)), variation)
-        if row.smallest_budget < first.smallest_budget:
+        if row.smallest_budget <= WORTHWHILE * first.smallest_budget:
             rows.append(row)
     rows.sort(key=lambda row: row.smallest_budget)
     hints = "; ".join(f"{row.change}: {format_bytes(row.smallest_budget)}" for row in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_razor.errors import BudgetError, PlanError, UsageError
+from edge_razor.planner import refusal as refusal_module
 from edge_razor.planner.accounting import blas_bytes
 from edge_razor.planner.optimizer import Optimizer
 from edge_razor.planner.planning import plan_graph
@@ -85,7 +86,14 @@ def test_advice_names_caps_that_then_work(built: Built) -> None:
     assert "training the last layer only" in advice
 
 
-def test_the_table_of_a_refusal_says_what_each_change_brings(built: Built) -> None:
+def test_a_change_that_brings_next_to_nothing_is_no_advice(built: Built) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan_graph(built.training, built.manifest, settings(sparsity=0.5, process_bytes=10**10), 1)
+    assert not refused.value.advice and len(refused.value.table) == 1
+
+
+def test_the_table_of_a_refusal_says_what_each_change_brings(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal_module, "WORTHWHILE", 1.0)  # most of the cap is the arena
     adam = Optimizer("adamw")
     with pytest.raises(BudgetError) as refused:
         plan_graph(built.training, built.manifest, settings(sparsity=0.5, optimizer=adam), 1)
