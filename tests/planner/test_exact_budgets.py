@@ -54,7 +54,7 @@ def test_gradients_at_ten_budgets_are_the_unplanned_ones(family: str, tmp_path: 
     spill = family == "bert"  # one family that may use the spill file, too
 
     def planned(budget: int | None, **more: object) -> Plan:
-        return plan(bundle, mem_budget=budget, batch_size=BATCH, base_bytes=0, threads=2, **more)  # type: ignore[arg-type]
+        return plan(bundle, mem_budget=budget, batch_size=BATCH, base_bytes=0, base_variation=0, threads=2, **more)  # type: ignore[arg-type]
 
     unlimited = planned(None, sparsity=0)
     with pytest.raises(BudgetError) as refused:
