@@ -2,7 +2,7 @@
 // (optimizer_rows.cpp) share. Both are torch's definitions.
 #pragma once
 #include <cmath>
-#if defined(__aarch64__)
+#if defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -62,7 +62,7 @@ inline VecF sqrt(VecF v) {
   return (VecF)_mm256_sqrt_ps((__m256)v);
 #elif ER_VECTOR_BYTES == 16 && defined(__SSE2__)
   return (VecF)_mm_sqrt_ps((__m128)v);
-#elif ER_VECTOR_BYTES == 16 && defined(__aarch64__)
+#elif ER_VECTOR_BYTES == 16 && defined(__ARM_NEON)
   return (VecF)vsqrtq_f32((float32x4_t)v);
 #else
   for (int i = 0; i < kLanes; i++) v[i] = std::sqrt(v[i]);
