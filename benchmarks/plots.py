@@ -190,7 +190,7 @@ def cap_curves(model: str, found: dict[str, Any], path: Path) -> None:
             right.plot([p[0] for p in points], [p[2] for p in points], color=colour, marker=marker, label=label)
     caps = [point["cap"] / 1e6 for point in found["curves"]]
     for axes, y_label in ((left, "samples a second (median)"), (right, "expected error of the gradient")):
-        log_axis(axes.xaxis, [*caps, found["inference_peak"] / 1e6])
+        exact_axis(axes.xaxis, caps)
         axes.axvline(found["inference_peak"] / 1e6, color="#999999", linestyle=":", label="onnxruntime, inference only")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("cap on the whole process, MB")
