@@ -21,9 +21,9 @@ from edge_razor.cli.entry import main
 from edge_razor.errors import BudgetError, BundleError, UsageError
 from edge_razor.planner import plan
 from tests.kernels.test_weight_forms import stored
-from tests.test_lora import HEADS, randomize
+from tests.test_lora import lora_bundle, randomize
 from tests.test_transformers import SAMPLES, errors, moves, torch_gradients, trainer_of
-from tests.text_models import CAUSAL, MODELS, batch
+from tests.text_models import MODELS, batch
 
 ROUNDED = {"bf16": 2, "int8": 3}
 
@@ -37,14 +37,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if name == "images":
             images = torch.zeros(2, 3, 12, 13)
             return edge_razor.export(Images(), (images,), directory / name, trainable="last:1,conv2.bias")
-        return edge_razor.export(
-            MODELS[name]("sdpa"),
-            batch(name, 2)[0],
-            directory / name,
-            loss="token_cross_entropy" if name in CAUSAL else "cross_entropy",
-            trainable=f"lora:r=4,alpha=12,{HEADS[name]}",
-            dropout=False,
-        )
+        return lora_bundle(name, directory)
 
     return bundle
 

@@ -24,22 +24,22 @@ from tests.text_models import CAUSAL, MODELS, batch
 HEADS = {"bert": "classifier.*", "gpt2": "*.ln_f.*", "llama": "*.norm.weight"}
 
 
+def lora_bundle(name: str, directory: Path) -> Path:
+    return edge_razor.export(
+        MODELS[name]("sdpa"),
+        batch(name, 2)[0],
+        directory / name,
+        loss="token_cross_entropy" if name in CAUSAL else "cross_entropy",
+        trainable=f"lora:r=4,alpha=12,{HEADS[name]}",
+        dropout=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     directory = tmp_path_factory.mktemp("lora")
 
-    @cache
-    def bundle(name: str) -> Path:
-        return edge_razor.export(
-            MODELS[name]("sdpa"),
-            batch(name, 2)[0],
-            directory / name,
-            loss="token_cross_entropy" if name in CAUSAL else "cross_entropy",
-            trainable=f"lora:r=4,alpha=12,{HEADS[name]}",
-            dropout=False,
-        )
-
-    return bundle
+    return cache(lambda name: lora_bundle(name, directory))
 
 
 def randomize(trainer: edge_razor.Trainer) -> None:

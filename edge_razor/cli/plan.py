@@ -33,9 +33,8 @@ def run(
 ) -> None:
     assumptions = None
     if device is not None:
-        asked = (
-            None if options["mem_budget"] == AUTO else options["mem_budget"]
-        )  # this machine's free memory is no matter
+        # "auto" is the device's free memory: this machine's is no matter.
+        asked = None if options["mem_budget"] == AUTO else options["mem_budget"]
         assumptions = device.assumptions(asked, options["threads"])
         options = options | {
             "mem_budget": device.free if asked is None else asked,

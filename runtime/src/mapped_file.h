@@ -1,8 +1,8 @@
 // A weights file of which parts are read in place.
 #pragma once
 #include <cstdint>
-#include <memory>
-#include <string>
+
+#include "file.h"
 
 namespace er {
 
@@ -16,7 +16,7 @@ class WeightsFile {
   WeightsFile(const WeightsFile&) = delete;
   WeightsFile& operator=(const WeightsFile&) = delete;
 
-  const std::string& path() const { return path_; }
+  const char* path() const { return file_.path(); }
   uint64_t bytes() const { return bytes_; }
   void read(void* data, uint64_t bytes, uint64_t offset) const;
   // The file's bytes in memory, read-only: pages that the system reads when they are touched and may drop again.
@@ -32,10 +32,9 @@ class WeightsFile {
   };
   Identity identity() const;
 
-  std::string path_;
-  int fd_;
+  File file_;
   uint64_t start_, bytes_;
-  Identity opened_{};
+  Identity opened_;
   void* pages_ = nullptr;
   uint64_t pages_bytes_ = 0;
 };

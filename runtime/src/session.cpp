@@ -269,7 +269,7 @@ er_status Session::find_frozen() {
     return fail(ER_BAD_FILE,
                 "%.400s was changed while a session reads its weights there; copy a whole one there and "
                 "start again",
-                regions_->file->path().c_str());
+                regions_->file->path());
   if (frozen_seen_ == regions_->changes) {
     if (frozen_seen_) return ER_OK;
     return fail(ER_INVALID_ARGUMENT, "no weights file has been loaded, and the plan reads parameters there");

@@ -22,7 +22,7 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
 
 void load_weights(Session& session, std::unique_ptr<WeightsFile> file) {
   const Plan& plan = session.plan();
-  const char* path = file->path().c_str();
+  const char* path = file->path();
   const uint64_t size = file->bytes();
   uint64_t header_bytes = 0;
   if (size >= 8) file->read(&header_bytes, 8, 0);

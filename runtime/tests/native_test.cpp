@@ -16,16 +16,9 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "crc32.h"
 #include "edge_razor.h"
-
-#define CHECK(condition)                                                                                      \
-  do {                                                                                                        \
-    if (!(condition)) {                                                                                       \
-      std::fprintf(stderr, "%s:%d: %s\n  last error: %s\n", __FILE__, __LINE__, #condition, er_last_error()); \
-      std::exit(1);                                                                                           \
-    }                                                                                                         \
-  } while (0)
 
 namespace {
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edge_razor.errors import UsageError
-from edge_razor.runtime import isa as chosen_isa
 from edge_razor.runtime import kernel_run, kernel_scratch
+from tests.kernels.instruction_sets import check_under
 
 
 @dataclass
@@ -250,15 +246,7 @@ def test_scratch_of_nonsense_is_an_error(ints: list[int]) -> None:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_passes_the_kernel_tests(isa: str) -> None:
-    """The rest of this directory, in a process that is told to use a lower instruction set."""
-    here = Path(__file__).parent
-    environment = {**os.environ, "EDGE_RAZOR_ISA": isa}
-    if isa == chosen_isa():
-        pytest.skip("the ordinary tests run with it")
-    code = "import edge_razor.runtime as r, numpy as n; r.kernel_run('fill', [2], [0], [n.zeros(2, n.float32)])"
-    probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"this machine has no {isa}: {probe.stderr.strip().splitlines()[-1]}")
+    """The rest of this directory."""
     names = [
         "norm",
         "layer_norm",
@@ -273,11 +261,4 @@ def test_every_instruction_set_passes_the_kernel_tests(isa: str) -> None:
         "optimizer",
         "arithmetic",
     ]
-    files = [str(here / f"test_{name}.py") for name in names]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
+    check_under(isa, names)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ import torch.nn.functional as F
 
 from edge_razor.errors import UsageError
 from edge_razor.runtime import kernel_run, kernel_scratch
+from tests.kernels.instruction_sets import check_under
 
 # Sums of at most ~5,000 float32 products, error relative to the largest result.
 TOLERANCE = 1e-5
@@ -392,17 +389,7 @@ def test_bad_operands_and_attributes_are_refused() -> None:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_passes(isa: str) -> None:
-    probe = "import sys; from edge_razor.runtime import isa; sys.exit(0 if isa() == sys.argv[1] else 9)"
-    environment = {**os.environ, "EDGE_RAZOR_ISA": isa}
-    if os.environ.get("EDGE_RAZOR_ISA"):
-        pytest.skip("already under a chosen instruction set")
-    if subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True).returncode:
-        pytest.skip(f"this machine has no {isa}")
-    selected = "threads or scale or fused or conv_and_input or finish"
-    files = [__file__, str(Path(__file__).with_name("test_conv_finish.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", selected]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:]
+    check_under(isa, ["conv", "conv_finish"], "threads or scale or fused or conv_and_input or finish")
 
 
 def test_scratch_grows_with_threads_and_stays_small() -> None:

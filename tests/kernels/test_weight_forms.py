@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from edge_razor.errors import NonFiniteError, UsageError
 from edge_razor.runtime import kernel_run, kernel_scratch
 from tests.kernels.harness import Out, normal, run
+from tests.kernels.instruction_sets import check_under
 from tests.kernels.test_conv import CASES, Case, assert_close, reference, scratch
 
 FORMS = {"float": 1, "bf16": 2, "int8": 3}
@@ -156,14 +152,4 @@ def test_depthwise_weights_have_one_form() -> None:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])  # avx512 is what all of this runs with where there is one
 def test_every_instruction_set_passes(isa: str) -> None:
-    probe = "import sys; from edge_razor.runtime import isa; sys.exit(0 if isa() == sys.argv[1] else 9)"
-    environment = {**os.environ, "EDGE_RAZOR_ISA": isa}
-    if os.environ.get("EDGE_RAZOR_ISA"):
-        pytest.skip("already under a chosen instruction set")
-    if subprocess.run([sys.executable, "-c", probe, isa], env=environment, capture_output=True).returncode:
-        pytest.skip(f"this machine has no {isa}")
-    selected = "int8 and not wide or bits or embedding or by_rows or adamw"
-    files = [__file__, str(Path(__file__).with_name("test_row_sets.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", selected]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:]
+    check_under(isa, ["weight_forms", "row_sets"], "int8 and not wide or bits or embedding or by_rows or adamw")
