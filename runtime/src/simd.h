@@ -33,11 +33,25 @@ inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
 inline VecF min(VecF a, VecF b) { return a < b ? a : b; }
 inline VecI bits(VecF v) { return (VecI)v; }
 inline VecF abs(VecF v) { return (VecF)((VecI)v & 0x7fffffff); }
-inline float sum(VecF v) {
-  float s = 0;
-  for (int i = 0; i < kLanes; i++) s += v[i];
-  return s;
+template <int kStep, size_t... kLane>
+inline VecF rotate(VecF v, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kStep) % kLanes)...);
 }
+// All lanes in one: halves, then quarters, …, so that the chain is short.
+template <int kStep = kLanes / 2, class F>
+inline float fold(VecF v, F&& f) {
+  v = f(v, rotate<kStep>(v, std::make_index_sequence<kLanes>()));
+  if constexpr (kStep > 1)
+    return fold<kStep / 2>(v, f);
+  else
+    return v[0];
+}
+inline float sum(VecF v) {
+  return fold(v, [](VecF a, VecF b) { return a + b; });
+}
+// NaN if an operand is.
+inline VecF max_or_nan(VecF a, VecF b) { return select((a > b) | (a != a), a, b); }
+inline float highest(VecF v) { return fold(v, max_or_nan); }
 
 // 0, 1, 2, … kLanes − 1.
 inline VecI lane_index() {

@@ -56,7 +56,8 @@ bool sizes_valid(const Call& call, uint32_t ints) {
 
 uint64_t scratch_attention(const Call& call, int threads) {
   if (!sizes_valid(call, kForwardInts)) return UINT64_MAX;
-  return byte_size({threads, kTile, parse_sizes(call).p_row()});
+  const Attention a = parse_sizes(call);
+  return byte_size({threads, kTile + a.d, a.p_row()});
 }
 
 bool run_attention(const Call& call) {
@@ -67,15 +68,19 @@ bool run_attention(const Call& call) {
   RowsLayout kept{};
   if (keep) rows_of(a, keep, &kept);
   call.pool->split(a.n * a.heads * a.tiles(), 1, [&](int64_t begin, int64_t stop, int thread) {
-    float* p = call.as<float>(7) + thread * kTile * a.p_row();
+    float* p = call.as<float>(7) + thread * (kTile + a.d) * a.p_row();
+    ProductColumns keys{};
+    int64_t packed = -1;
     for (int64_t unit = begin; unit < stop; unit++) {
       const int64_t sample = unit / (a.heads * a.tiles()), head = unit / a.tiles() % a.heads;
       const int64_t first = unit % a.tiles() * kTile, rows = std::min(kTile, a.t - first);
       const int64_t end = a.reach(first + rows - 1);
       const int64_t query = (sample * a.t + first) * a.q_row() + head * a.d;
       const int64_t key = sample * a.s * a.kv_row() + head / group * a.d;
-      probabilities(a, sample, head, first, rows, end, call.as<const float>(0) + query, a.q_row(),
-                    call.as<const float>(1) + key, a.kv_row(), p);
+      if (packed != key)
+        keys = pack_transposed(call.as<const float>(1) + key, a.kv_row(), a.s, a.d, p + kTile * a.p_row());
+      packed = key;
+      probabilities(a, sample, head, first, rows, end, call.as<const float>(0) + query, a.q_row(), keys, p);
       const int64_t row = (sample * a.heads + head) * a.t + first;
       uint64_t* bits = keep ? call.as<uint64_t>(6) + row * kept.words : nullptr;
       uint16_t* values = keep ? reinterpret_cast<uint16_t*>(call.as<uint8_t>(6) + kept.value) + row * keep : nullptr;
@@ -86,8 +91,8 @@ bool run_attention(const Call& call) {
       if (keep && a.ratio > 0)
         for (int64_t i = 0; i < rows; i++)
           mark_dropped(p + i * a.p_row(), kept.words, bits + i * kept.words, values + i * keep);
-      sgemm(Trans::no, Trans::no, rows, a.d, end, 1.f, p, a.p_row(), call.as<const float>(2) + key, a.kv_row(), 0.f,
-            call.as<float>(5) + query, a.q_row());
+      product(rows, a.d, end, p, a.p_row(), 1, {call.as<const float>(2) + key, a.kv_row(), 0}, false,
+              call.as<float>(5) + query, a.q_row());
     }
   });
   return true;
@@ -130,10 +135,11 @@ int64_t copy_row(const Attention& a) { return a.d % kGroupColumns ? a.d / kGroup
 // Floats of a row of kept probabilities: whole vectors.
 int64_t kept_row(int64_t keep) { return (keep + kLanes - 1) / kLanes * kLanes; }
 
-// What one thread works in. Recomputing: two tiles of probabilities, Q, K and V of a head. With kept probabilities: Q,
-// K, V, dK and dV of a head, a row of dY and of dQ, and a row's kept probabilities. In both a group of packed values.
+// What one thread works in. Recomputing: two tiles of probabilities, Q, K and V of a head, K and V transposed. With
+// kept probabilities: Q, K, V, dK and dV of a head, a row of dY and of dQ, and a row's kept probabilities. In both a
+// group of packed values.
 struct Work {
-  float *p, *dp, *q, *k, *v, *dk, *dv, *dy, *dq, *row, *group;
+  float *p, *dp, *kt, *vt, *q, *k, *v, *dk, *dv, *dy, *dq, *row, *group;
   int64_t floats;
 
   Work(const Attention& a, int64_t keep, float* base) {
@@ -145,6 +151,7 @@ struct Work {
     };
     const int64_t width = copy_row(a);
     p = take(keep ? 0 : kTile * a.p_row()), dp = take(keep ? 0 : kTile * a.p_row());
+    kt = take(keep ? 0 : a.d * a.p_row()), vt = take(keep ? 0 : a.d * a.p_row());
     q = take(a.t * width), k = take(a.s * width), v = take(a.s * width);
     dk = take(keep ? a.s * width : 0), dv = take(keep ? a.s * width : 0);
     dy = take(keep ? width : 0), dq = take(keep ? width : 0), row = take(3 * kept_row(keep));
@@ -159,7 +166,7 @@ uint64_t scratch_attention_grad(const Call& call, int threads) {
   const int64_t keep = call.ints[kAttentionInts + 6];
   constexpr int64_t kLimit = int64_t{1} << 40;  // floats
   if (keep < 0 || keep > a.s || byte_size({a.t + 4 * a.s + 2, a.d + 32}) > kLimit ||
-      byte_size({kTile, 2 * a.p_row()}) > kLimit)
+      byte_size({kTile + a.d, 2 * a.p_row()}) > kLimit)
     return UINT64_MAX;
   return byte_size({threads, Work(a, keep, nullptr).floats});
 }
@@ -196,18 +203,19 @@ bool copy_rows(const KeptReader& in, int64_t sample, int64_t first, int64_t rows
 
 // ds = p · (dp − Σ p·dp) · scale, in dp's place.
 void score_gradient(const Attention& a, int64_t rows, int64_t end, const float* p, float* dp) {
+  const int64_t padded = whole_vectors(end);
   for (int64_t i = 0; i < rows; i++, p += a.p_row(), dp += a.p_row()) {
+    std::fill(dp + end, dp + padded, 0.f);  // as in p
     double products = 0;
     constexpr int64_t kRun = 32 * kLanes;
-    for (int64_t first = 0; first < end; first += kRun) {
-      const int64_t last = std::min(end, first + kRun);
+    for (int64_t first = 0; first < padded; first += kRun) {
+      const int64_t last = std::min(padded, first + kRun);
       VecF run{};
-      for (int64_t j = first; j < last; j += kLanes) run += load_upto(p + j, end - j) * load_upto(dp + j, end - j);
+      for (int64_t j = first; j < last; j += kLanes) run += load(p + j) * load(dp + j);
       products += sum(run);
     }
     const float delta = static_cast<float>(products);
-    for (int64_t j = 0; j < end; j += kLanes)
-      store_upto(dp + j, load_upto(p + j, end - j) * (load_upto(dp + j, end - j) - delta) * a.scale, end - j);
+    for (int64_t j = 0; j < padded; j += kLanes) store(dp + j, load(p + j) * (load(dp + j) - delta) * a.scale);
   }
 }
 
@@ -235,6 +243,8 @@ struct HeadGradient {
   bool recompute(const DropoutMask& mask) const {
     HeadRows keys, values;
     if (!head(k, work.k, &keys) || !head(v, work.v, &values)) return false;
+    const ProductColumns packed_keys = pack_transposed(keys.data, keys.stride, a.s, a.d, work.kt);
+    const ProductColumns packed_values = pack_transposed(values.data, values.stride, a.s, a.d, work.vt);
     float *dk = call.as<float>(8), *dv = call.as<float>(9), *p = work.p, *dp = work.dp;
     for (float* out : {dk, dv})
       if (out)
@@ -250,20 +260,17 @@ struct HeadGradient {
           copy_rows(q, sample, first, rows, head * a.d, a.d, width(), work.group, work.q);
         const int64_t query = (sample * a.t + first) * a.q_row() + head * a.d;
         const float* dy = call.as<const float>(5) + query;
-        probabilities(a, sample, head, first, rows, end, queries.data, queries.stride, keys.data, keys.stride, p);
-        sgemm(Trans::no, Trans::yes, rows, end, a.d, 1.f, dy, a.q_row(), values.data, values.stride, 0.f, dp,
-              a.p_row());
+        probabilities(a, sample, head, first, rows, end, queries.data, queries.stride, packed_keys, p);
+        product(rows, end, a.d, dy, a.q_row(), 1, packed_values, false, dp, a.p_row());
         if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, dp);
         score_gradient(a, rows, end, p, dp);
         if (float* dq = call.as<float>(7))
-          sgemm(Trans::no, Trans::no, rows, a.d, end, 1.f, dp, a.p_row(), keys.data, keys.stride, 0.f, dq + query,
-                a.q_row());
+          product(rows, a.d, end, dp, a.p_row(), 1, {keys.data, keys.stride, 0}, false, dq + query, a.q_row());
         if (dk)
-          sgemm(Trans::yes, Trans::no, end, a.d, rows, 1.f, dp, a.p_row(), queries.data, queries.stride, 1.f,
-                dk + key(), a.kv_row());
+          product(end, a.d, rows, dp, 1, a.p_row(), {queries.data, queries.stride, 0}, true, dk + key(), a.kv_row());
         if (dv) {
           if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, p);
-          sgemm(Trans::yes, Trans::no, end, a.d, rows, 1.f, p, a.p_row(), dy, a.q_row(), 1.f, dv + key(), a.kv_row());
+          product(end, a.d, rows, p, 1, a.p_row(), {dy, a.q_row(), 0}, true, dv + key(), a.kv_row());
         }
       }
     }

@@ -5,14 +5,14 @@
 #include <limits>
 #include <string>
 
-#include "../blas.h"
 #include "../simd.h"
+#include "attention_product.h"
 #include "call_check.h"
 #include "philox.h"
 
 namespace er::ER_ISA {
 
-constexpr int64_t kTile = 64;                   // queries at once
+constexpr int64_t kTile = 48;                   // queries at once: whole tiles of 6 and of 8 rows
 constexpr int64_t kMaxSize = int64_t{1} << 30;  // BLAS takes ints
 constexpr uint32_t kAttentionInts = 9;          // that both kernels begin with
 
@@ -77,55 +77,60 @@ inline void check_masks(CallCheck& check, const Call& call, const Attention& a, 
 
 inline VecF exp_or_zero(VecF x) { return (VecF)(~(VecI)(x < -87.0f) & (VecI)exp(x)); }
 
-// Turns a row of scores into probabilities: those of `count` keys, of which key_mask (or null) tells who may be looked
-// at. Without any, all are 0.
-inline void softmax_row(float* x, int64_t count, const float* bias, const float* key_mask) {
+// Turns a row of products Q·K into probabilities: those of `count` keys, of which key_mask (or null) tells who may be
+// looked at. Without any, all are 0. Whole vectors of x are written, with zeros behind `count`.
+inline void softmax_row(float* x, int64_t count, float scale, const float* bias, const float* key_mask) {
   const VecF lowest = broadcast(-std::numeric_limits<float>::infinity());
+  const int64_t whole = count / kLanes * kLanes, padded = whole_vectors(count);
   VecF best = lowest;
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t left = count - j;
-    VecF v = load_upto(x + j, left);
-    if (bias) v += load_upto(bias + j, left);
-    if (key_mask) v = select(load_upto(key_mask + j, left) > 0.5f, v, lowest);
-    if (left < kLanes) v = select(lane_index() < static_cast<int32_t>(left), v, lowest);
-    store_upto(x + j, v, left);
+  auto score = [&](int64_t j, auto&& from) {
+    VecF v = load(x + j) * scale;
+    if (bias) v += from(bias + j);
+    return key_mask ? select(from(key_mask + j) > 0.5f, v, lowest) : v;
+  };
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    const VecF v = score(j, [](const float* from) { return load(from); });
+    store(x + j, v);
     best = max(best, v);
   }
-  float top = best[0];
-  for (int lane = 1; lane < kLanes; lane++) top = std::max(top, best[lane]);
+  if (whole < count) {
+    const int64_t left = count - whole;
+    const VecF v = score(whole, [&](const float* from) { return load_partial(from, static_cast<int>(left)); });
+    store(x + whole, select(lane_index() < static_cast<int32_t>(left), v, lowest));
+    best = max_or_nan(best, load(x + whole));
+  }
+  const float top = highest(best);
   if (top == lowest[0]) {
-    std::fill_n(x, count, 0.f);
+    std::fill_n(x, padded, 0.f);
     return;
   }
   double total = 0;
   constexpr int64_t kRun = 32 * kLanes;
-  for (int64_t first = 0; first < count; first += kRun) {
-    const int64_t last = std::min(count, first + kRun);
+  for (int64_t first = 0; first < padded; first += kRun) {
+    const int64_t last = std::min(padded, first + kRun);
     VecF run{};
     for (int64_t j = first; j < last; j += kLanes) {
-      const int64_t left = count - j;
-      VecF e = exp_or_zero(load_upto(x + j, left) - top);
-      store_upto(x + j, e, left);
-      if (left < kLanes) e = (VecF)((lane_index() < static_cast<int32_t>(left)) & (VecI)e);
+      const VecF e = exp_or_zero(load(x + j) - top);
+      store(x + j, e);
       run += e;
     }
     total += sum(run);
   }
   const float factor = static_cast<float>(1.0 / total);
-  for (int64_t j = 0; j < count; j += kLanes) store_upto(x + j, load_upto(x + j, count - j) * factor, count - j);
+  for (int64_t j = 0; j < padded; j += kLanes) store(x + j, load(x + j) * factor);
 }
 
 // p[rows][p_row()] = probabilities of queries [first, first + rows) of a head for keys [0, end); what a causal mask
-// hides is 0.
+// hides is 0, and so is what fills the last vector. `keys` are all keys of the head, packed.
 inline void probabilities(const Attention& a, int64_t sample, int64_t head, int64_t first, int64_t rows, int64_t end,
-                          const float* q, int64_t q_row, const float* k, int64_t k_row, float* p) {
-  sgemm(Trans::no, Trans::yes, rows, end, a.d, a.scale, q, q_row, k, k_row, 0.f, p, a.p_row());
+                          const float* q, int64_t q_row, ProductColumns keys, float* p) {
+  product(rows, end, a.d, q, q_row, 1, keys, false, p, a.p_row());
   const float* mask = a.key_mask ? a.key_mask + sample * a.s : nullptr;
   for (int64_t i = 0; i < rows; i++) {
     const int64_t count = std::min(end, a.reach(first + i));
     const float* bias = a.bias ? a.bias + ((a.bias_heads > 1 ? head : 0) * a.t + first + i) * a.s : nullptr;
-    softmax_row(p + i * a.p_row(), count, bias, mask);
-    std::fill_n(p + i * a.p_row() + count, end - count, 0.f);
+    softmax_row(p + i * a.p_row(), count, a.scale, bias, mask);
+    std::fill(p + i * a.p_row() + count, p + i * a.p_row() + whole_vectors(end), 0.f);
   }
 }
 

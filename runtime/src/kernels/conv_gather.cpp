@@ -7,7 +7,8 @@
 namespace er::ER_ISA {
 namespace {
 
-constexpr int64_t kMaxTileRows = 144;
+constexpr int64_t kMaxTileRows = 576;
+constexpr int64_t kTileBytes = 512 << 10;   // a tile's inputs of one depth block stay in the second-level cache
 constexpr int64_t kTableBytes = 128 << 10;  // row pointers of a tile
 constexpr int64_t kDepth =
     512;  // inner products per pass over B: 512 × 64 columns = 128 KB, stays in the second-level cache
@@ -29,7 +30,6 @@ struct Layout {
     rows = g.samples * g.rows_axis.count * g.cols_axis.count;
     taps = g.rows_axis.taps * g.cols_axis.taps;
     int64_t fit = kTableBytes / static_cast<int64_t>(sizeof(float*)) / pointers();
-    tile_rows = std::max<int64_t>(kTileRowsNarrow, std::min({fit, kMaxTileRows, rows}));
     vectors = ceil_div(g.n, kLanes);
     panels = ceil_div(vectors, kTileVectors);
     few_rows = as_it_lies(g) && g.group == 1 && rows <= kSmallRows;
@@ -37,6 +37,9 @@ struct Layout {
     chunks = ceil_div(g.k_tap, most);
     taps_per_block = std::max<int64_t>(1, most / g.k_tap);
     blocks = chunks > 1 ? taps * chunks : ceil_div(taps, taps_per_block);
+    const int64_t depth = std::min(most, taps * g.k_tap);
+    const int64_t cached = kTileBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, depth);
+    tile_rows = std::max<int64_t>(kTileRowsNarrow, std::min({fit, kMaxTileRows, cached, rows}));
     pack = !as_it_lies(g) || (!few_rows && (panels > 1 || g.n % kLanes));
     resident = packed_floats(g) * 4 <= kResidentBytes;
   }

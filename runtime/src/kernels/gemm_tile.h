@@ -23,9 +23,12 @@ constexpr bool kMaskedLoads = true;
 constexpr bool kMaskedLoads = false;
 #endif
 
+// From so many products a sum on, C's lines are fetched while they are made.
+constexpr int64_t kFetchDepth = 128;
+
 struct GemmTile {
-  const float* const* a;  // row r of tap t: a[t·a_stride + r] + a_offset, k contiguous values
-  int64_t a_stride, a_offset, taps, k;
+  const float* const* a;  // row r of tap t: a[t·a_stride + r] + a_offset, k values, a_step apart
+  int64_t a_stride, a_offset, a_step = 1, taps, k;
   const float* b;  // [taps·k][vectors·kLanes], rows ldb apart
   int64_t ldb;
   float* const* c;  // row r: c[r] + c_offset
@@ -68,13 +71,18 @@ void gemm_tile(const GemmTile& g) {
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) acc[r][v] = VecF{};
+  if (g.taps * g.k >= kFetchDepth)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) __builtin_prefetch(g.c[r] + g.c_offset + v * kLanes, 1, 3);
   const float* b = g.b;
-  const int64_t ldb = g.ldb, count = g.k;
+  const int64_t ldb = g.ldb, step = g.a_step, end = g.k * step;
   for (int64_t t = 0; t < g.taps; t++) {
     const float* a[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) a[r] = g.a[t * g.a_stride + r] + g.a_offset;
-    for (int64_t k = 0; k < count; k++) {
+    for (int64_t k = 0; k < end; k += step) {
       VecF bv[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++)
