@@ -6,14 +6,14 @@
 #include <string>
 
 #include "../simd.h"
-#include "attention_product.h"
 #include "call_check.h"
 #include "philox.h"
+#include "product.h"
 
 namespace er::ER_ISA {
 
 constexpr int64_t kTile = 48;                   // queries at once: whole tiles of 6 and of 8 rows
-constexpr int64_t kMaxSize = int64_t{1} << 30;  // BLAS takes ints
+constexpr int64_t kMaxSize = int64_t{1} << 30;  // no product of two overflows
 constexpr uint32_t kAttentionInts = 9;          // that both kernels begin with
 
 struct Attention {

@@ -5,8 +5,8 @@
 // rows and as many taps at once as give the GEMM enough columns. Small gradients are summed by each thread over its own
 // rows, in partial sums that are added up in the order of the threads; for large ones the threads share the output
 // channels (or input channels, or groups).
-#include "../blas.h"
 #include "conv_weight.h"
+#include "product.h"
 
 namespace er::ER_ISA {
 namespace {
@@ -29,8 +29,15 @@ struct Shares {
     tile_rows = std::clamp<int64_t>(kTileFloats / (taps * (s.ic / s.group)), 16, kMaxTileRows);
     by_rows = s.w_elements() <= kPartialElements;
   }
-  int64_t tile_floats(const ConvShape& s) const {
+  int64_t gathered_floats(const ConvShape& s) const {
     return direct ? 0 : (tile_rows * taps * (s.ic / s.group) + 15) / 16 * 16;
+  }
+  // Of each thread: gathered inputs, then the product's scratch.
+  int64_t thread_floats(const ConvShape& s) const {
+    const int64_t ic = s.ic / s.group, columns = direct ? ic : taps * ic;
+    const int64_t rows = direct ? s.n * s.oh * s.ow : tile_rows;
+    const TransposedProduct product(columns, s.oc / s.group, rows, columns, s.oc, s.oc);
+    return gathered_floats(s) + (product.scratch_floats() + 15) / 16 * 16;
   }
 };
 
@@ -79,10 +86,12 @@ struct Share {
 void share_gradient(const WeightGradient& call, const Shares& how, const Share& share, float* tile, float* g) {
   const ConvShape& s = call.shape;
   const int64_t ic = s.ic / s.group, oc = s.oc / s.group, k = share.k_end - share.k_begin;
+  float* scratch = tile + how.gathered_floats(s);
   if (how.direct) {
-    sgemm(Trans::yes, Trans::no, share.c_end - share.c_begin, k, share.row_end - share.row_begin, 1.f,
-          static_cast<const float*>(call.x) + share.row_begin * s.ic + share.c_begin, s.ic,
-          call.dy + share.row_begin * s.oc + share.k_begin, s.oc, 0.f, g + share.c_begin * s.oc + share.k_begin, s.oc);
+    TransposedProduct(share.c_end - share.c_begin, k, share.row_end - share.row_begin, s.ic, s.oc, s.oc)
+        .run(static_cast<const float*>(call.x) + share.row_begin * s.ic + share.c_begin,
+             call.dy + share.row_begin * s.oc + share.k_begin, false, g + share.c_begin * s.oc + share.k_begin,
+             scratch);
     return;
   }
   for (int64_t group = share.group_begin; group < share.group_end; group++)
@@ -95,8 +104,8 @@ void share_gradient(const WeightGradient& call, const Shares& how, const Share& 
         else
           gather(s, static_cast<const uint16_t*>(call.x), group, tap, taps, row, end, tile);
         const int64_t first = group * oc + share.k_begin;
-        sgemm(Trans::yes, Trans::no, taps * ic, k, end - row, 1.f, tile, taps * ic, call.dy + row * s.oc + first, s.oc,
-              row == share.row_begin ? 0.f : 1.f, g + tap * ic * s.oc + first, s.oc);
+        TransposedProduct(taps * ic, k, end - row, taps * ic, s.oc, s.oc)
+            .run(tile, call.dy + row * s.oc + first, row > share.row_begin, g + tap * ic * s.oc + first, scratch);
       }
     }
 }
@@ -115,7 +124,7 @@ void add_partials(const WeightGradient& call, const float* partials) {
 uint64_t dense_weight_scratch(const ConvShape& s, const PackedLayout& x, int threads) {
   const Shares how(s, x);
   const int64_t partials = how.by_rows ? (threads - 1) * s.w_elements() : 0;
-  return static_cast<uint64_t>(threads * how.tile_floats(s) + partials) * sizeof(float);
+  return static_cast<uint64_t>(threads * how.thread_floats(s) + partials) * sizeof(float);
 }
 
 bool dense_weight_run(const WeightGradient& call) {
@@ -124,9 +133,9 @@ bool dense_weight_run(const WeightGradient& call) {
   const int threads = call.pool->threads();
   const int64_t rows = s.n * s.oh * s.ow, ic = s.ic / s.group, oc = s.oc / s.group;
   float* tiles = static_cast<float*>(call.scratch);
-  float* partials = tiles + threads * how.tile_floats(s);
+  float* partials = tiles + threads * how.thread_floats(s);
   call.pool->run([&](int thread) {
-    float* tile = tiles + thread * how.tile_floats(s);
+    float* tile = tiles + thread * how.thread_floats(s);
     auto part = [&](int64_t items, int64_t grain, int64_t* begin, int64_t* end) {
       const int64_t chunks = (items + grain - 1) / grain;
       *begin = std::min(items, chunks * thread / threads * grain);

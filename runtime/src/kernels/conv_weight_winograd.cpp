@@ -2,9 +2,9 @@
 // is Y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A for a window x and four results (conv_winograd.cpp; Lavin and Gray 2016), so that
 //   dw = Gᵀ [Σ over windows of (A dY Aᵀ) ⊙ (Bᵀ x B)] G:
 // 16 products a window and pair of channels instead of 36, as 16 matrix products over the windows.
-#include "../blas.h"
 #include "conv_paths.h"
 #include "conv_weight.h"
+#include "product.h"
 #include "winograd_window.h"
 
 namespace er::ER_ISA {
@@ -106,9 +106,9 @@ void sum_windows(const WeightGradient& call, const Layout& l, Channels in, Chann
       transform_results(results, out.count, parts.out + i * l.out.most, l.out_stride());
     }
     for (int64_t p = 0; p < kPoints; p++)
-      sgemm(Trans::yes, Trans::no, in.count, out.count, n, 1.f, parts.in + p * l.in_stride(), l.in.most,
-            parts.out + p * l.out_stride(), l.out.most, first == begin ? 0.f : 1.f, parts.sums + p * l.sum_stride(),
-            l.out.most);
+      product(in.count, out.count, n, parts.in + p * l.in_stride(), 1, l.in.most,
+              {parts.out + p * l.out_stride(), l.out.most, 0}, first > begin, parts.sums + p * l.sum_stride(),
+              l.out.most);
   }
 }
 

@@ -1,11 +1,11 @@
 // Products of two computed matrices, sample by sample: what attention that is not recognized as such needs.
-#include "../blas.h"
 #include "call_check.h"
+#include "product.h"
 
 namespace er::ER_ISA {
 namespace {
 
-constexpr int64_t kMaxSize = int64_t{1} << 30;  // BLAS takes ints
+constexpr int64_t kMaxSize = int64_t{1} << 30;  // no product of two overflows
 
 // batch_matmul: A[batch, m, k] (transposed: [batch, k, m]), B[batch, k, p] ([batch, p, k]) → Y[batch, m, p];
 // ints batch, m, k, p, transpose_a, transpose_b. A thread takes whole products, or rows of one if there are fewer.
@@ -21,6 +21,19 @@ std::string check_batch_matmul(const Call& call) {
   return check.error();
 }
 
+// Y[rows][p] = A · Bᵀ for B[p][k]; the element of A at (row, c) is a[row·a_row + c·a_step].
+void multiply_transposed(int64_t rows, int64_t k, int64_t p, const float* a, int64_t a_row, int64_t a_step,
+                         const float* b, float* y) {
+  constexpr int64_t kDepth = 64;
+  alignas(64) float packed[kDepth * kPanelColumns];
+  for (int64_t column = 0; column < p; column += kPanelColumns)
+    for (int64_t c = 0; c < k; c += kDepth) {
+      const int64_t cols = std::min(kPanelColumns, p - column), depth = std::min(kDepth, k - c);
+      product(rows, cols, depth, a + c * a_step, a_row, a_step,
+              pack_transposed(b + column * k + c, k, cols, depth, packed), c > 0, y + column, p);
+    }
+}
+
 bool run_batch_matmul(const Call& call) {
   constexpr int64_t kRows = 128;  // of one product that a thread takes at a time
   const int64_t batch = call.ints[0], m = call.ints[1], k = call.ints[2], p = call.ints[3];
@@ -32,8 +45,13 @@ bool run_batch_matmul(const Call& call) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t sample = unit / tiles, row = unit % tiles * kRows, rows = std::min(kRows, m - row);
       const float* from = a + sample * m * k + (a_trans ? row : row * k);
-      sgemm(a_trans ? Trans::yes : Trans::no, b_trans ? Trans::yes : Trans::no, rows, p, k, 1.f, from, a_trans ? m : k,
-            b + sample * k * p, b_trans ? k : p, 0.f, y + (sample * m + row) * p, p);
+      const float* other = b + sample * k * p;
+      float* to = y + (sample * m + row) * p;
+      const int64_t a_row = a_trans ? 1 : k, a_step = a_trans ? m : 1;
+      if (b_trans)
+        multiply_transposed(rows, k, p, from, a_row, a_step, other, to);
+      else
+        product(rows, p, k, from, a_row, a_step, {other, p, 0}, false, to, p);
     }
   });
   return true;
