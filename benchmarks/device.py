@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.common import markdown_table, write_result
-from device_tests.toolchain import PROCESSORS, ROOT, SYSROOT, TOOLCHAIN, digits_bundle, openblas, run, unavailable
+from device_tests.toolchain import PROCESSORS, ROOT, SYSROOT, TOOLCHAIN, digits_bundle, run, unavailable
 from device_tests.wheel import build_wheel
 from edge_razor.runtime import library_path
 
@@ -77,9 +77,7 @@ def main() -> None:
         folder = Path(temporary)
         bundle = digits_bundle(folder)
         files = [str(folder / "digits.plan"), str(bundle / "weights.safetensors")]
-        blas = openblas(folder / "site")
-        assert blas is not None, "the wheel of scipy-openblas32 for aarch64 cannot be downloaded"
-        wheel = build_wheel(folder, blas)
+        wheel = build_wheel(folder)
         run(sys.executable, "-m", "zipfile", "-e", wheel, folder / "site")
         arm = folder / "site/edge_razor/runtime"
         run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", folder / "here", cwd=ROOT)
@@ -93,7 +91,7 @@ def main() -> None:
         seconds, peak = start_up(program, files, folder)
         vector = build_example(folder / "arm", arm / "cmake", True)
         plain_build = folder / "plain"
-        run("cmake", "-S", ROOT / "runtime", "-B", plain_build, "-G", "Ninja", f"-DOPENBLAS_LIBRARY={blas}",
+        run("cmake", "-S", ROOT / "runtime", "-B", plain_build, "-G", "Ninja",
             f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}", "-DCMAKE_CXX_FLAGS=-march=armv8-a+nosimd")  # fmt: skip
         run("cmake", "--build", plain_build, "--target", "edge_razor")
         run("cmake", "--install", plain_build, "--prefix", folder / "plain-prefix")
@@ -107,7 +105,7 @@ def main() -> None:
 def write(rows: list[tuple[str, int, int]], seconds: float, peak: float, steps: list[tuple[str, int]]) -> None:
     sizes = [(name, f"{size:,}", f"{wheel:,}") for name, size, wheel in rows]
     body = (
-        markdown_table(("platform", "stripped library without OpenBLAS, bytes", "wheel, bytes"), sizes)
+        markdown_table(("platform", "stripped library, bytes", "wheel, bytes"), sizes)
         + "\nx86-64 carries its kernels three times (SSE2, AVX2, AVX-512), aarch64 once (NEON).\n\n"
         + "The C program of `examples/embed_c`, start to exit, plan and weights opened and 400 images predicted: "
         + f"{seconds * 1e3:.0f} ms (fastest of 20), {peak / 1e6:.1f} MB peak resident.\n\n"

@@ -63,9 +63,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), directory], check=True)
         library = next(Path(directory).rglob("libedge_razor.so")).stat().st_size
     body = markdown_table(("state", "seconds", "resident, MB"), rows)
-    body += (
-        f"\nWheel {size / 1e6:.2f} MB; native library {library / 1e6:.2f} MB (OpenBLAS comes from scipy-openblas32).\n"
-    )
+    body += f"\nWheel {size / 1e6:.2f} MB; native library {library / 1e6:.2f} MB.\n"
     write_result("footprint", "Footprint before training", "python dev.py bench footprint", body)
 
 

@@ -104,8 +104,7 @@ def _native(target: str, runs: int, seed: int, folder: Path) -> tuple[int, str]:
         options.append(f"-dict={DICTIONARY}")
     environment = {
         "EDGE_RAZOR_FUZZ_PLANS": ":".join(map(str, sorted((folder / "plans").glob(f"{target}-*.plan")))),
-        "OPENBLAS_NUM_THREADS": "1",
-        "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0",  # OpenBLAS keeps its buffers
+        "ASAN_OPTIONS": "allocator_may_return_null=1",
     }
     return _run([str(BUILD / target), *options, str(folder / target)], environment, folder, target)
 

@@ -20,7 +20,6 @@ from device_tests.toolchain import (
     SYSROOT,
     digits_bundle,
     emulated,
-    openblas,
     run,
     unavailable,
     which,
@@ -53,13 +52,11 @@ def make_once(path: Path, make: Callable[[Path], object]) -> Path:
 
 @pytest.fixture(scope="module")
 def site(folder: Path) -> Path:
-    """A directory of packages for aarch64: edge_razor, and scipy_openblas32 unless it cannot be had."""
+    """A directory of packages for aarch64: edge_razor."""
 
     def make(path: Path) -> None:
-        library = openblas(path)
-        if library is not None:
-            with zipfile.ZipFile(build_wheel(folder, library)) as archive:
-                archive.extractall(path)
+        with zipfile.ZipFile(build_wheel(folder)) as archive:
+            archive.extractall(path)
 
     return make_once(folder / "site", make)
 
@@ -67,8 +64,6 @@ def site(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def wheel(site: Path, folder: Path) -> Path:
     """The wheel for aarch64."""
-    if not (site / "edge_razor").is_dir():
-        pytest.skip("needs the wheel of scipy-openblas32 for aarch64 from the package index")
     return next(folder.glob("*.whl"))
 
 
@@ -120,7 +115,7 @@ def test_the_wheel_is_for_aarch64_and_complete(wheel: Path, installed: Path) -> 
         assert (installed / name).is_file(), name
     assert (installed.parent / "devices.json").is_file()
     read = run("aarch64-linux-gnu-readelf", "-h", "-d", installed / "libedge_razor.so").stdout
-    assert "AArch64" in read and "scipy_openblas32/lib" in read
+    assert "AArch64" in read and "openblas" not in read
     assert (installed / "libedge_razor.so").stat().st_size <= 1_500_000
 
 
@@ -184,7 +179,7 @@ def digits_models(folder: Path) -> None:
 
 def trained(train: list[str], weights: list[str], path: Path) -> tuple[str, dict[str, np.ndarray]]:
     """Last line of the training, and the weights after it."""
-    env = {"OPENBLAS_NUM_THREADS": "1", "EDGE_RAZOR_ISA": "portable"}
+    env = {"EDGE_RAZOR_ISA": "portable"}
     done = subprocess.run(train, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     subprocess.run([*weights, str(path)], check=True, env=env)

@@ -30,6 +30,5 @@ def test_sessions_in_several_threads_do_not_race(tmp_path: Path) -> None:
     run("cmake", "--build", build, "--target", "thread_test")
     plan = tmp_path / "momentum.plan"
     plan.write_bytes(encode(linear_plan(threads=2, momentum=0.9, pixels=(3, 5), outputs=17)))
-    # OpenBLAS is not built with the sanitizer; what it does among its own threads is not looked at.
-    done = run(build / "thread_test", plan, TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1")
+    done = run(build / "thread_test", plan, TSAN_OPTIONS="halt_on_error=1")
     assert done.stdout == "threads: no race, the same bits\n"

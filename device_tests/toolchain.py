@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +30,7 @@ def which(program: str) -> str | None:
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command with the environment's own programs first; fails with its output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    settings = {**os.environ, "PATH": path, "OPENBLAS_NUM_THREADS": "1", **environment}
+    settings = {**os.environ, "PATH": path, **environment}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=settings, cwd=cwd)
     assert done.returncode == 0, f"{command[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
     return done
@@ -41,26 +39,11 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> su
 def emulated(processor: str, program: Path, *arguments: str | Path, check: bool = True) -> str:
     """Standard output of an aarch64 program on that processor."""
     command = ["qemu-aarch64-static", "-L", SYSROOT, "-cpu", processor, str(program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 or not check, (
         f"{program.name} on {processor} ended with {done.returncode}:\n" + (done.stdout + done.stderr)[-4000:]
     )
     return done.stdout
-
-
-def openblas(folder: Path) -> Path | None:
-    """OpenBLAS for aarch64, from the wheel of the same version as the one installed here; None if it cannot be had."""
-    version = importlib.metadata.version("scipy-openblas32")
-    platforms = [f"manylinux{tag}_aarch64" for tag in ("2014", "_2_17", "_2_27", "_2_28")]
-    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", *(f"--platform={p}" for p in platforms), "-d", str(folder),
-               f"scipy-openblas32=={version}"]  # fmt: skip
-    if subprocess.run(command, capture_output=True).returncode:
-        return None
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder / "scipy_openblas32/lib/libscipy_openblas.so"
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Builds a wheel for another processor: python3 dev.py wheel --target aarch64 [--out dist].
 
-Needs Debian's g++-aarch64-linux-gnu, and the package index for scikit-build-core and OpenBLAS of that processor.
+Needs Debian's g++-aarch64-linux-gnu.
 """
 
 from __future__ import annotations
@@ -8,19 +8,18 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import cmake
 
-from device_tests.toolchain import ROOT, TOOLCHAIN, openblas, run, which
+from device_tests.toolchain import ROOT, TOOLCHAIN, run, which
 
 TARGETS = ("aarch64",)
 
 
-def build_wheel(out: Path, library: Path) -> Path:
-    """The wheel, `out`/edge_razor-…-linux_aarch64.whl, linked with the OpenBLAS at `library`."""
-    options = [f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}", f"-DOPENBLAS_LIBRARY={library}", "-DEDGE_RAZOR_WERROR=ON"]
+def build_wheel(out: Path) -> Path:
+    """The wheel, `out`/edge_razor-…-linux_aarch64.whl."""
+    options = [f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}", "-DEDGE_RAZOR_WERROR=ON"]
     if which("ccache"):
         options.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--disable-pip-version-check", "-w", str(out)]
@@ -42,15 +41,11 @@ def main() -> None:
     options = parser.parse_args()
     if which("aarch64-linux-gnu-g++") is None:
         raise SystemExit("needs a cross-compiler: apt-get install g++-aarch64-linux-gnu")
-    with tempfile.TemporaryDirectory() as folder:
-        library = openblas(Path(folder))
-        if library is None:
-            raise SystemExit("the wheel of scipy-openblas32 for aarch64 cannot be downloaded")
-        options.out.mkdir(parents=True, exist_ok=True)
-        try:
-            print(build_wheel(options.out, library))
-        except (AssertionError, subprocess.SubprocessError) as error:
-            raise SystemExit(str(error)) from None
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        print(build_wheel(options.out))
+    except (AssertionError, subprocess.SubprocessError) as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

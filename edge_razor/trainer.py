@@ -134,7 +134,7 @@ class Trainer:
         self.schedule: Schedule = Schedule(schedule, warmup_steps, total_steps)
         self.bundle = Bundle(bundle)
         give_back_freed_memory()
-        abi_version()  # loads the native library and OpenBLAS, whose resident bytes belong to the base
+        abi_version()  # loads the native library, whose resident bytes belong to the base
         if plan is not None:
             if plan.bundle_id != self.bundle.id:
                 raise PlanError(f"the plan was made for another bundle than {self.bundle.path}; plan again")

@@ -109,7 +109,6 @@ def plan(
         optimizer=rule,
         threads=threads,
         process_bytes=measure_base() if base_bytes is None else base_bytes,
-        blas_bytes=None,
         growth_bytes=GROWTH_BYTES,
         data_bytes=data_bytes,
         frozen_weights=frozen_weights,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from edge_razor.errors import PlanError, UsageError
 
-from .accounting import Accounting, blas_bytes
+from .accounting import Accounting
 from .attention_storage import ATTENTION, keep_probabilities
 from .context import parameter_perms
 from .cost import Rates, program_seconds
@@ -53,8 +53,7 @@ class Settings:
 
     `prefer`: "exact" keeps every value exactly, "fast" trades gradient error for time, "balanced" takes as little
     error as the cap allows. `allow_freeze`: how many early layers may stay frozen. `harm`: measured harm, None: usual
-    curves. `rates`: of this device, None: usual ones. `spill`: kept values may lie in a file. `blas_bytes`: None: what
-    the graph's weight gradients need.
+    curves. `rates`: of this device, None: usual ones. `spill`: kept values may lie in a file.
     """
 
     batch_size: int
@@ -64,7 +63,6 @@ class Settings:
     optimizer: Optimizer
     threads: int
     process_bytes: int
-    blas_bytes: int | None
     growth_bytes: int
     data_bytes: int
     prefer: str = "balanced"
@@ -240,11 +238,6 @@ class Search:
         self.frozen = frozen
         self.graph = graph.restricted([p for p in graph.gradients if p not in frozen] if frozen else None)
         self.inference = graph.inference()
-        self.blas_bytes = (
-            blas_bytes(self.graph, settings.batch_size, settings.threads)
-            if settings.blas_bytes is None
-            else settings.blas_bytes
-        )
         parts = [part for g in relatives or (graph,) for part in (g.restricted(None), g.inference())]
         perms: dict[str, tuple[int, ...] | None] = {}
         for part in parts:
@@ -288,7 +281,6 @@ class Search:
         settings = self.settings
         return Accounting(
             process=settings.process_bytes,
-            blas=self.blas_bytes,
             growth=settings.growth_bytes,
             data=settings.data_bytes,
             parameters=memory.params_bytes,

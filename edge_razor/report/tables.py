@@ -14,7 +14,6 @@ __all__ = ["Column", "pairs", "section", "spent", "table", "tiles"]
 # Item of the accounting → class of the style sheet.
 ITEM_COLORS = {
     "Python and libraries": "process",
-    "BLAS buffers": "process",
     "growth while training": "process",
     "data pipeline": "data",
     "parameters": "parameters",

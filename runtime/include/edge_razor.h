@@ -6,9 +6,9 @@
  *   edge-razor plan flowers.razor --mem-budget 128MB --batch-size 8 -o flowers.plan         (workstation or device)
  *
  * and ships with flowers.plan (the steps of training, with the place of every byte) and
- * flowers.razor/weights.safetensors (the pretrained weights). It needs libedge_razor and OpenBLAS, no Python. A
- * complete program; checks of malloc and fread are left out (examples/embed_c is a longer one with data, evaluation and
- * a clean stop):
+ * flowers.razor/weights.safetensors (the pretrained weights). It needs libedge_razor, no Python. A complete
+ * program; checks of malloc and fread are left out (examples/embed_c is a longer one with data, evaluation and a clean
+ * stop):
  *
  *   #include <stdio.h>
  *   #include <stdlib.h>
@@ -86,8 +86,7 @@
  *   be the last call on its session: nothing may be running or waiting on it. A signal handler must not call the
  *   library: let it set a flag, and stop between steps. A child process must not use its parent's sessions.
  *
- * - Environment: OPENBLAS_NUM_THREADS=1 before the program starts keeps OpenBLAS from starting threads that would only
- *   cost memory. EDGE_RAZOR_ISA, see er_isa. */
+ * - Environment: EDGE_RAZOR_ISA, see er_isa. */
 #ifndef EDGE_RAZOR_H
 #define EDGE_RAZOR_H
 

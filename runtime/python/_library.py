@@ -1,10 +1,9 @@
-"""Finds and loads ``libedge_razor`` and OpenBLAS, declares the C functions, and turns statuses into exceptions."""
+"""Finds and loads ``libedge_razor``, declares the C functions, and turns statuses into exceptions."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import os
 import sys
 from collections.abc import Iterable
@@ -177,32 +176,6 @@ def library_path() -> Path:
     )
 
 
-def _preload_openblas() -> ctypes.CDLL | None:
-    """Loads the OpenBLAS of the wheel scipy-openblas32, so that the runtime finds it by its SONAME.
-
-    It is loaded with one thread: the runtime has its own pool, and every thread that OpenBLAS starts costs resident
-    memory. The wheel's module is not imported, since that loads the library with all threads.
-    """
-    spec = importlib.util.find_spec("scipy_openblas32")
-    if spec is None or spec.origin is None:
-        return None  # the runtime may be linked with another OpenBLAS
-    name = {"darwin": "libscipy_openblas.dylib", "win32": "libscipy_openblas.dll"}.get(
-        sys.platform, "libscipy_openblas.so"
-    )
-    path = Path(spec.origin).parent / "lib" / name
-    if not path.exists():
-        return None
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    try:
-        return ctypes.CDLL(str(path))
-    finally:
-        if before is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library with its functions declared.
@@ -212,7 +185,6 @@ def library() -> ctypes.CDLL:
     """
     path = library_path()
     try:
-        _preload_openblas()
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise EdgeRazorError(f"the native library cannot be loaded: {error}") from error

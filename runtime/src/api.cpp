@@ -1,7 +1,6 @@
 // The C ABI for sessions: checks pointers and indices, everything else is Session's.
 #include <cstring>
 
-#include "blas.h"
 #include "error.h"
 #include "registry.h"
 #include "session.h"
@@ -77,7 +76,6 @@ er_status create(const void* plan, size_t plan_bytes, const er_session* base, er
     *session = nullptr;
     if (*isa_problem()) return fail(ER_INVALID_ARGUMENT, "%s", isa_problem());
     Plan checked = read_plan(plan, plan_bytes);
-    blas_single_threaded();
     *session = base ? new er_session(std::move(checked), *base) : new er_session(std::move(checked));
     return ER_OK;
   });

@@ -1,7 +1,6 @@
 // The C ABI for single kernels: planners ask for scratch sizes, tests and tools run them on their own buffers.
 #include <memory>
 
-#include "blas.h"
 #include "error.h"
 #include "plan.h"
 #include "registry.h"
@@ -29,7 +28,6 @@ ThreadPool& cached_pool(int threads) {
   static thread_local std::unique_ptr<ThreadPool> pool;
   if (!pool || pool->threads() != threads) {
     pool.reset();
-    blas_single_threaded();
     pool = std::make_unique<ThreadPool>(threads);
   }
   return *pool;

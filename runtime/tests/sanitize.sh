@@ -24,6 +24,6 @@ plans=$(mktemp -d)
 # A process of pytest that is stopped by a sanitizer can show nothing any more: what was found is in files.
 trap 'cat "$plans"/found.* >&2 2>/dev/null || true; rm -rf "$plans"' EXIT
 sanitized_python -m tests.runtime.write_plans "$plans"
-OPENBLAS_NUM_THREADS=1 ASAN_OPTIONS=allocator_may_return_null=1 "$BUILD/native_test" "$SEED" "${ROUNDS:-2000}" "$plans"/*.plan
+ASAN_OPTIONS=allocator_may_return_null=1 "$BUILD/native_test" "$SEED" "${ROUNDS:-2000}" "$plans"/*.plan
 if [ $# -eq 0 ]; then set -- tests/runtime tests/kernels; fi
 sanitized_python -m pytest -q -p no:cacheprovider -n auto --dist worksteal "$@"

@@ -90,7 +90,7 @@ class Harness:
             "0.2",
         ]
         self.arguments += ["--checkpoint-every", "3", "--schedule", "linear", "--optimizer", "adamw"]
-        environment = {**os.environ, "LD_PRELOAD": str(build_shim(directory)), "OPENBLAS_NUM_THREADS": "1"}
+        environment = {**os.environ, "LD_PRELOAD": str(build_shim(directory))}
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
             stdin=subprocess.PIPE,

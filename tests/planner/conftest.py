@@ -23,7 +23,6 @@ def settings(**changes: Any) -> Settings:
         "optimizer": Optimizer(),
         "threads": 2,
         "process_bytes": 0,
-        "blas_bytes": 0,
         "growth_bytes": 0,
         "data_bytes": 0,
     }

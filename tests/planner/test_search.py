@@ -6,7 +6,6 @@ import pytest
 
 from edge_razor.errors import BudgetError, PlanError, UsageError
 from edge_razor.planner import refusal as refusal_module
-from edge_razor.planner.accounting import blas_bytes
 from edge_razor.planner.optimizer import Optimizer
 from edge_razor.planner.planning import plan_graph
 from edge_razor.planner.refusal import PRESENT, refusal
@@ -25,20 +24,6 @@ def built() -> Built:
 def test_without_a_cap_everything_is_kept_dense_and_whole(built: Built) -> None:
     plan = plan_graph(built.training, built.manifest, settings(), None)
     assert (plan.sparsity, plan.micro_batch) == (0.0, 8)
-
-
-def test_blas_buffers_follow_the_largest_weight_gradient() -> None:
-    """Panels of at most 448 rows: of dY's columns (at most 448), and of X's, whose larger number the threads share."""
-    net = Network((30, 30, 3))
-    small = net.conv(net.input, 8, 3, stride=1, pad=1)  # gathers tiles
-    wide = graph_of(net.build(net.linear(net.mean(net.conv(small, 900), (1, 2)), 10)))
-    assert blas_bytes(wide, 8, 2) == 2 * (300_000 + 4 * 448 * (448 + 8))
-    narrow = Network((4, 5, 3))
-    few = graph_of(narrow.build(narrow.linear(narrow.mean(narrow.conv(narrow.input, 900), (1, 2)), 10)))
-    assert blas_bytes(few, 2, 2) == 2 * (300_000 + 4 * 2 * 5 * 4 * (448 + 3))
-    assert Search(wide, settings(blas_bytes=None)).accounting(Search(wide, settings()).memory(1), 0).blas == blas_bytes(
-        wide, 8, 2
-    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +115,7 @@ def test_training_the_head_only_costs_what_the_advice_says() -> None:
 
 
 def test_accounting_adds_up_and_counts_what_it_is_given(built: Built) -> None:
-    given = settings(process_bytes=1000, blas_bytes=200, growth_bytes=30, data_bytes=4)
+    given = settings(process_bytes=1000, growth_bytes=30, data_bytes=4)
     plan = plan_graph(built.training, built.manifest, given, None)
     items = plan.summary["items"]
     assert sum(items.values()) == plan.predicted_peak_bytes
