@@ -103,7 +103,8 @@ class TransposedProduct {
   }
 
  private:
-  static constexpr int64_t kDepth = 512;       // products a sum at once: a panel of B stays in the second-level cache
+  // Products a sum at once: a wide panel of B stays in the second-level cache, a narrow one in the first.
+  static constexpr int64_t kDepth = kPanelColumns < 64 ? 256 : 512;
   static constexpr int64_t kRows = 258;        // of C at once: whole tiles, and A's columns stay there
   static constexpr int64_t kSmall = 64 << 10;  // elements of C
   static constexpr int64_t kNear = 256;
