@@ -18,30 +18,46 @@ from benchmarks.systems.system import System
 
 
 class Checkpointed(nn.Module):
-    """Keeps a block's input only; the backward pass runs the block again. ``inputs`` collects what is kept, if set."""
+    """Keeps a block's inputs only; the backward pass runs the block again. ``inputs`` collects what is kept."""
 
     def __init__(self, block: nn.Module, inputs: list[Tensor]) -> None:
         super().__init__()
         self.block = block
         self.inputs = inputs
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
-        self.inputs.append(x)
-        return checkpoint(self.block, x, use_reentrant=False, **options)
+    def forward(self, *values: Any, **options: Any) -> Any:
+        self.inputs += [value for value in (*values, *options.values()) if isinstance(value, Tensor)]
+        return checkpoint(self.block, *values, use_reentrant=False, **options)
 
 
 def checkpoint_blocks(model: nn.Module) -> list[Tensor]:
-    """Checkpoints every block of the model, in place: the children of a Sequential, or its ``_blocks`` or ``blocks``.
+    """Checkpoints every block of the model, in place.
 
-    The blocks are those that the literature names: inverted residuals, residual blocks. Returns the list to which each
-    forward pass adds the blocks' inputs; the caller empties it.
+    The blocks are those that the literature names: inverted residuals, residual blocks, layers of a transformer.
+    Returns the list to which each forward pass adds the blocks' inputs; the caller empties it.
     """
     inputs: list[Tensor] = []
-    name = "_blocks" if hasattr(model, "_blocks") else "blocks"
-    blocks: nn.Module = model if isinstance(model, nn.Sequential) else getattr(model, name)
+    blocks = _blocks(model)
     for name, block in list(blocks.named_children()):
         setattr(blocks, name, Checkpointed(block, inputs))
     return inputs
+
+
+def _blocks(model: nn.Module) -> nn.Module:
+    """A Sequential, or a model's ``_blocks`` or ``blocks``, or (Hugging Face's models) its outermost list of modules.
+
+    Raises:
+        ValueError: the model has none of these.
+    """
+    if isinstance(model, nn.Sequential):
+        return model
+    for name in ("_blocks", "blocks"):
+        if hasattr(model, name):
+            return getattr(model, name)  # type: ignore[no-any-return]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            return module
+    raise ValueError(f"{type(model).__name__} has no blocks that could be checkpointed")
 
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:

@@ -17,14 +17,23 @@ from pathlib import Path
 
 import numpy as np
 
-from .cost import CLASSES, OVERHEAD, Rates, step_bytes, step_multiply_adds
+from .cost import (
+    CLASSES,
+    OVERHEAD,
+    Rates,
+    attention_probabilities,
+    moved_bytes,
+    replace_form,
+    step_bytes,
+    step_multiply_adds,
+)
 from .program import Buffer, Step
 from .storage import Form, keep_count
 
 __all__ = ["cache_directory", "calibrate", "device_rates"]
 
 SWITCH = "EDGE_RAZOR_CALIBRATION"
-_VERSION = 2  # of the cache file and of what the rates mean
+_VERSION = 3  # of the cache file and of what the rates mean
 _REPEATS = 5
 _SPARSE, _LESS_SPARSE = 0.95, 0.7
 
@@ -99,49 +108,87 @@ def _write(path: Path, data: dict[str, object]) -> None:
 
 
 def calibrate(threads: int) -> dict[str, float]:
-    """Runs a few kernels of usual sizes and returns units a second for every class of `cost.py`."""
+    """Runs a few kernels of usual sizes and returns units a second for every class of `cost.py`.
+
+    Where a class has two rates, sizes part them that have much to compute for each byte, or little, most on operands
+    that are larger than the caches next to a core, as activations are.
+    """
     bench = _Bench(threads)
     rates: dict[str, float] = {}
     n = 1 << 19
     add = Step("binary", "", [0, 1, n, 1, 1], [], bench.buffers(4 * n, 4 * n, 4 * n))
     rates["bytes"] = step_bytes(add) / bench.seconds(add)
-    shapes = {
-        "product": [_conv(1, 56, 96, 96, 1, 1), _conv(1, 16, 384, 384, 1, 1)],
-        "convolution": [_conv(1, 28, 64, 64, 3, 1)],
-        "depthwise": [_conv(2, 56, 96, 96, 3, 96)],
-    }
-    for name, convs in shapes.items():
-        steps = [bench.convolution(conv) for conv in convs]
-        work = sum(map(step_multiply_adds, steps))
-        spent = sum(bench.seconds(step) - step_bytes(step) / (4 * rates["bytes"]) for step in steps)
-        rates[name] = work / max(spent, 1e-6)
-        steps = [bench.weight_gradient(conv, None) for conv in convs]
-        rates[f"weight {name}"] = sum(map(step_multiply_adds, steps)) / sum(map(bench.seconds, steps))
-        pairs = [[bench.weight_gradient(conv, s) for s in (_SPARSE, _LESS_SPARSE)] for conv in convs]
-        few, many = (sum(step_multiply_adds(pair[i]) for pair in pairs) for i in (0, 1))
-        fast, slow = (sum(bench.seconds(pair[i]) for pair in pairs) for i in (0, 1))
-        # Seconds of a multiply-add with a kept value: between a tenth and nine tenths of the whole, if noise says else.
-        value = min(max((slow - fast) / (many - few), 0.1 * fast / few), 0.9 * fast / few)
-        rates[f"razor value {name}"] = 1 / value
-        rates[f"razor block {name}"] = work / 64 / (fast - value * few)
-    sizes = [1, 196, 196, 6, 6, 64, 0, 0, 0]
-    tokens = 4 * 196 * 384
-    # Probabilities are not kept: no values of them, and no operand.
-    for kernel, ints in (("attention", [*sizes, 0]), ("attention_grad", [*sizes, *[0] * 7])):
-        given = bench.buffers(*[tokens] * (4 if kernel == "attention" else 7))
-        operands = [*given[:3], None, None, given[3], None, *given[4:]]
-        step = Step(kernel, "", ints, [0.125, 0.0], operands)
-        rates[kernel] = step_multiply_adds(step) / bench.seconds(step)
-    packing = bench.pack(1, 3136, 96, _SPARSE)
-    source = packing.operands[0]
-    assert source is not None
-    rates["pack bytes"] = source.bytes / bench.seconds(packing)
+    for name, convs in _SHAPES.items():
+        for kind, make in (("", bench.convolution), ("weight ", lambda conv: bench.weight_gradient(conv, None))):
+            points = []
+            for conv in convs:
+                step = make(conv)
+                points.append((float(step_multiply_adds(step)), float(moved_bytes(step)), bench.seconds(step)))
+                bench.clear()
+            rates[f"{kind}{name}"], rates[f"{kind}{name} bytes"] = _two_rates(points)
+    for name, convs in _RAZOR_SHAPES.items():
+        points = []
+        for conv in convs:
+            for sparsity in (_SPARSE, _LESS_SPARSE):
+                step = bench.weight_gradient(conv, sparsity)
+                dense = step_multiply_adds(replace_form(step, Form.DENSE, 0))
+                spent = max(bench.seconds(step) - step_bytes(step) / rates["bytes"], 1e-7)
+                points.append((float(step_multiply_adds(step)), dense / 64, spent))
+                bench.clear()
+        rates[f"razor value {name}"], rates[f"razor block {name}"] = _two_rates(points)
+    for kernel in ("attention", "attention_grad"):
+        points = []
+        for positions, heads, width in ((196, 6, 64), (128, 12, 32)):
+            step = bench.attention(kernel, positions, heads, width)
+            points.append((step_multiply_adds(step), attention_probabilities(step), bench.seconds(step)))
+            bench.clear()
+        rates[kernel], rates[f"{kernel} probabilities"] = _two_rates(points)
+    points = []
+    for sparsity in (_SPARSE, _LESS_SPARSE):
+        step = bench.pack(2, 3136, 144, sparsity)
+        source = step.operands[0]
+        assert source is not None
+        points.append((source.bytes, step.ints[1] * step.ints[4], bench.seconds(step)))
+        bench.clear()
+    rates["pack bytes"], rates["pack values"] = _two_rates(points)
     return {name: float(rates[name]) for name in CLASSES}
 
 
-def _conv(n: int, size: int, ic: int, oc: int, kernel: int, group: int) -> list[int]:
-    pad = kernel // 2
-    return [n, size, size, ic, size, size, oc, kernel, kernel, 1, 1, pad, pad, 1, 1, group]
+def _two_rates(points: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Units a second of two kinds of work, from steps: (units of the one, units of the other, seconds of both).
+
+    Least squares of the relative errors. Where noise or a bottleneck that both share leaves nothing for one kind, it
+    gets a twentieth of the time.
+    """
+    shares = np.array([[first / seconds, second / seconds] for first, second, seconds in points])
+    costs = np.linalg.lstsq(shares, np.ones(len(points)), rcond=None)[0]  # seconds a unit
+    for kind in (0, 1):
+        least = 0.05 / shares[:, kind].max()
+        if costs[kind] < least:
+            costs[kind] = least
+            other = shares[:, 1 - kind]
+            costs[1 - kind] = other @ (1 - least * shares[:, kind]) / (other @ other)
+            break
+    return float(1 / costs[0]), float(1 / costs[1])
+
+
+def _conv(n: int, size: int, ic: int, oc: int, kernel: int, group: int = 1, stride: int = 1) -> list[int]:
+    pad, out = kernel // 2, -(-size // stride)
+    return [n, size, size, ic, out, out, oc, kernel, kernel, stride, stride, pad, pad, 1, 1, group]
+
+
+# For each class of `cost.py` convolutions with much to compute for each byte, and with little.
+_SHAPES = {
+    "product": [_conv(2, 16, 384, 1536, 1), _conv(2, 112, 16, 96, 1), _conv(2, 56, 144, 24, 1)],
+    "winograd": [_conv(2, 28, 128, 128, 3), _conv(2, 56, 64, 64, 3)],
+    "convolution": [_conv(2, 28, 128, 256, 3, stride=2), _conv(2, 224, 3, 32, 3, stride=2)],
+    "depthwise": [_conv(2, 14, 384, 384, 3, 384), _conv(2, 56, 144, 144, 3, 144), _conv(2, 112, 32, 32, 3, 32)],
+}
+_RAZOR_SHAPES = {
+    "product": [_conv(1, 56, 96, 96, 1), _conv(1, 16, 384, 384, 1)],
+    "convolution": [_conv(1, 28, 64, 64, 3)],
+    "depthwise": [_conv(2, 56, 96, 96, 3, 96)],
+}
 
 
 class _Bench:
@@ -160,6 +207,17 @@ class _Bench:
             self.arrays[buffer] = self.random.standard_normal(size // 4, dtype=np.float32)
             made.append(buffer)
         return made
+
+    def clear(self) -> None:
+        """Forgets all buffers: a cap holds for this process, too."""
+        self.arrays.clear()
+
+    def attention(self, kernel: str, positions: int, heads: int, width: int) -> Step:
+        """Two samples; probabilities are not kept: no values of them, and no operand."""
+        sizes, size = [2, positions, positions, heads, heads, width, 0, 0, 0], 4 * 2 * positions * heads * width
+        given = self.buffers(*[size] * (4 if kernel == "attention" else 7))
+        ints = [*sizes, 0] if kernel == "attention" else [*sizes, *[0] * 7]
+        return Step(kernel, "", ints, [0.125, 0.0], [*given[:3], None, None, given[3], None, *given[4:]])
 
     def convolution(self, conv: list[int]) -> Step:
         n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = conv

@@ -1,8 +1,8 @@
 """Seconds that a step is expected to take: what it has to do, divided by rates of this device (`calibrate.py`).
 
 A step costs a fixed overhead, its multiply-adds and its bytes, each at the rate of its class of kernels. That is
-coarse: caches, tiles and threads waiting for each other are not in it. It is there to order plans by time, not to
-promise one.
+coarse: tiles and threads waiting for each other are not in it, nor what earlier steps left in the caches. It is there
+to order plans by time, not to promise one.
 """
 
 from __future__ import annotations
@@ -14,19 +14,42 @@ from math import prod
 from .program import Buffer, Step
 from .storage import Form, Storage
 
-__all__ = ["CLASSES", "DEFAULT_RATES", "Rates", "program_seconds", "step_bytes", "step_multiply_adds", "step_seconds"]
+__all__ = [
+    "CLASSES",
+    "DEFAULT_RATES",
+    "Rates",
+    "attention_probabilities",
+    "moved_bytes",
+    "program_seconds",
+    "shape_class",
+    "step_bytes",
+    "step_multiply_adds",
+    "step_seconds",
+]
 
+_WINOGRAD_CHANNELS = 32  # with fewer the runtime takes another way (conv_winograd.cpp)
 _CONV_SHAPE = 16  # ints of ConvShape: n, ih, iw, ic, oh, ow, oc, kh, kw, sh, sw, pt, pl, dh, dw, group
 
 # Classes of kernels that have a rate of their own in multiply-adds a second, and what a core of a current laptop or
 # server with AVX2 does about (used if the device was never calibrated).
 DEFAULT_RATES: Mapping[str, float] = {
     "product": 30e9,  # 1×1 convolution, linear: forward and input gradient
-    "convolution": 20e9,  # k×k
+    "winograd": 30e9,  # 3×3 without stride or dilation
+    "convolution": 20e9,  # other k×k
     "depthwise": 4e9,
     "weight product": 25e9,  # weight gradient of a dense operand
+    "weight winograd": 20e9,
     "weight convolution": 12e9,
     "weight depthwise": 3e9,
+    # Bytes of their operands, which such a kernel walks in another order than "bytes" do.
+    "product bytes": 12e9,
+    "winograd bytes": 12e9,
+    "convolution bytes": 12e9,
+    "depthwise bytes": 12e9,
+    "weight product bytes": 12e9,
+    "weight winograd bytes": 12e9,
+    "weight convolution bytes": 12e9,
+    "weight depthwise bytes": 12e9,
     # Weight gradient of a razor form: multiply-adds with the values kept, and with block means and masks: dense
     # multiply-adds / 64.
     "razor value product": 20e9,
@@ -35,9 +58,12 @@ DEFAULT_RATES: Mapping[str, float] = {
     "razor block convolution": 3e9,
     "razor value depthwise": 2e9,
     "razor block depthwise": 0.1e9,
-    "attention": 12e9,
-    "attention_grad": 10e9,
+    "attention": 20e9,
+    "attention_grad": 20e9,
+    "attention probabilities": 0.5e9,  # an exponential, and what else is done for each query and key
+    "attention_grad probabilities": 0.4e9,
     "pack bytes": 2e9,  # of the float32 operand
+    "pack values": 0.5e9,  # that are kept
     "bytes": 6e9,  # of everything else
 }
 CLASSES = tuple(DEFAULT_RATES)
@@ -83,6 +109,9 @@ def step_bytes(step: Step) -> int:
     if step.kernel == "copy":  # of a part of its operands
         rank = step.ints[0]
         return 2 * 4 * prod(step.ints[1 : 1 + rank])
+    if step.kernel == "embedding":  # of some rows of its table
+        n, _, cols = step.ints[:3]
+        return 4 * n * (1 + 2 * cols)
     return sum(buffer.bytes for buffer in (*step.reads, *step.writes))
 
 
@@ -95,17 +124,21 @@ def step_seconds(step: Step, rates: Rates) -> float:
         assert source is not None
         if step.ints[0] == Form.BF16:
             return seconds + 1.5 * source.bytes / rate["bytes"]
-        return seconds + source.bytes / rate["pack bytes"]
+        return seconds + source.bytes / rate["pack bytes"] + step.ints[1] * step.ints[4] / rate["pack values"]
     if step.kernel == "conv_grad_weight":
         dense = replace_form(step, Form.DENSE, 0)
+        shape = shape_class(step)
         if step.ints[_CONV_SHAPE] in (Form.DENSE, Form.BF16):
-            return seconds + step_multiply_adds(dense) / rate[f"weight {_shape_class(step)}"]
-        shape = _shape_class(step)
-        seconds += step_multiply_adds(step) / rate[f"razor value {shape}"]
+            work, moved = f"weight {shape}", f"weight {shape} bytes"
+            return seconds + step_multiply_adds(dense) / rate[work] + moved_bytes(step) / rate[moved]
+        shape = "convolution" if shape == "winograd" else shape
+        seconds += step_multiply_adds(step) / rate[f"razor value {shape}"] + step_bytes(step) / rate["bytes"]
         return seconds + step_multiply_adds(dense) / 64 / rate[f"razor block {shape}"]
     if step.kernel in ("conv", "conv_grad_input"):
-        return seconds + step_multiply_adds(step) / rate[_shape_class(step)] + step_bytes(step) / (4 * rate["bytes"])
+        shape = shape_class(step)
+        return seconds + step_multiply_adds(step) / rate[shape] + moved_bytes(step) / rate[f"{shape} bytes"]
     if step.kernel in ("attention", "attention_grad"):
+        seconds += attention_probabilities(step) / rate[f"{step.kernel} probabilities"]
         return seconds + step_multiply_adds(step) / rate[step.kernel]
     if step.kernel == "batch_matmul":
         return seconds + step_multiply_adds(step) / rate["product"]
@@ -121,11 +154,29 @@ def program_seconds(steps: Iterable[Step], rates: Rates) -> float:
     return sum(step_seconds(step, rates) for step in steps)
 
 
-def _shape_class(step: Step) -> str:
-    ic, kh, kw, group = step.ints[3], step.ints[7], step.ints[8], step.ints[15]
+def attention_probabilities(step: Step) -> int:
+    """Pairs of a query and a key, all heads."""
+    n, t, s, heads = step.ints[:4]
+    return n * heads * t * s
+
+
+def moved_bytes(step: Step) -> int:
+    """`step_bytes`, and the bytes of the patches that a k×k convolution gathers before it multiplies them."""
+    if shape_class(step) != "convolution":
+        return step_bytes(step)
+    n, _, _, ic, oh, ow, _, kh, kw, *_ = step.ints[:_CONV_SHAPE]
+    return step_bytes(step) + 4 * n * oh * ow * kh * kw * ic
+
+
+def shape_class(step: Step) -> str:
+    """Class of a convolution or one of its gradients: product, winograd, convolution or depthwise."""
+    _, _, _, ic, _, _, oc, kh, kw, sh, sw, _, _, dh, dw, group = step.ints[:_CONV_SHAPE]
     if group > 1 and group == ic:
         return "depthwise"
-    return "product" if kh * kw == 1 else "convolution"
+    if kh * kw == 1:
+        return "product"
+    plain = (kh, kw, sh, sw, dh, dw, group) == (3, 3, 1, 1, 1, 1, 1)
+    return "winograd" if plain and min(ic, oc) >= _WINOGRAD_CHANNELS else "convolution"
 
 
 def replace_form(step: Step, form: int, keep: int) -> Step:

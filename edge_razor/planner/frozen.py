@@ -9,7 +9,7 @@ from .context import LINEAR_PERM, ParamForm
 from .graph import Graph, Initializer, Node
 from .program import ALIGNMENT
 
-__all__ = ["FROZEN_WEIGHTS", "frozen_forms", "stored_bytes"]
+__all__ = ["FROZEN_WEIGHTS", "frozen_forms", "looked_up_tables", "stored_bytes"]
 
 FROZEN_WEIGHTS = {"fp32": ParamForm.IN_FILE, "bf16": ParamForm.BF16, "int8": ParamForm.INT8}
 """What `--frozen-weights` takes."""
@@ -18,6 +18,20 @@ Perms = dict[str, tuple[int, ...] | None]
 _CONV_ROWS = (0, 2, 3, 1)  # OIHW with an output channel's taps in order, channels last
 # Operators that read a weight by rows of an output channel, and which input it is.
 _ROW_READERS = {"Linear": 1, "LinearGradInput": 1, "Conv": 1, "ConvGradInput": 1, "Embedding": 1}
+
+
+def looked_up_tables(graphs: Sequence[Graph]) -> set[str]:
+    """Parameters of which only rows are taken, by index: `Embedding` is their only reader in all graphs.
+
+    In the weights file the runtime reads such a table row by row, so that none of it becomes resident.
+    """
+    rows: set[str] = set()
+    others: set[str] = set()
+    for graph in graphs:
+        for node in graph.nodes:
+            for index, name in enumerate(node.inputs):
+                (rows if node.op == "Embedding" and index == 1 else others).add(name)
+    return rows - others
 
 
 def stored_bytes(shape: Sequence[int], perm: tuple[int, ...] | None, form: ParamForm) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import isfinite, prod
 
@@ -67,7 +68,11 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The regions that do not depend on the schedule; `mapped_bytes` are those of parameters in the weights file."""
+    """The regions that do not depend on the schedule.
+
+    `mapped_bytes` are those of parameters in the weights file that become resident there: tables of which only rows are
+    read are left out.
+    """
 
     parameters: dict[str, Parameter]
     params_bytes: int
@@ -106,10 +111,12 @@ def lay_out_parameters(
     micro_batches: int,
     tables: dict[str, int],
     forms: dict[str, ParamForm],
+    looked_up: Collection[str],
 ) -> Memory:
     """Places every float initializer that the graph uses, in file order, and its optimizer state.
 
-    `tables` is `table_rows` of the graph of the longest samples, `forms` those of `frozen_forms`.
+    `tables` is `table_rows` of the graph of the longest samples, `forms` those of `frozen_forms`, `looked_up` those of
+    `looked_up_tables`.
     """
     parameters: dict[str, Parameter] = {}
     sizes = {Region.PARAMS: 0, Region.STATE: 0}
@@ -126,7 +133,7 @@ def lay_out_parameters(
         size = 4 * prod(initializer.shape)
         trainable, form = name in graph.gradients, forms.get(name, ParamForm.FLOAT)
         if form == ParamForm.IN_FILE:
-            mapped += size
+            mapped += 0 if name in looked_up else size
             buffer = Buffer(name, size, Region.MAPPED, len(parameters))
         else:
             buffer = claim(name, stored_bytes(initializer.shape, perms[name], form), Region.PARAMS)

@@ -18,7 +18,7 @@ from .accounting import Accounting
 from .attention_storage import ATTENTION, keep_probabilities
 from .context import parameter_perms
 from .cost import Rates, program_seconds
-from .frozen import FROZEN_WEIGHTS, frozen_forms
+from .frozen import FROZEN_WEIGHTS, frozen_forms, looked_up_tables
 from .graph import Graph
 from .harm import Fed, HarmModel, HarmTable
 from .live_model import LiveModel
@@ -244,6 +244,7 @@ class Search:
             perms |= parameter_perms(part)
         self.forms, self.layouts = frozen_forms(parts, perms, settings.frozen_weights)
         self.tables = table_rows(parts[0], self.layouts)
+        self.looked_up = looked_up_tables(parts)
         self.rates = settings.rates or Rates.default(settings.threads)
         self.tried = 0
         """Candidates whose need was computed so far."""
@@ -274,6 +275,7 @@ class Search:
                 micro_batches,
                 self.tables,
                 self.forms,
+                self.looked_up,
             )
         return self._memory[key]
 

@@ -51,4 +51,14 @@ const uint8_t* WeightsFile::map() {
   return static_cast<const uint8_t*>(pages_) + skip;
 }
 
+void WeightsFile::set_apart(uint64_t begin, uint64_t end) {
+  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  uint8_t* const pages = const_cast<uint8_t*>(map()) - start_ % page;
+  begin = (start_ % page + begin + page - 1) / page * page;
+  end = (start_ % page + end) / page * page;
+  // Linux maps what the page cache holds around a touched page, 64 KB or the 2 MB of a large folio, but not across the
+  // border of an area with other advice.
+  if (begin < end) (void)::madvise(pages + begin, end - begin, MADV_RANDOM);
+}
+
 }  // namespace er

@@ -21,6 +21,9 @@ class WeightsFile {
   void read(void* data, uint64_t bytes, uint64_t offset) const;
   // The file's bytes in memory, read-only: pages that the system reads when they are touched and may drop again.
   const uint8_t* map();
+  // The mapping's bytes [begin, end) are not read in place as a rule: touching pages beside them shall not make them
+  // resident.
+  void set_apart(uint64_t begin, uint64_t end);
   // Whether the file is what it was when it was opened. Reading a mapping behind the end of a file that was cut short
   // kills the process, so this is asked before every step.
   bool unchanged() const;

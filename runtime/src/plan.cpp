@@ -284,6 +284,12 @@ class PlanReader {
       check(step);
       if (step.kernel->scratch) scratch_apart(step);
       step.spill = spill_of(kernel);
+      step.looks_up = kernel == "embedding" && step.ints[3] == 0;
+      for (size_t o = 0; o < step.operands.size(); o++)
+        if (step.operands[o].region == kMapped) {
+          PlanParam& param = plan_.params[step.operands[o].offset];
+          (step.looks_up && o == 1 ? param.looked_up : param.read_whole) = true;
+        }
       step.loss = kernel == "cross_entropy" || kernel == "mse" || kernel == "bce_logits";
       steps.push_back(std::move(step));
     }

@@ -26,6 +26,8 @@ struct PlanParam {
   std::vector<uint8_t> perm;
   uint64_t elements, offset;
   std::vector<uint64_t> state_offsets;
+  // Of a parameter in the weights file: whether steps take single rows of it, and whether any reads it as a whole.
+  bool looked_up = false, read_whole = false;
 };
 
 struct PlanInput {
@@ -58,7 +60,8 @@ struct PlanStep {
   std::vector<int64_t> ints;
   std::vector<float> floats;
   std::vector<PlanOperand> operands;
-  bool loss;  // adds to Context::loss
+  bool loss;      // adds to Context::loss
+  bool looks_up;  // takes rows of a table, operand 1, which is stored as it is
   Spill spill;
 };
 

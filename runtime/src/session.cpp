@@ -92,7 +92,8 @@ namespace {
 std::shared_ptr<Regions> shared_regions(const Plan& plan, const Plan& base, const std::shared_ptr<Regions>& regions) {
   const auto same = [](const PlanParam& a, const PlanParam& b) {
     return a.name == b.name && a.trainable == b.trainable && a.form == b.form && a.shape == b.shape &&
-           a.perm == b.perm && a.offset == b.offset && a.state_offsets == b.state_offsets;
+           a.perm == b.perm && a.offset == b.offset && a.state_offsets == b.state_offsets &&
+           (!a.read_whole || b.read_whole || !b.looked_up);  // else it may not be aligned (load_weights)
   };
   if (plan.params_bytes != base.params_bytes || plan.state_bytes != base.state_bytes ||
       !std::equal(plan.params.begin(), plan.params.end(), base.params.begin(), base.params.end(), same))
@@ -314,6 +315,33 @@ er_status Session::transfer(const Step& step) {
   return ER_OK;
 }
 
+// Whether a step takes single rows of a table that is in the weights file.
+bool Session::rows_in_file(const Step& step) const {
+  if (!step.plan->looks_up) return false;
+  const PlanOperand& table = step.plan->operands[1];
+  return table.region == kMapped && !regions_->copies[table.offset];
+}
+
+// The kernel `embedding` on a table in the weights file, by read() and not through the mapping: the system maps what
+// surrounds a touched page as well, 64 KB on Linux, so that after a few batches the whole table would be resident.
+er_status Session::read_rows(const Step& step) const {
+  const int64_t n = step.call.ints[0], vocabulary = step.call.ints[1], cols = step.call.ints[2];
+  const int32_t* ids = step.call.as<const int32_t>(0);
+  const uint64_t table = static_cast<uint64_t>(step.call.as<const uint8_t>(1) - regions_->file->map());
+  float* y = step.call.as<float>(2);
+  const uint64_t row = static_cast<uint64_t>(cols) * sizeof *y;
+  return guard([&] {
+    for (int64_t r = 0; r < n; r++, y += cols) {
+      const int64_t id = ids[r];  // looked at once: a wrong plan may have Y over the indices
+      if (id < 0 || id >= vocabulary)
+        return fail(ER_INVALID_ARGUMENT, "%.200s: index %lld is outside of a table of %lld rows",
+                    step.plan->label.c_str(), static_cast<long long>(id), static_cast<long long>(vocabulary));
+      regions_->file->read(y, row, table + static_cast<uint64_t>(id) * row);
+    }
+    return ER_OK;
+  });
+}
+
 // A step that fails must not leave the I/O thread working on the arena.
 er_status Session::run(std::vector<Step>& steps) {
   const er_status status = run_steps(steps);
@@ -326,8 +354,9 @@ er_status Session::run_steps(std::vector<Step>& steps) {
   for (Step& step : steps) {
     const Clock::time_point begin = profiling_ ? Clock::now() : Clock::time_point();
     er_status status = ER_OK;
-    const bool finite =
-        step.plan->spill == Spill::kNone ? step.plan->kernel->run(step.call) : !(status = transfer(step));
+    const bool finite = step.plan->spill != Spill::kNone ? !(status = transfer(step))
+                        : rows_in_file(step)             ? !(status = read_rows(step))
+                                                         : step.plan->kernel->run(step.call);
     if (profiling_) {
       step.calls++;
       step.seconds += std::chrono::duration<double>(Clock::now() - begin).count();

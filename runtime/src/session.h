@@ -102,6 +102,8 @@ class Session {
   er_status find_frozen();
   er_status run_steps(std::vector<Step>& steps);
   er_status transfer(const Step& step);
+  bool rows_in_file(const Step& step) const;
+  er_status read_rows(const Step& step) const;
 
   const Plan plan_;
   const std::shared_ptr<Regions> regions_;

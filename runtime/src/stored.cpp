@@ -38,7 +38,11 @@ void StoredParam::read(uint64_t begin, uint64_t count, float* user) const {
     case kInt8:
       return each([&](uint64_t i) { return static_cast<float>(bytes()[i]) * scales()[i / cols]; });
     default:
-      return each([&](uint64_t i) { return reinterpret_cast<const float*>(data)[i]; });
+      return each([&](uint64_t i) {
+        float x;  // a table in a zip member may lie at any byte
+        std::memcpy(&x, data + i * sizeof x, sizeof x);
+        return x;
+      });
   }
 }
 

@@ -18,6 +18,19 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
   return out + "]";
 }
 
+using Span = std::pair<uint64_t, uint64_t>;  // first byte of the file, and the one behind the last
+
+void set_apart_the_rest(std::vector<Span> used, WeightsFile& file) {
+  constexpr uint64_t kLeast = 1 << 16;  // bytes of a gap that is worth an area of its own
+  std::sort(used.begin(), used.end());
+  used.emplace_back(file.bytes(), file.bytes());
+  uint64_t at = 0;
+  for (const auto& [begin, end] : used) {
+    if (begin >= at + kLeast) file.set_apart(at, begin);
+    at = std::max(at, end);
+  }
+}
+
 }  // namespace
 
 void load_weights(Session& session, std::unique_ptr<WeightsFile> file) {
@@ -53,6 +66,7 @@ void load_weights(Session& session, std::unique_ptr<WeightsFile> file) {
   }
   std::vector<uint8_t*> frozen(plan.params.size());
   std::vector<std::unique_ptr<Pages>> copies(plan.params.size());
+  std::vector<Span> whole;  // that steps read in the file
   float chunk[kChunk];
   for (uint32_t i = 0; i < plan.params.size(); i++) {
     const PlanParam& param = plan.params[i];
@@ -60,7 +74,11 @@ void load_weights(Session& session, std::unique_ptr<WeightsFile> file) {
     if (param.form == kInFile) {
       uint8_t* const place = const_cast<uint8_t*>(file->map()) + offsets[i];
       frozen[i] = place;  // only_reads() of plan.cpp sees to it that no step writes there
-      if (reinterpret_cast<uintptr_t>(place) % alignof(float) == 0) continue;
+      if (param.looked_up && !param.read_whole) continue;  // rows, by read()
+      if (reinterpret_cast<uintptr_t>(place) % alignof(float) == 0) {
+        whole.emplace_back(offsets[i], offsets[i] + param.elements * 4);
+        continue;
+      }
       // A zip member may begin anywhere.
       copies[i] = std::make_unique<Pages>(stored_bytes(param));
       frozen[i] = stored.data = copies[i]->data();
@@ -79,6 +97,7 @@ void load_weights(Session& session, std::unique_ptr<WeightsFile> file) {
     }
     each_chunk([&](uint64_t begin, uint64_t count) { stored.write(begin, count, chunk); });
   }
+  if (!whole.empty()) set_apart_the_rest(std::move(whole), *file);
   session.set_frozen(std::move(frozen), std::move(copies), std::move(file));
 }
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
 from torch import nn
 
 from benchmarks.systems.ort_training import fold_frozen_batch_norms
 from benchmarks.systems.pytorch import Checkpointed, checkpoint_blocks, kept_bytes
 from tests.parity import export_model
+from tests.text_models import MODELS, TOKENS, batch
 
 
 def network() -> nn.Sequential:
@@ -41,6 +43,28 @@ def test_checkpointing_keeps_the_blocks_inputs_and_gives_the_same_gradients() ->
         model(x).sum().backward()
     for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", ["bert", "mean_pooled", "vit"])
+def test_checkpointing_of_transformers_keeps_the_layers_inputs_and_gives_the_same_gradients(name: str) -> None:
+    inputs, _ = batch(name, 3)
+    plain, checkpointed = MODELS[name]("sdpa"), MODELS[name]("sdpa")
+    kept = checkpoint_blocks(checkpointed)
+    layers = [module for module in checkpointed.modules() if isinstance(module, Checkpointed)]
+    assert len(layers) == 2
+    outputs = [getattr(out, "logits", out) for out in (plain(**inputs), checkpointed(**inputs))]
+    assert torch.equal(outputs[0], outputs[1])
+    hidden = [value for value in kept if value.requires_grad]
+    assert [value.shape for value in hidden] == 2 * [(3, 65 if name == "vit" else TOKENS, 32)]
+    for output in outputs:
+        output.square().sum().backward()
+    for (key, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), key  # type: ignore[arg-type]
+
+
+def test_a_model_without_blocks_cannot_be_checkpointed() -> None:
+    with pytest.raises(ValueError, match="Linear has no blocks"):
+        checkpoint_blocks(nn.Linear(2, 2))
 
 
 def test_folding_frozen_batch_norms_changes_nothing_but_the_graph(tmp_path: Path) -> None:

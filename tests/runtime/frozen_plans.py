@@ -73,3 +73,15 @@ def rows_plan() -> dict[str, Any]:
     plan["train"] = [lookup, *plan["train"], gradient, update]
     plan["eval"] = [lookup, *plan["eval"]]
     return plan
+
+
+def table_plan(vocabulary: int = 9) -> dict[str, Any]:
+    """`rows_plan` with a table [vocabulary, features] in the weights file, which does not train."""
+    plan = rows_plan()
+    table = len(plan["params"]) - 1
+    plan["params"][table] |= {"trainable": 0, "form": 1, "shape": [vocabulary, FEATURES], "offset": 0, "states": []}
+    plan["train"] = plan["train"][:-2]  # without its gradient and update
+    for lookup in (plan["train"][0], plan["eval"][0]):
+        lookup["ints"][1] = vocabulary
+        lookup["operands"][1] = (MAPPED, table, 4 * vocabulary * FEATURES)
+    return plan

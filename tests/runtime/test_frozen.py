@@ -18,7 +18,7 @@ from edge_razor.planner.program import KERNELS
 from edge_razor.runtime import Session
 from tests.kernels.test_weight_forms import stored
 
-from .frozen_plans import FEATURES, FORMS, MAPPED, OUTPUTS, SIZES, frozen_plan, rows_plan
+from .frozen_plans import FEATURES, FORMS, MAPPED, OUTPUTS, SIZES, frozen_plan, rows_plan, table_plan
 from .plan_writer import encode, seal
 
 
@@ -132,6 +132,69 @@ def test_weights_inside_another_file_at_any_offset(form: int, shift: int, tmp_pa
             session.load_weights(tmp_path / "archive", shift, len(data) + 7)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 2, 4])
+def test_rows_of_a_table_in_the_file_at_any_offset(shift: int, tmp_path: Path) -> None:
+    table, others = (np.random.default_rng(s).standard_normal((9, FEATURES)).astype(np.float32) for s in (1, 2))
+    values = weights()
+    safetensors.numpy.save_file({**values, "table": table}, tmp_path / "w")
+    data = (tmp_path / "w").read_bytes()
+    (tmp_path / "archive").write_bytes(b"x" * shift + data)
+    ids = np.array([[8], [3]], np.int32)
+
+    def expected(rows: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        return rows[ids[:, 0]] @ session.read_parameter("fc.weight").T + bias
+
+    with Session(encode(table_plan())) as session:
+        session.load_weights(tmp_path / "archive", shift, len(data))
+        (y,) = session.predict([ids])
+        np.testing.assert_allclose(y, expected(table, values["fc.bias"]), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(session.read_parameter("table"), table)
+        target = np.zeros((2, OUTPUTS), np.float32)
+        loss = session.train_step([ids], target, learning_rate=0.1, update=1)
+        assert loss == pytest.approx((y**2).mean(), rel=1e-5)
+        session.write_parameter("table", others)  # from now on in memory of its own
+        (y,) = session.predict([ids])
+        np.testing.assert_allclose(y, expected(others, session.read_parameter("fc.bias")), rtol=1e-5, atol=1e-5)
+        with pytest.raises(UsageError):
+            session.predict([ids + 1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+def test_what_no_step_reads_in_the_file_does_not_become_resident(tmp_path: Path) -> None:
+    """Though the system maps what lies around a touched page."""
+    path, between = tmp_path / "w", np.zeros(1_000_000, np.float32)
+    safetensors.numpy.save_file({**weights(), "a": between, "z": between}, path)
+    path.read_bytes()  # into the page cache
+    with Session(encode(frozen_plan(1))) as session:
+        session.load_weights(path)
+        session.predict([inputs(2)])
+        assert 0 < mapped_bytes(path) <= 3 << 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+def test_no_row_of_a_table_in_the_file_becomes_resident(tmp_path: Path) -> None:
+    rows, path = 100_000, tmp_path / "w"  # 2.4 MB
+    safetensors.numpy.save_file({**weights(), "table": np.ones((rows, FEATURES), np.float32)}, path)
+    with Session(encode(table_plan(rows))) as session:
+        session.load_weights(path)
+        for first in range(0, rows, 1000):
+            session.predict([np.array([[first], [first + 500]], np.int32)])
+        assert mapped_bytes(path) == 0
+        session.read_parameter("table")  # this one goes through the mapping
+        assert mapped_bytes(path) >= rows * FEATURES * 4
+
+
+def mapped_bytes(path: Path) -> int:
+    """Resident bytes of this process's mappings of a file."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.partition(" ")[0].count("-") == 1 and not line.partition(" ")[0].endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_checkpoint_holds_what_trains_and_resumes_to_the_same_bits(form: int, tmp_path: Path) -> None:
     values, x, target = weights(), inputs(4), np.zeros((4, OUTPUTS), np.float32)
@@ -233,10 +296,11 @@ def test_no_kernel_gets_a_written_operand_that_cannot_be_written(kernel: str) ->
         assert ("in the weights file, which is never written" in str(refused.value)) != reads, index
 
 
-@pytest.mark.parametrize("kind", ["in_file", "int8", "rows"])
+@pytest.mark.parametrize("kind", ["in_file", "int8", "rows", "table"])
 def test_altered_plans_with_a_right_checksum_are_refused_or_run(kind: str, tmp_path: Path) -> None:
     """What passes every check must be safe to run, whatever it computes."""
-    payload = encode(rows_plan() if kind == "rows" else frozen_plan(FORMS[kind], micro=2))[24:]
+    plans = {"rows": rows_plan, "table": table_plan}
+    payload = encode(plans[kind]() if kind in plans else frozen_plan(FORMS[kind], micro=2))[24:]
     safetensors.numpy.save_file({**weights(), "table": np.ones((9, FEATURES), np.float32)}, tmp_path / "w")
     seed = random.randrange(2**32)
     print("seed", seed)
