@@ -52,6 +52,8 @@ FINDINGS = (
     ("bundle, npz", "a zip's directory of any length was made Python objects, ten times its size", "256 KB at most"),
     ("plan_summary", "a bucket whose number of tokens has 5,000 digits raised ValueError", "refused"),
     ("plan_fuzz", "the check of spills took time with the square of the transfers under way", "a search tree"),
+    ("image", "IndexError, TypeError and more from inside of Pillow; its warnings were printed", "named, or left out"),
+    ("tokenizer", "texts on which tokenizers raises, its panics, and a tokenizer.json that is no UTF-8", "DataError"),
     ("all", "a FIFO in the place of a file was waited for, a device read without end", "refused when it is opened"),
 )  # fmt: skip
 
