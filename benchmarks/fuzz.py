@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, markdown_table, write_result
+from tests.runtime.write_fuzz_seeds import TARGETS as NATIVE
+from tests.runtime.write_fuzz_seeds import write_fuzz_seeds
 from tests.untrusted.readers import READERS
 
-NATIVE = ("plan_fuzz", "weights_fuzz", "checkpoint_fuzz")
 MALLOC_LIMIT_MB, RSS_LIMIT_MB, TIMEOUT_SECONDS = 160, 1024, 60
 BUILD = ROOT / "build" / "fuzz"
 DICTIONARY = ROOT / "runtime" / "fuzz" / "safetensors.dict"
@@ -52,6 +53,8 @@ FINDINGS = (
     ("bundle, npz", "a zip's directory of any length was made Python objects, ten times its size", "256 KB at most"),
     ("plan_summary", "a bucket whose number of tokens has 5,000 digits raised ValueError", "refused"),
     ("plan_fuzz", "the check of spills took time with the square of the transfers under way", "a search tree"),
+    ("image", "IndexError, TypeError and more from inside of Pillow; its warnings were printed", "named, or left out"),
+    ("tokenizer", "texts on which tokenizers raises, its panics, and a tokenizer.json that is no UTF-8", "DataError"),
     ("all", "a FIFO in the place of a file was waited for, a device read without end", "refused when it is opened"),
 )  # fmt: skip
 
@@ -62,38 +65,6 @@ def _build() -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for command in (configure, ["cmake", "--build", str(BUILD), "--target", *NATIVE]):
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-
-
-def _seeds(folder: Path) -> None:
-    """Valid plans, weights files and checkpoints; the plans whose parameters the last two are of."""
-    import numpy as np
-    from safetensors.numpy import save
-
-    from edge_razor.runtime import Session
-    from tests.runtime.frozen_plans import FORMS, frozen_plan, rows_plan
-    from tests.runtime.plan_writer import encode, linear_plan
-    from tests.runtime.write_plans import write_plans
-
-    for name in (*NATIVE, "plans"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    write_plans(folder / "plan_fuzz")
-    frozen = {name: encode(frozen_plan(form, micro=2)) for name, form in FORMS.items()}
-    for name, plan in {**frozen, "rows": encode(rows_plan())}.items():
-        (folder / "plan_fuzz" / f"{name}.plan").write_bytes(plan)
-    plans = {"weights_fuzz": {"linear": encode(linear_plan()), **frozen}}
-    plans["checkpoint_fuzz"] = {"linear": encode(linear_plan(momentum=0.9)), "int8": frozen["int8"]}
-    for target, made in plans.items():
-        for name, plan in made.items():
-            (folder / "plans" / f"{target}-{name}.plan").write_bytes(plan)
-    with Session(plans["weights_fuzz"]["linear"]) as session:
-        tensors = {name: np.ones(p.shape, np.float32) for name, p in session.parameters().items()}
-    (folder / "weights_fuzz" / "seed").write_bytes(save(tensors))
-    more = {**tensors, "other": np.zeros(3, np.int64)}
-    (folder / "weights_fuzz" / "seed-more").write_bytes(save(more, metadata={"format": "pt"}))
-    for name, plan in plans["checkpoint_fuzz"].items():
-        with Session(plan) as session:
-            session.load_weights(folder / "weights_fuzz" / "seed")
-            session.save_checkpoint(folder / "checkpoint_fuzz" / f"seed-{name}", 3, b"the program's own")
 
 
 def _native(target: str, runs: int, seed: int, folder: Path) -> tuple[int, str]:
@@ -178,7 +149,7 @@ def main() -> None:
     folder = options.keep.resolve()
     if native:
         _build()
-        _seeds(folder)
+        write_fuzz_seeds(folder)
     totals: dict[str, Any] = json.loads(TOTALS.read_text()) if TOTALS.exists() else {"commands": [], "readers": {}}
     only = "" if len(options.only) == len(names) else f" --only {' '.join(options.only)}"
     totals["commands"].append(f"python3 dev.py bench fuzz --runs {options.runs} --seed {options.seed}{only}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +37,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-# What Pillow raises for damaged files: struct.error and SyntaxError come from some of its parsers.
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, OverflowError)
 
 
 class ImageFolder(Source):
@@ -96,10 +96,9 @@ class ImageFolder(Source):
         """See `Source.read`; `inputs` is uint8 [H, W, C]."""
         file = self.files[index]
         try:
-            with warnings.catch_warnings(), Image.open(file) as image:
-                warnings.simplefilter("ignore")  # odd metadata; what matters is whether it decodes
+            with _opened(file) as image:
                 inputs[:] = self._decode(image, random)
-        except _DECODING_ERRORS as error:
+        except Exception as error:  # Pillow lets through what damaged bytes raise in it: IndexError, struct.error …
             self._leave_out(file, error)
             return False
         targets[...] = self.labels[index]
@@ -136,12 +135,11 @@ class ImageFolder(Source):
         largest, good = 0, []
         for index, file in enumerate(self.files):
             try:
-                with warnings.catch_warnings(), Image.open(file) as image:
-                    warnings.simplefilter("ignore")
+                with _opened(file) as image:
                     image.draft(None, (self.resize, self.resize))
                     largest = max(largest, image.width * image.height)
                 good.append(index)
-            except _DECODING_ERRORS as error:
+            except Exception as error:
                 self._leave_out(file, error)
         self.files = [self.files[i] for i in good]
         self.labels = self.labels[good]
@@ -149,6 +147,15 @@ class ImageFolder(Source):
             raise DataError(f"{self.root}: holds no readable image")
         # Pillow keeps 4 bytes a pixel for colour; the decoded image and its converted or turned copy live together.
         self.work_bytes = 2 * 4 * largest
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """The image without Pillow's warnings of odd metadata and large sizes; what matters is whether it decodes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file) as image:
+            yield image
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_razor.bundle import Bundle
 from edge_razor.data.source import Source
-from edge_razor.data.tokenize import Answer, Request, tokenize_in_child
+from edge_razor.data.tokenize import Answer, Request, tokenize_in_child, tokenizer_text
 from edge_razor.errors import DataError
 from edge_razor.manifest import IGNORE_INDEX, TOKENIZER, Manifest
 
@@ -69,7 +69,7 @@ class TextSource(Source):
             Request(
                 data=str(path),
                 directory=self._directory.name,
-                tokenizer=bundle.read_file(TOKENIZER).decode("utf-8"),
+                tokenizer=tokenizer_text(bundle.read_file(TOKENIZER), bundle.path),
                 length=self._length,
                 vocabulary=manifest.text.vocabulary,
                 causal=self._causal,

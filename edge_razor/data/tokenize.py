@@ -14,6 +14,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from edge_razor.child import ask, serve
 from edge_razor.errors import DataError
 from edge_razor.regular_file import open_regular
 
-__all__ = ["Answer", "Request", "is_text", "tokenize_in_child"]
+__all__ = ["Answer", "Request", "is_text", "tokenize_in_child", "tokenizer_text"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 _INDEX = re.compile(r"0|[1-9]\d{0,8}", re.ASCII)  # of a class, as a label; "00" is a name
@@ -84,6 +85,16 @@ def is_text(path: Path) -> bool:
     if path.is_dir():
         return any(path.glob("*.txt"))
     return path.suffix.lower() in SUFFIXES
+
+
+def tokenizer_text(data: bytes, bundle: str | Path) -> str:
+    """The content of a bundle's tokenizer.json as text."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{bundle}: its tokenizer.json is no UTF-8 (byte {error.start}); export the model again"
+        ) from error
 
 
 def tokenize_in_child(request: Request) -> Answer:
@@ -214,27 +225,37 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+@contextmanager
+def _tokenizer_errors() -> Iterator[None]:
+    """What tokenizers raises is a DataError: plain Exceptions, and panics of Rust, which are no Exceptions."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the bundle's tokenizer.json cannot be used: {error}; export the model again") from error
+
+
 def tokenize(request: Request) -> Answer:
     """What the child does; see the module's docstring."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise DataError("texts need the package tokenizers; install edge-razor[text]") from error
-    try:
+    with _tokenizer_errors():
         tokenizer = Tokenizer.from_str(request.tokenizer)
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise DataError(f"the bundle's tokenizer.json cannot be read: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    if not request.causal:
-        tokenizer.enable_truncation(request.length)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if not request.causal:
+            tokenizer.enable_truncation(request.length)
     answer = Answer()
     reader = _Reader(request, answer)
     rows, labels, names = list[tuple[int, int, int]](), dict[str, int](), list[str]()
     directory = Path(request.directory)
     with open(directory / "tokens.bin", "wb") as file:
         for block in _blocks(reader.samples()):
-            encoded = tokenizer.encode_batch([text for text, _, _ in block], add_special_tokens=not request.causal)
+            with _tokenizer_errors():
+                encoded = tokenizer.encode_batch([text for text, _, _ in block], add_special_tokens=not request.causal)
             for (text, label, place), tokens in zip(block, encoded, strict=True):
                 ids = np.array(tokens.ids, np.int64)  # a damaged tokenizer has any
                 if not text.strip() or not ids.size:

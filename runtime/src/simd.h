@@ -55,8 +55,9 @@ inline float highest(VecF v) { return fold(v, max_or_nan); }
 
 // 0, 1, 2, … kLanes − 1.
 inline VecI lane_index() {
+  static constexpr int32_t kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   VecI v;
-  for (int i = 0; i < kLanes; i++) v[i] = i;
+  std::memcpy(&v, kIndex, sizeof v);
   return v;
 }
 
@@ -114,11 +115,7 @@ inline uint32_t mask_bits(VecI mask) {
 #endif
 }
 // The reverse: lane i is true where bit i of `word` is set.
-inline VecI bits_mask(uint32_t word) {
-  VecI one;
-  for (int i = 0; i < kLanes; i++) one[i] = 1 << i;
-  return (broadcast(static_cast<int32_t>(word)) & one) != 0;
-}
+inline VecI bits_mask(uint32_t word) { return (broadcast(static_cast<int32_t>(word)) & (1 << lane_index())) != 0; }
 
 // v where bit i of `word` is set, else 0, NaN or not.
 inline VecF keep_lanes(uint32_t word, VecF v) {

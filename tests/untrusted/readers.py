@@ -6,20 +6,25 @@ import hashlib
 import io
 import json
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, write_checkpoint
 from edge_razor.data.arrays import ArraySource, find_arrays
-from edge_razor.data.tokenize import Request, tokenize
-from edge_razor.manifest import parse_manifest
+from edge_razor.data.images import ImageFolder
+from edge_razor.data.source import Augmentation
+from edge_razor.data.tokenize import Request, tokenize, tokenizer_text
+from edge_razor.manifest import InputSpec, parse_manifest
 from edge_razor.planner.deserialize import read_steps
 from edge_razor.planner.harm import read_harm_table
 from edge_razor.planner.plan_file import Plan
@@ -281,16 +286,126 @@ def _read_npy(data: bytes, folder: Path) -> None:
     _read_arrays(folder / "x.npy", folder)
 
 
-def _tokenizer() -> str:
-    words = {word: index for index, word in enumerate(("[UNK]", "good", "bad", "film", "a"))}
+def _image(form: str, mode: str = "RGB", **options: Any) -> bytes:
+    pixels = np.arange(9 * 14 * 4).astype(np.uint8).reshape(9, 14, 4)
+    stream = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").convert(mode).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def _image_seeds(folder: Path) -> list[bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    return [
+        _image("PNG"), _image("PNG", "I;16"), _image("PNG", "P", transparency=3), _image("PNG", "LA"),
+        _image("JPEG", exif=exif), _image("JPEG", "CMYK"), _image("JPEG", progressive=True), _image("BMP"),
+        _image("GIF", "P"), _image("WEBP", exif=exif), _image("TIFF", compression="tiff_lzw"),
+        _image("TIFF", "L", exif=exif), _image("TIFF", "1", compression="group4"), _image("PPM"), _image("PPM", "1"),
+    ]  # fmt: skip
+
+
+def _mutate_image(data: bytes, random: Random) -> bytes:
+    """The bytes, or those inside of one chunk of a PNG, with its length and checksum made right again."""
+    chunks, at = [], 8
+    while data.startswith(b"\x89PNG") and at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    if not chunks or random.random() < 0.3:
+        return mutate_bytes(data, random)
+    index = random.randrange(len(chunks))
+    kind, content = chunks[index]
+    if random.random() < 0.2:
+        kind = random.choice((b"iTXt", b"zTXt", b"eXIf", b"iCCP", b"fcTL", b"PLTE", b"tRNS", b"gAMA", b"acTL"))
+    chunks[index] = (kind, mutate_bytes(content, random))
+    if random.random() < 0.1:
+        chunks.insert(index, random.choice(chunks))
+    parts = [len(c).to_bytes(4, "big") + k + c + zlib.crc32(k + c).to_bytes(4, "big") for k, c in chunks]
+    return data[:8] + b"".join(parts)
+
+
+def _read_image(data: bytes, folder: Path) -> None:
+    (folder / "images" / "class").mkdir(parents=True, exist_ok=True)
+    (folder / "images" / "class" / "image.png").write_bytes(data)  # Pillow goes by the contents
+    manifest = parse_manifest((_bundle(folder) / "bundle.json").read_bytes(), "bundle")
+    manifest = replace(manifest, inputs=(InputSpec("x", (3, 6, 8), (0, 2, 3, 1)),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = ImageFolder(folder / "images", manifest, None, Augmentation(flip=True, random_crop=True), False)
+        if source.work_bytes > 1 << 20:  # the plan counts it; decoding takes that much
+            return
+        inputs, targets = np.empty(source.input_shape, source.input_dtype), np.empty((), source.target_dtype)
+        for random in (None, 7):
+            source.read(0, inputs, targets, random)
+
+
+_WORDS = ("[UNK]", "good", "bad", "film", "a")
+
+
+def _tokenizer(model: dict[str, Any] | None = None, **parts: Any) -> str:
+    words = {word: index for index, word in enumerate(_WORDS)}
     return json.dumps(
         {
             "version": "1.0",
             "added_tokens": [],
             "pre_tokenizer": {"type": "Whitespace"},
-            "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+            "model": model or {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+            **parts,
         }
     )
+
+
+def _tokenizer_seeds(folder: Path) -> list[bytes]:
+    special = {"content": "[UNK]", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    letters = {letter: index for index, letter in enumerate("abdfgilmo")}
+    made = [
+        _tokenizer(added_tokens=[{"id": 0, "special": True, **special}]),
+        _tokenizer(
+            {"type": "BPE", "vocab": {**letters, "go": 9, "goo": 10}, "merges": [["g", "o"], ["go", "o"]],
+             "dropout": None, "unk_token": "a", "continuing_subword_prefix": None, "end_of_word_suffix": None,
+             "fuse_unk": False, "byte_fallback": True, "ignore_merges": False},
+            pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        ),
+        _tokenizer(
+            {"type": "WordPiece", "vocab": {**letters, "[UNK]": 9, "##m": 10, "[CLS]": 11, "[SEP]": 12},
+             "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+            normalizer={"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                        "strip_accents": None, "lowercase": True},
+            pre_tokenizer={"type": "BertPreTokenizer"},
+            post_processor={"type": "BertProcessing", "sep": ["[SEP]", 12], "cls": ["[CLS]", 11]},
+            truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 1},
+            padding={"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": 2, "pad_id": 0,
+                     "pad_type_id": 0, "pad_token": "[PAD]"},
+        ),
+        _tokenizer(
+            {"type": "Unigram", "unk_id": 0, "byte_fallback": False,
+             "vocab": [["<unk>", 0.0], ["\u2581", -2.0], ["\u2581good", -3.0], ["film", -3.5], ["a", -4.0]]},
+            normalizer={"type": "Sequence", "normalizers": [
+                {"type": "Strip", "strip_left": True, "strip_right": True},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}, {"type": "NFKC"}]},
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}"}, "behavior": "Isolated", "invert": False},
+                {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}]},
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
+        ),
+    ]  # fmt: skip
+    return [text.encode() for text in made]
+
+
+def _read_tokenizer(data: bytes, folder: Path) -> None:
+    path = folder / "data.csv"
+    path.write_text('text,label\n"a good, film",1\nbad film  42,0\n')
+    request = Request(
+        data=str(path), directory=str(folder), tokenizer=tokenizer_text(data, "bundle"), length=4, vocabulary=16,
+        class_count=2,
+    )  # fmt: skip
+    for causal in (False, True):
+        json.dumps(asdict(tokenize(replace(request, causal=causal)))).encode()
 
 
 def _read_text(suffix: str) -> Callable[[bytes, Path], None]:
@@ -374,6 +489,8 @@ READERS: dict[str, Reader] = {
         _read_text(".jsonl"),
         _mutate_lines,
     ),
+    "image": Reader(_image_seeds, _read_image, _mutate_image),
+    "tokenizer": Reader(_tokenizer_seeds, _read_tokenizer, _bytes_or_json),
     "plan": Reader(_plan_seeds, _read_plan, _mutate_plan),
     "plan_summary": Reader(_summary_seeds, _read_summary, _bytes_or_json),
     "harm_table": Reader(_harm_seeds, _read_harm, _bytes_or_json),

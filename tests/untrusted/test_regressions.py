@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,13 +20,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, checkpoint_files, write_checkpoint
 from edge_razor.data import tokenize as texts
 from edge_razor.data.arrays import ArraySource, find_arrays
+from edge_razor.data.images import ImageFolder
+from edge_razor.data.source import Augmentation
 from edge_razor.errors import BundleError, CheckpointError, DataError, PlanError
-from edge_razor.manifest import parse_manifest
+from edge_razor.manifest import InputSpec, parse_manifest
 from edge_razor.planner.graph import Graph, Node, Shape
 from edge_razor.planner.plan_file import Plan
 from edge_razor.planner.planning import plan_graph
@@ -565,3 +569,103 @@ def test_a_token_beyond_every_table_is_refused(tmp_path: Path) -> None:
     damaged = request(path).tokenizer.replace('"good": 1', '"good": 4294967295')
     with pytest.raises(DataError, match="token 4294967295 of the tokenizer is outside of the model's table"):
         texts.tokenize(replace(request(path), tokenizer=damaged))
+
+
+# ---- Tokenizers ----
+
+
+def empty_matches(tokenizer: dict[str, Any]) -> None:
+    """A pattern that matches nothing, everywhere: tokenizers panics, which is no Exception."""
+    replace_all = {"type": "Replace", "pattern": {"Regex": ""}, "content": " "}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [replace_all, {"type": "NFKC"}]}
+
+
+def prefix_beyond_the_merge(tokenizer: dict[str, Any]) -> None:
+    """A prefix longer than a merge's second half: another panic, when it is read."""
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+    tokenizer["model"] = {
+        "type": "BPE",
+        "vocab": vocabulary,
+        "merges": [["a", "b"]],
+        "continuing_subword_prefix": "###",
+    }
+
+
+def without_unknown(tokenizer: dict[str, Any]) -> None:
+    """Found when the first unknown word is."""
+    del tokenizer["model"]["vocab"]["[UNK]"]
+
+
+def nested(tokenizer: dict[str, Any]) -> None:
+    for _ in range(200):
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [tokenizer.get("normalizer")]}
+
+
+@pytest.mark.parametrize("damage", [empty_matches, prefix_beyond_the_merge, without_unknown, nested])
+def test_a_tokenizer_that_fails_in_any_way_is_one_error_that_names_it(
+    damage: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "good  film", "label": 0}\n')
+    good = request(path)
+    tokenizer = json.loads(good.tokenizer)
+    damage(tokenizer)
+    with pytest.raises(DataError, match=r"the bundle's tokenizer\.json cannot be used: .*; export the model again"):
+        texts.tokenize(replace(good, tokenizer=json.dumps(tokenizer)))
+
+
+def test_a_tokenizer_that_is_no_utf8_is_refused() -> None:
+    with pytest.raises(DataError, match=r"model\.razor: its tokenizer\.json is no UTF-8 \(byte 1\)"):
+        texts.tokenizer_text(b'{\xff"', "model.razor")
+
+
+# ---- Images ----
+
+
+def png(*more: tuple[bytes, bytes], size: tuple[int, int] = (8, 6)) -> bytes:
+    """A black image, with chunks between its pixels and its end."""
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes((1 + 3 * 8) * 6))
+    chunks = [(b"IHDR", header), (b"IDAT", pixels), *more, (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_whose_pixels_begin_at_a_fraction() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(stream, "TIFF")
+    offsets = struct.pack("<HHI", 273, 4, 1)
+    assert offsets in stream.getvalue()
+    return stream.getvalue().replace(offsets, struct.pack("<HHI", 273, 5, 1))
+
+
+def image_source(folder: Path, manifest: dict[str, Any], data: bytes, skip_bad: bool = False) -> ImageFolder:
+    (folder / "images" / "class").mkdir(parents=True, exist_ok=True)
+    (folder / "images" / "class" / "image.png").write_bytes(data)
+    model = replace(
+        parse_manifest(json.dumps(manifest).encode(), "bundle"), inputs=(InputSpec("x", (3, 6, 8), (0, 2, 3, 1)),)
+    )
+    return ImageFolder(folder / "images", model, None, Augmentation(), skip_bad)
+
+
+@pytest.mark.parametrize(
+    "data", [png((b"iCCP", b"a\0")), tiff_whose_pixels_begin_at_a_fraction()], ids=["IndexError", "TypeError"]
+)
+def test_an_image_that_makes_pillow_raise_anything_is_named_or_left_out(
+    data: bytes, tmp_path: Path, manifest: dict[str, Any]
+) -> None:
+    def read(source: ImageFolder) -> bool:
+        return source.read(0, np.empty(source.input_shape, np.uint8), np.empty((), np.int32), None)
+
+    with pytest.raises(DataError, match=r"image\.png: cannot be read \(.*\); remove it, or pass --skip-bad"):
+        read(image_source(tmp_path, manifest, data))
+    source = image_source(tmp_path, manifest, data, skip_bad=True)
+    assert not read(source) and len(source.bad) == 1
+    assert read(image_source(tmp_path, manifest, png()))
+
+
+def test_a_large_image_is_counted_without_a_warning_of_pillow(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = image_source(tmp_path, manifest, png(size=(10_000, 10_000)))
+    assert source.work_bytes == 8 * 10_000 * 10_000
