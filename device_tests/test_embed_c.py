@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import subprocess
 from pathlib import Path
@@ -37,6 +38,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-DCMAKE_C_FLAGS=-Werror")  # fmt: skip
     run("cmake", "--build", folder / "build")
     return folder / "build/digits"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="aarch64: test_aarch64.py")
+@pytest.mark.skipif(which("strip") is None, reason="needs strip")
+def test_the_library_with_the_kernels_of_three_instruction_sets_is_small(tmp_path: Path) -> None:
+    """Bytes of a release build, stripped, without OpenBLAS."""
+    run("strip", "-o", tmp_path / "stripped.so", library_path())
+    assert (tmp_path / "stripped.so").stat().st_size <= 1_500_000
 
 
 def digits(program: Path, files: Path, command: str, checkpoint: Path, *arguments: str | Path) -> str:

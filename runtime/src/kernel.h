@@ -22,19 +22,20 @@ class ThreadPool {
     dispatch([](void* f, int thread) { (*static_cast<F*>(f))(thread); },
              const_cast<void*>(static_cast<const void*>(&body)));
   }
-  // Splits [0, items) into one contiguous range a thread (in multiples of `grain`): body(begin, end, thread).
+  // Splits [0, items) into one contiguous range a thread (in multiples of `grain`): body(begin, end, thread). `alone`:
+  // the caller does all of it, through the same copy of the body.
   template <class F>
-  void split(int64_t items, int64_t grain, F&& body) {
-    run([&](int t) {
-      int64_t chunks = (items + grain - 1) / grain, n = threads_;
-      int64_t begin = chunks * t / n * grain, end = chunks * (t + 1) / n * grain;
-      if (end > items) end = items;
-      if (begin < end) body(begin, end, t);
-    });
+  void split(int64_t items, int64_t grain, F&& body, bool alone = false) {
+    split_ranges(
+        items, grain, alone,
+        [](void* f, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(f))(begin, end, thread); },
+        const_cast<void*>(static_cast<const void*>(&body)));
   }
 
  private:
-  void dispatch(void (*call)(void*, int), void* f);
+  void dispatch(void (*call)(void*, int), void* f) noexcept;
+  void split_ranges(int64_t items, int64_t grain, bool alone, void (*call)(void*, int64_t, int64_t, int),
+                    void* f) noexcept;
   int threads_;
   struct Impl;
   Impl* impl_;
@@ -59,7 +60,8 @@ struct Kernel {
   const char* name;
   // Says what is wrong with the call's attributes, operand counts and operand sizes ("" if nothing). Runs at plan load:
   // operands have sizes, and data is non-null exactly where an operand is present, but must not be read. After it
-  // passes, run() may trust everything except tensor contents.
+  // passes, run() may trust everything except tensor contents. Those of the
+  // portable kernels serve every instruction set (check_call); others need none.
   std::string (*check)(const Call& call);
   // Scratch bytes for attributes that check() would accept; null: none. A kernel with scratch() takes it as its last
   // operand, whose size the executor compares with this (check() cannot: it does not know the threads). Operands are

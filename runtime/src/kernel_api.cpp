@@ -38,7 +38,7 @@ ThreadPool& cached_pool(int threads) {
 }  // namespace
 
 std::string check_call(const Kernel& kernel, const Call& call, int threads) {
-  std::string problem = kernel.check(call);
+  std::string problem = portable::find_kernel(kernel.name)->check(call);
   if (!problem.empty() || !kernel.scratch) return problem;
   const uint64_t needed = kernel.scratch(call, threads);
   const er_operand scratch = call.n_operands ? call.operands[call.n_operands - 1] : er_operand{nullptr, 0};

@@ -35,14 +35,16 @@ inline VecI bits(VecF v) { return (VecI)v; }
 inline VecF abs(VecF v) { return (VecF)((VecI)v & 0x7fffffff); }
 inline float sum(VecF v) {
   float s = 0;
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; i++) s += v[i];
   return s;
 }
 
 // 0, 1, 2, … kLanes − 1.
 inline VecI lane_index() {
+  static constexpr int32_t kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   VecI v;
-  for (int i = 0; i < kLanes; i++) v[i] = i;
+  std::memcpy(&v, kIndex, sizeof v);
   return v;
 }
 
@@ -100,11 +102,7 @@ inline uint32_t mask_bits(VecI mask) {
 #endif
 }
 // The reverse: lane i is true where bit i of `word` is set.
-inline VecI bits_mask(uint32_t word) {
-  VecI one;
-  for (int i = 0; i < kLanes; i++) one[i] = 1 << i;
-  return (broadcast(static_cast<int32_t>(word)) & one) != 0;
-}
+inline VecI bits_mask(uint32_t word) { return (broadcast(static_cast<int32_t>(word)) & (1 << lane_index())) != 0; }
 
 // v where bit i of `word` is set, else 0, NaN or not.
 inline VecF keep_lanes(uint32_t word, VecF v) {

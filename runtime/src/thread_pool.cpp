@@ -1,5 +1,6 @@
 // The fixed pool behind ThreadPool. A convolution network runs thousands of short kernels a second: waking a sleeping
 // thread for each costs half the speed of the small ones, so threads spin for a moment before they sleep.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -100,7 +101,17 @@ ThreadPool::ThreadPool(int threads) : threads_(threads), impl_(nullptr) {
 
 ThreadPool::~ThreadPool() { delete impl_; }
 
-void ThreadPool::dispatch(void (*call)(void*, int), void* f) {
+void ThreadPool::split_ranges(int64_t items, int64_t grain, bool alone, void (*call)(void*, int64_t, int64_t, int),
+                              void* f) noexcept {
+  if (alone || threads_ == 1) return call(f, 0, items, 0);
+  run([&](int t) {
+    const int64_t chunks = (items + grain - 1) / grain, n = threads_;
+    const int64_t begin = chunks * t / n * grain, end = std::min(items, chunks * (t + 1) / n * grain);
+    if (begin < end) call(f, begin, end, t);
+  });
+}
+
+void ThreadPool::dispatch(void (*call)(void*, int), void* f) noexcept {
   if (!impl_) return call(f, 0);
   Impl& pool = *impl_;
   pool.call = call;

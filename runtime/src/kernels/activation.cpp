@@ -177,8 +177,8 @@ bool run_grad(const Call& call) {
 
 extern const Kernel activation_kernels[];
 const Kernel activation_kernels[] = {
-    {"affine", check_affine, nullptr, run_affine},
-    {"activation_grad", check_grad, scratch_grad, run_grad},
+    {"affine", ER_CHECK(check_affine), nullptr, run_affine},
+    {"activation_grad", ER_CHECK(check_grad), scratch_grad, run_grad},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -152,7 +152,10 @@ inline void store_q4(uint8_t* out, VecF d, DerivativeRange range, int64_t bytes)
   pair = pair | (pair >> 28);
   typedef uint8_t Bytes __attribute__((vector_size(kLanes / 2)));
   Bytes packed = __builtin_convertvector(pair, Bytes);
-  std::memcpy(out, &packed, bytes >= kLanes / 2 ? kLanes / 2 : static_cast<size_t>(bytes));
+  if (bytes >= kLanes / 2)
+    std::memcpy(out, &packed, kLanes / 2);
+  else
+    std::memcpy(out, &packed, static_cast<size_t>(bytes));
 }
 
 // The bits of kLanes columns starting at column c (a multiple of kLanes) of a row; `left` columns remain.
@@ -187,15 +190,14 @@ inline void activate_row(float alpha, float beta, const float* x, float* y, uint
     }
     if constexpr (kKeep == kKeepDense) store_upto(reinterpret_cast<float*>(kept) + c, v, left);
   };
-  int64_t c = 0;
-  for (; c + kLanes <= cols; c += kLanes) vector(c, kLanes);
-  if (c < cols) vector(c, cols - c);
+  for (int64_t c = 0; c < cols; c += kLanes) vector(c, cols - c);
 }
 
 // Y = f(X) and the kept form of `rows` × `cols` values. Strides are in elements for x and y (which may be the same),
 // bytes for kept. `kept` points at the byte of the first column, which is a multiple of 8 within its row.
-inline void activate_rows(const Activation& act, int64_t keep, const float* x, int64_t x_stride, float* y,
-                          int64_t y_stride, uint8_t* kept, int64_t kept_stride, int64_t rows, int64_t cols) {
+__attribute__((noinline)) inline void activate_rows(const Activation& act, int64_t keep, const float* x,
+                                                    int64_t x_stride, float* y, int64_t y_stride, uint8_t* kept,
+                                                    int64_t kept_stride, int64_t rows, int64_t cols) {
   // Rows that follow one another without spare bits are one long row.
   const bool whole_bytes = keep == kKeepBits ? cols % 8 == 0 : keep != kKeepQ4 || cols % 2 == 0;
   if (x_stride == cols && y_stride == cols && whole_bytes && (!kept || kept_stride == kept_row_bytes(keep, cols))) {

@@ -85,6 +85,7 @@ inline void binary_row(Op op, int64_t n, float* out, const float* a, int64_t sa,
   if (sa == 1 && sb == 1) {
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+#pragma GCC unroll 4
       for (int v = 0; v < 4; v++) store(out + i + v * kLanes, op(load(a + i + v * kLanes), load(b + i + v * kLanes)));
     for (; i < n; i += kLanes) store_upto(out + i, op(load_upto(a + i, n - i), load_upto(b + i, n - i)), n - i);
   } else if (sa == 1 && sb == 0) {
@@ -364,11 +365,17 @@ void transpose(const float* src, int64_t ss, float* dst, int64_t ds, int64_t row
     }
 }
 
+inline void copy_short(const float* src, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  if (i < n) store_upto(dst + i, load_upto(src + i, n - i), n - i);
+}
+
 void copy_run(const float* src, float* dst, int64_t n) {
   if (n >= 256)
     std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
   else
-    for (int64_t i = 0; i < n; i += kLanes) store_upto(dst + i, load_upto(src + i, n - i), n - i);
+    copy_short(src, dst, n);
 }
 
 bool run_copy(const Call& call) {
@@ -378,8 +385,11 @@ bool run_copy(const Call& call) {
   float* dst = call.as<float>(1) + ds[rank + 1];
   // In the order of dst, so that writes run forward and dimensions merge.
   int order[ER_MAX_RANK];
-  std::iota(order, order + rank, 0);
-  std::stable_sort(order, order + rank, [&](int a, int b) { return ds[a] > ds[b]; });
+  for (int d = 0; d < rank; d++) {
+    int at = d;
+    for (; at > 0 && ds[order[at - 1]] < ds[d]; at--) order[at] = order[at - 1];
+    order[at] = d;
+  }
   Strided<2> loop;  // dst, src
   for (int i = 0; i < rank; i++) loop.push(dims[order[i]], {ds[order[i]], ss[order[i]]});
   loop.pad(2);
@@ -437,12 +447,12 @@ bool run_fill(const Call& call) {
 
 extern const Kernel arithmetic_kernels[];
 const Kernel arithmetic_kernels[] = {
-    {"binary", check_binary, nullptr, run_binary},
-    {"neg", check_neg, nullptr, run_neg},
-    {"reduce", check_reduce, scratch_reduce, run_reduce},
-    {"broadcast", check_broadcast, nullptr, run_broadcast},
-    {"copy", check_copy, nullptr, run_copy},
-    {"fill", check_fill, nullptr, run_fill},
+    {"binary", ER_CHECK(check_binary), nullptr, run_binary},
+    {"neg", ER_CHECK(check_neg), nullptr, run_neg},
+    {"reduce", ER_CHECK(check_reduce), scratch_reduce, run_reduce},
+    {"broadcast", ER_CHECK(check_broadcast), nullptr, run_broadcast},
+    {"copy", ER_CHECK(check_copy), nullptr, run_copy},
+    {"fill", ER_CHECK(check_fill), nullptr, run_fill},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -11,6 +11,9 @@ namespace er::ER_ISA {
 
 // Checks run once, when a plan is loaded: small code matters more than their speed.
 #define ER_COLD __attribute__((cold, noinline))
+// For the tables of kernels. Whether a call is valid does not depend on what runs it: the portable kernels' checks
+// serve all instruction sets.
+#define ER_CHECK(check) (ER_VECTOR_BYTES == 16 ? check : nullptr)
 
 // Larger dimensions cannot be stored; the bound keeps products of two of them inside int64.
 constexpr int64_t kMaxDim = int64_t{1} << 31;
@@ -80,19 +83,15 @@ constexpr int64_t kFloatsPerThread = 8192;
 // body(begin, end) over [0, items), in parallel if there is work for it. `floats` is how many floats an item touches.
 template <class F>
 void parallel(const Call& call, int64_t items, int64_t floats, F&& body) {
-  if (call.pool->threads() == 1 || items < 2 || items * floats < 2 * kFloatsPerThread)
-    body(int64_t{0}, items);
-  else
-    call.pool->split(items, 1, [&](int64_t begin, int64_t end, int) { body(begin, end); });
+  call.pool->split(
+      items, 1, [&](int64_t begin, int64_t end, int) { body(begin, end); },
+      items < 2 || items * floats < 2 * kFloatsPerThread);
 }
 
 // The same for contiguous elements; ranges begin at multiples of 64 floats.
 template <class F>
 void parallel_elements(const Call& call, int64_t n, F&& body) {
-  if (call.pool->threads() == 1 || n < 2 * kFloatsPerThread)
-    body(int64_t{0}, n);
-  else
-    call.pool->split(n, 64, [&](int64_t begin, int64_t end, int) { body(begin, end); });
+  call.pool->split(n, 64, [&](int64_t begin, int64_t end, int) { body(begin, end); }, n < 2 * kFloatsPerThread);
 }
 
 }  // namespace er::ER_ISA

@@ -329,8 +329,8 @@ bool conv_grad_input_run(const Call& call) {
 
 extern const Kernel conv_kernels[];
 const Kernel conv_kernels[] = {
-    {"conv", conv_check, conv_scratch, conv_run},
-    {"conv_grad_input", conv_grad_input_check, grad_input_scratch, conv_grad_input_run},
+    {"conv", ER_CHECK(conv_check), conv_scratch, conv_run},
+    {"conv_grad_input", ER_CHECK(conv_grad_input_check), grad_input_scratch, conv_grad_input_run},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

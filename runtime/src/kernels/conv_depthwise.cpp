@@ -52,16 +52,31 @@ struct Store {
     if (accumulate) z += load_upto(out, left);
     return min(high, max(low, z));
   }
-  // The sums of kPixels pixels from pixel j on at channel c.
+  // The sums of kPixels pixels from pixel j on at channel c. Only the most that some_pixels has in registers are
+  // finished there; otherwise every number of taps would hold a copy.
   template <int kPixels>
-  void pixels(const Row& row, int64_t j, int64_t c, const VecF* sum) const {
-    float* out = row.out + j * row.out_pixel + c;
-    if (!row.finish->slopes_or_sums()) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; i++)
-        store_upto(out + i * row.out_pixel, finished(out + i * row.out_pixel, sum[i]), left);
-      return;
+  __attribute__((always_inline)) void pixels(const Row& row, int64_t j, int64_t c, const VecF* sum) const {
+    if constexpr (kPixels == 8) {
+      if (!row.finish->slopes_or_sums()) return plain_pixels<kPixels>(row, j, c, sum);
     }
+    VecF copy[kPixels];  // the address of `sum` itself would keep it out of registers
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; i++) copy[i] = sum[i];
+    finish_pixels<kPixels>(row, j, c, copy);
+  }
+
+ private:
+  template <int kPixels>
+  __attribute__((always_inline)) void plain_pixels(const Row& row, int64_t j, int64_t c, const VecF* sum) const {
+    float* out = row.out + j * row.out_pixel + c;
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; i++)
+      store_upto(out + i * row.out_pixel, finished(out + i * row.out_pixel, sum[i]), left);
+  }
+  template <int kPixels>
+  __attribute__((noinline)) void finish_pixels(const Row& row, int64_t j, int64_t c, const VecF* sum) const {
+    float* out = row.out + j * row.out_pixel + c;
+    if (!row.finish->slopes_or_sums()) return plain_pixels<kPixels>(row, j, c, sum);
     // Copies: a store might change what `row` refers to, for all that the compiler knows.
     const SlopeKind kind = row.finish->slope.kind;
     const int64_t out_pixel = row.out_pixel, kept_pixel = row.kept_pixel;
@@ -168,10 +183,14 @@ int64_t pixels_while(const Row& row, int64_t j) {
   const int64_t reach = (kPixels - 1) * kStep + kTaps;
   for (; j + kPixels <= row.axis->count; j += kPixels) {
     const int64_t x = row.axis->src_start + j * kStep;
-    if (x >= 0 && x + reach <= row.axis->source)
-      some_pixels<kTaps, kStep, kPixels, false>(row, j);
-    else
-      some_pixels<kTaps, kStep, kPixels, true>(row, j);
+    // One or two are what is left at the end of a row, which mostly is an edge.
+    if constexpr (kPixels > 2) {
+      if (x >= 0 && x + reach <= row.axis->source) {
+        some_pixels<kTaps, kStep, kPixels, false>(row, j);
+        continue;
+      }
+    }
+    some_pixels<kTaps, kStep, kPixels, true>(row, j);
   }
   return j;
 }

@@ -31,8 +31,8 @@ struct Finish {
   }
   // The last step of a gradient: columns [begin, end) of `count` rows of dX, which hold z (+ dx) and have just been
   // stored. kept[r] is the row's kept slopes (slope.row), unused without an activation; begin is a multiple of kLanes.
-  void finish_gradient(float* const* rows, const uint8_t* const* kept, int64_t count, int64_t begin, int64_t end,
-                       const RunningSums& running) const {
+  __attribute__((noinline)) void finish_gradient(float* const* rows, const uint8_t* const* kept, int64_t count,
+                                                 int64_t begin, int64_t end, const RunningSums& running) const {
     slope.with_kind([&](auto kind) {
       for (int64_t c = begin; c < end; c += kLanes) {
         const int64_t left = end - c;

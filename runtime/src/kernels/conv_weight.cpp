@@ -53,7 +53,7 @@ bool run(const Call& call) {
 
 extern const Kernel conv_weight_kernels[];
 const Kernel conv_weight_kernels[] = {
-    {"conv_grad_weight", check, scratch, run},
+    {"conv_grad_weight", ER_CHECK(check), scratch, run},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

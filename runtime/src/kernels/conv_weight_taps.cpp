@@ -96,7 +96,7 @@ struct Tiling {
   int64_t columns;  // of X at once
   int64_t slab, g;  // floats
 
-  explicit Tiling(const ConvShape& s) {
+  __attribute__((cold, noinline)) explicit Tiling(const ConvShape& s) {
     const int64_t taps = s.taps();
     int most = 1;
     int64_t rows = 0;  // of the slab that one block can need
@@ -227,8 +227,8 @@ struct Walk {
 
 // Copies the part of dY that a walk meets, output channels [k, k + left) as kVectors vectors.
 template <int kVectors>
-void copy_map(const ConvShape& s, const float* dy, int64_t k, int64_t left, const Positions& at, const Walk& walk,
-              float* slab) {
+__attribute__((noinline)) void copy_map(const ConvShape& s, const float* dy, int64_t k, int64_t left,
+                                        const Positions& at, const Walk& walk, float* slab) {
   constexpr int64_t kWidth = kVectors * kLanes;
   for (int p = 0; p < at.n_pieces; p++) {
     const Positions::Piece& piece = at.pieces[p];
@@ -319,7 +319,7 @@ class Accumulator {
 
  private:
   // All blocks of X for the first n_classes of at_, in chunks that fit the slab.
-  bool add_classes(int n_classes) {
+  __attribute__((noinline)) bool add_classes(int n_classes) {
     const int64_t blocks = s_.n * x_.at.blocks;
     for (int64_t first = 0, n; first < blocks; first += n) {
       for (n = blocks - first < kMostBlocks ? blocks - first : kMostBlocks; n > 1 && !fits(first, n, n_classes); n--) {

@@ -134,6 +134,7 @@ void transform_weights(const Winograd& w, const Layout& l, int64_t first, int64_
     while (v >= l.panel_start(panel + 1)) panel++;
     const VecF scale = w.weight_scale ? load_upto(w.weight_scale + k, left) : broadcast(1.0f);
     VecF square[9][kLanes];
+#pragma GCC unroll 1
     for (int t = 0; t < 9; t++) {
       for (int c = 0; c < kLanes; c++) {
         const int64_t column = v * kLanes + c;

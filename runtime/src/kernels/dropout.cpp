@@ -28,9 +28,10 @@ bool run_dropout(const Call& call) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t sample = unit / blocks, first = unit % blocks * kWords;
       const int64_t count = std::min(kWords, elements - first), at = sample * elements + first;
-      float factor[kWords];
+      alignas(64) float factor[kWords];
       mask.factors(sample, first, count, factor);
-      for (int64_t i = 0; i < count; i++) y[at + i] = x[at + i] * factor[i];
+      for (int64_t i = 0; i < count; i += kLanes)
+        store_upto(y + at + i, load_upto(x + at + i, count - i) * load_upto(factor + i, count - i), count - i);
     }
   });
   return true;
@@ -40,7 +41,7 @@ bool run_dropout(const Call& call) {
 
 extern const Kernel dropout_kernels[];
 const Kernel dropout_kernels[] = {
-    {"dropout", check_dropout, nullptr, run_dropout},
+    {"dropout", ER_CHECK(check_dropout), nullptr, run_dropout},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -184,10 +184,10 @@ bool run_rotary(const Call& call) {
 
 extern const Kernel embedding_kernels[];
 const Kernel embedding_kernels[] = {
-    {"embedding", check_embedding, nullptr, run_embedding},
-    {"embedding_grad", check_embedding_grad, nullptr, run_embedding_grad},
-    {"embedding_grad_rows", check_embedding_grad_rows, nullptr, run_embedding_grad_rows},
-    {"rotary", check_rotary, nullptr, run_rotary},
+    {"embedding", ER_CHECK(check_embedding), nullptr, run_embedding},
+    {"embedding_grad", ER_CHECK(check_embedding_grad), nullptr, run_embedding_grad},
+    {"embedding_grad_rows", ER_CHECK(check_embedding_grad_rows), nullptr, run_embedding_grad_rows},
+    {"rotary", ER_CHECK(check_rotary), nullptr, run_rotary},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -208,8 +208,8 @@ bool run_layer_norm_grad(const Call& call) {
 
 extern const Kernel layer_norm_kernels[];
 const Kernel layer_norm_kernels[] = {
-    {"layer_norm", check_layer_norm, nullptr, run_layer_norm},
-    {"layer_norm_grad", check_layer_norm_grad, scratch_layer_norm_grad, run_layer_norm_grad},
+    {"layer_norm", ER_CHECK(check_layer_norm), nullptr, run_layer_norm},
+    {"layer_norm_grad", ER_CHECK(check_layer_norm_grad), scratch_layer_norm_grad, run_layer_norm_grad},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

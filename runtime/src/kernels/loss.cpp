@@ -175,9 +175,9 @@ bool run_bce_logits(const Call& call) {
 
 extern const Kernel loss_kernels[];
 const Kernel loss_kernels[] = {
-    {"cross_entropy", check_cross_entropy, nullptr, run_cross_entropy},
-    {"mse", check_elementwise, nullptr, run_mse},
-    {"bce_logits", check_elementwise, nullptr, run_bce_logits},
+    {"cross_entropy", ER_CHECK(check_cross_entropy), nullptr, run_cross_entropy},
+    {"mse", ER_CHECK(check_elementwise), nullptr, run_mse},
+    {"bce_logits", ER_CHECK(check_elementwise), nullptr, run_bce_logits},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -43,7 +43,7 @@ bool run_batch_matmul(const Call& call) {
 
 extern const Kernel matmul_kernels[];
 const Kernel matmul_kernels[] = {
-    {"batch_matmul", check_batch_matmul, nullptr, run_batch_matmul},
+    {"batch_matmul", ER_CHECK(check_batch_matmul), nullptr, run_batch_matmul},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

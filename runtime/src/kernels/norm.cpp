@@ -135,11 +135,11 @@ bool run_scale_columns(const Call& call) {
 
 extern const Kernel norm_kernels[];
 const Kernel norm_kernels[] = {
-    {"batch_norm_fold", check_fold, nullptr, run_fold},
-    {"batch_norm_grad", check_grad, nullptr, run_grad},
-    {"channel_sum", check_channel_sum, scratch_channel_sum, run_channel_sum},
-    {"column_dot", check_column_dot, nullptr, run_column_dot},
-    {"scale_columns", check_scale_columns, nullptr, run_scale_columns},
+    {"batch_norm_fold", ER_CHECK(check_fold), nullptr, run_fold},
+    {"batch_norm_grad", ER_CHECK(check_grad), nullptr, run_grad},
+    {"channel_sum", ER_CHECK(check_channel_sum), scratch_channel_sum, run_channel_sum},
+    {"column_dot", ER_CHECK(check_column_dot), nullptr, run_column_dot},
+    {"scale_columns", ER_CHECK(check_scale_columns), nullptr, run_scale_columns},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -109,8 +109,8 @@ bool run_adamw(const Call& call) {
 
 extern const Kernel optimizer_kernels[];
 const Kernel optimizer_kernels[] = {
-    {"sgd", check_sgd, nullptr, run_sgd},
-    {"adamw", check_adamw, nullptr, run_adamw},
+    {"sgd", ER_CHECK(check_sgd), nullptr, run_sgd},
+    {"adamw", ER_CHECK(check_adamw), nullptr, run_adamw},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

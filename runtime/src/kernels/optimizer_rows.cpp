@@ -166,8 +166,8 @@ bool run_adamw_rows(const Call& call) {
 
 extern const Kernel optimizer_rows_kernels[];
 const Kernel optimizer_rows_kernels[] = {
-    {"sgd_rows", check_sgd_rows, nullptr, run_sgd_rows},
-    {"adamw_rows", check_adamw_rows, nullptr, run_adamw_rows},
+    {"sgd_rows", ER_CHECK(check_sgd_rows), nullptr, run_sgd_rows},
+    {"adamw_rows", ER_CHECK(check_adamw_rows), nullptr, run_adamw_rows},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

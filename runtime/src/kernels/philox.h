@@ -3,50 +3,77 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <utility>
 
 #include "../kernel.h"
+#include "../simd.h"
 
 namespace er::ER_ISA {
 
-constexpr int kCounters = 16;                   // generated together, one a lane
+constexpr int kCounters = 16;                   // generated together
 constexpr int64_t kWords = 4 * kCounters;       // elements of a mask that they decide
 constexpr int64_t kMaxMask = INT64_C(1) << 33;  // elements of a sample's mask: its counter has 32 bits
 
-// Vectors of 16 lanes, which the compiler splits where registers are smaller. A plain loop stays scalar: compilers do
-// not see that a 32×32 → 64 bit product of every lane is two products of every other lane.
-typedef uint32_t Counters __attribute__((vector_size(kCounters * 4)));
-typedef uint64_t Products __attribute__((vector_size(kCounters * 4)));
+// Products of the low 32 bits of each lane.
+inline VecU64 multiply_low(VecU64 lanes, uint32_t factor) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)  // GCC would take vpmullq, three times as long
+  return (VecU64)_mm512_maskz_mul_epu32(0xff, (__m512i)lanes, (__m512i)(VecU64{} + factor));
+#else
+  return (lanes & 0xFFFFFFFFu) * factor;
+#endif
+}
 
-// High and low halves of x·factor, lane by lane (little-endian: an even lane is the low half of its 64 bits).
-inline void multiply(Counters x, uint32_t factor, Counters* high, Counters* low) {
+// High and low halves of x·factor, lane by lane (little-endian: an even lane is the low half of its 64 bits). Vectors,
+// since compilers do not see that a 32×32 → 64 bit product of every lane is two products of every other lane.
+inline void multiply(VecU x, uint32_t factor, VecU* high, VecU* low) {
   constexpr uint64_t kLow = 0xFFFFFFFFu;
-  const Products lanes = (Products)x, even = (lanes & kLow) * factor, odd = (lanes >> 32) * factor;
-  *high = (Counters)((even >> 32) | (odd & ~kLow));
-  *low = (Counters)((even & kLow) | (odd << 32));
+  const VecU64 even = multiply_low((VecU64)x, factor), odd = multiply_low((VecU64)x >> 32, factor);
+  *high = (VecU)((even >> 32) | (odd & ~kLow));
+  *low = (VecU)((even & kLow) | (odd << 32));
+}
+
+// a[first], b[first], a[first + 1], b[first + 1], …
+template <size_t kFirst, size_t... kLane>
+inline VecU zip(VecU a, VecU b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kFirst + kLane / 2)...);
 }
 
 // Philox 4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) of the
 // counters (c0, c1, c2, first + i); word[4·i + j] is word j of counter i.
 inline void philox(uint32_t key0, uint32_t key1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t first,
                    uint32_t word[kWords]) {
-  Counters x0 = Counters{} + c0, x1 = Counters{} + c1, x2 = Counters{} + c2;
-  Counters x3 = Counters{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first;
+  constexpr int kParts = kCounters / kLanes;
+  VecU x0[kParts], x1[kParts], x2[kParts], x3[kParts];
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; p++) {
+    x0[p] = VecU{} + c0, x1[p] = VecU{} + c1, x2[p] = VecU{} + c2;
+    x3[p] = (VecU)lane_index() + (first + static_cast<uint32_t>(p * kLanes));
+  }
+#pragma GCC unroll 1
   for (int round = 0; round < 10; round++) {
-    Counters high0, low0, high2, low2;
-    multiply(x0, 0xD2511F53u, &high0, &low0);
-    multiply(x2, 0xCD9E8D57u, &high2, &low2);
-    x0 = high2 ^ x1 ^ key0;
-    x2 = high0 ^ x3 ^ key1;
-    x1 = low2;
-    x3 = low0;
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; p++) {
+      VecU high0, low0, high2, low2;
+      multiply(x0[p], 0xD2511F53u, &high0, &low0);
+      multiply(x2[p], 0xCD9E8D57u, &high2, &low2);
+      x0[p] = high2 ^ x1[p] ^ key0;
+      x2[p] = high0 ^ x3[p] ^ key1;
+      x1[p] = low2;
+      x3[p] = low0;
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  for (int i = 0; i < kCounters; i++) {
-    word[4 * i] = x0[i];
-    word[4 * i + 1] = x1[i];
-    word[4 * i + 2] = x2[i];
-    word[4 * i + 3] = x3[i];
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; p++) {
+    // By whole vectors, as they are read again: a vector that is read from smaller stores waits for them.
+    constexpr auto lanes = std::make_index_sequence<kLanes>();
+    const VecU low02 = zip<0>(x0[p], x2[p], lanes), high02 = zip<kLanes / 2>(x0[p], x2[p], lanes);
+    const VecU low13 = zip<0>(x1[p], x3[p], lanes), high13 = zip<kLanes / 2>(x1[p], x3[p], lanes);
+    const VecU in_order[] = {zip<0>(low02, low13, lanes), zip<kLanes / 2>(low02, low13, lanes),
+                             zip<0>(high02, high13, lanes), zip<kLanes / 2>(high02, high13, lanes)};
+    std::memcpy(word + 4 * kLanes * p, in_order, sizeof in_order);
   }
 }
 
@@ -65,12 +92,16 @@ class DropoutMask {
   // factor[i] = 0 or 1/(1 − ratio) for element first + i of a sample of the micro-batch, i < count ≤ kWords; first is
   // a multiple of 4.
   void factors(int64_t sample, int64_t first, int64_t count, float* factor) const {
-    uint32_t word[kWords];
+    alignas(64) uint32_t word[kWords];
     philox(key0_, key1_, update0_, update1_, static_cast<uint32_t>(first_sample_ + static_cast<uint64_t>(sample)),
            static_cast<uint32_t>(first / 4), word);
     if (!dropped_) return std::fill(factor, factor + count, scale_);
-    const uint32_t last = static_cast<uint32_t>(dropped_ - 1);  // 32-bit comparisons vectorize
-    for (int64_t i = 0; i < count; i++) factor[i] = word[i] <= last ? 0.0f : scale_;
+    const VecU last = VecU{} + static_cast<uint32_t>(dropped_ - 1);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      VecU v;
+      std::memcpy(&v, word + i, sizeof v);
+      store_upto(factor + i, select(v <= last, VecF{}, broadcast(scale_)), count - i);
+    }
   }
 
  private:

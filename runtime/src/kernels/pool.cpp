@@ -272,10 +272,10 @@ bool run_average_grad(const Call& call) {
 
 extern const Kernel pool_kernels[];
 const Kernel pool_kernels[] = {
-    {"max_pool", check_max, nullptr, run_max},
-    {"max_pool_grad", check_max_grad, nullptr, run_max_grad},
-    {"average_pool", check_average, nullptr, run_average},
-    {"average_pool_grad", check_average_grad, nullptr, run_average_grad},
+    {"max_pool", ER_CHECK(check_max), nullptr, run_max},
+    {"max_pool_grad", ER_CHECK(check_max_grad), nullptr, run_max_grad},
+    {"average_pool", ER_CHECK(check_average), nullptr, run_average},
+    {"average_pool_grad", ER_CHECK(check_average_grad), nullptr, run_average_grad},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -142,8 +142,8 @@ bool mul_grad_run(const Call& call) {
 
 extern const Kernel razor_kernels[];
 const Kernel razor_kernels[] = {
-    {"pack", pack_check, pack_scratch, pack_run},
-    {"mul_grad", mul_grad_check, nullptr, mul_grad_run},
+    {"pack", ER_CHECK(pack_check), pack_scratch, pack_run},
+    {"mul_grad", ER_CHECK(mul_grad_check), nullptr, mul_grad_run},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -71,8 +71,8 @@ bool run_grad(const Call& call) {
 
 extern const Kernel select_position_kernels[];
 const Kernel select_position_kernels[] = {
-    {"select_position", check_select, nullptr, run_select},
-    {"select_position_grad", check_grad, nullptr, run_grad},
+    {"select_position", ER_CHECK(check_select), nullptr, run_select},
+    {"select_position_grad", ER_CHECK(check_grad), nullptr, run_grad},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -131,8 +131,8 @@ bool run_softmax_grad(const Call& call) {
 
 extern const Kernel softmax_kernels[];
 const Kernel softmax_kernels[] = {
-    {"softmax", check_softmax, nullptr, run_softmax},
-    {"softmax_grad", check_softmax_grad, nullptr, run_softmax_grad},
+    {"softmax", ER_CHECK(check_softmax), nullptr, run_softmax},
+    {"softmax_grad", ER_CHECK(check_softmax_grad), nullptr, run_softmax_grad},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -25,9 +25,9 @@ std::string check_wait(const Call& call) { return check_spill(call, 1); }
 
 extern const Kernel spill_kernels[];
 const Kernel spill_kernels[] = {
-    {"spill_write", check_transfer, nullptr, nullptr},
-    {"spill_read", check_transfer, nullptr, nullptr},
-    {"spill_wait", check_wait, nullptr, nullptr},
+    {"spill_write", ER_CHECK(check_transfer), nullptr, nullptr},
+    {"spill_read", ER_CHECK(check_transfer), nullptr, nullptr},
+    {"spill_wait", ER_CHECK(check_wait), nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr},
 };
 
