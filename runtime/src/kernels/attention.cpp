@@ -179,8 +179,8 @@ struct HeadRows {
 
 // Copies rows [first, first + rows) and columns [column, column + d) of a sample of form 0 or 1 to out[rows][width],
 // zeros behind them; or all its rows of forms 2 and 3. False if the packed tensor is none.
-bool copy_rows(const KeptReader& in, int64_t sample, int64_t first, int64_t rows, int64_t column, int64_t d,
-               int64_t width, float* group, float* out) {
+__attribute__((noinline)) bool copy_rows(const KeptReader& in, int64_t sample, int64_t first, int64_t rows,
+                                         int64_t column, int64_t d, int64_t width, float* group, float* out) {
   if (!in.at.razor()) {
     for (int64_t i = 0; i < rows; i++, out += width) {
       const int64_t row = sample * in.at.rows + first + i;
@@ -202,7 +202,8 @@ bool copy_rows(const KeptReader& in, int64_t sample, int64_t first, int64_t rows
 }
 
 // ds = p · (dp − Σ p·dp) · scale, in dp's place.
-void score_gradient(const Attention& a, int64_t rows, int64_t end, const float* p, float* dp) {
+__attribute__((noinline)) void score_gradient(const Attention& a, int64_t rows, int64_t end, const float* p,
+                                              float* dp) {
   const int64_t padded = whole_vectors(end);
   for (int64_t i = 0; i < rows; i++, p += a.p_row(), dp += a.p_row()) {
     std::fill(dp + end, dp + padded, 0.f);  // as in p
@@ -339,8 +340,8 @@ bool run_attention_grad(const Call& call) {
 
 extern const Kernel attention_kernels[];
 const Kernel attention_kernels[] = {
-    {"attention", check_attention, scratch_attention, run_attention},
-    {"attention_grad", check_attention_grad, scratch_attention_grad, run_attention_grad},
+    {"attention", ER_CHECK(check_attention), scratch_attention, run_attention},
+    {"attention_grad", ER_CHECK(check_attention_grad), scratch_attention_grad, run_attention_grad},
     {nullptr, nullptr, nullptr, nullptr},
 };
 

@@ -79,7 +79,8 @@ inline VecF exp_or_zero(VecF x) { return (VecF)(~(VecI)(x < -87.0f) & (VecI)exp(
 
 // Turns a row of products Q·K into probabilities: those of `count` keys, of which key_mask (or null) tells who may be
 // looked at. Without any, all are 0. Whole vectors of x are written, with zeros behind `count`.
-inline void softmax_row(float* x, int64_t count, float scale, const float* bias, const float* key_mask) {
+__attribute__((noinline)) inline void softmax_row(float* x, int64_t count, float scale, const float* bias,
+                                                  const float* key_mask) {
   const VecF lowest = broadcast(-std::numeric_limits<float>::infinity());
   const int64_t whole = count / kLanes * kLanes, padded = whole_vectors(count);
   VecF best = lowest;

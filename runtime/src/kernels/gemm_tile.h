@@ -130,7 +130,8 @@ void gemm_tile(const GemmTile& g) {
 
 inline int gemm_tile_rows(int vectors) { return vectors == kTileVectors ? kTileRowsWide : kTileRowsNarrow; }
 
-// rows: 1 … gemm_tile_rows(vectors).
+// rows: 1 … gemm_tile_rows(vectors). Where only part of B's last vector may be read, that is a tile of its own, unless
+// a masked load costs nothing.
 inline void gemm_tile(const GemmTile& g, int rows, int vectors, bool partial_b) {
   using Function = void (*)(const GemmTile&);
 #define ER_ROWS(v, p)                                                                                              \
@@ -138,15 +139,30 @@ inline void gemm_tile(const GemmTile& g, int rows, int vectors, bool partial_b) 
     gemm_tile<1, v, p>, gemm_tile<2, v, p>, gemm_tile<3, v, p>, gemm_tile<4, v, p>, gemm_tile<5, v, p>,            \
         gemm_tile<6, v, p>, gemm_tile<v == kTileVectors ? 6 : 7, v, p>, gemm_tile<v == kTileVectors ? 6 : 8, v, p> \
   }
-  static constexpr Function table[2][kTileVectors][8] = {
 #if defined(__AVX512F__) || defined(__aarch64__)
-      {ER_ROWS(1, kMaskedLoads), ER_ROWS(2, kMaskedLoads), ER_ROWS(3, kMaskedLoads), ER_ROWS(4, kMaskedLoads)},
-      {ER_ROWS(1, true), ER_ROWS(2, true), ER_ROWS(3, true), ER_ROWS(4, true)}};
+  static constexpr Function whole[kTileVectors][8] = {ER_ROWS(1, kMaskedLoads), ER_ROWS(2, kMaskedLoads),
+                                                      ER_ROWS(3, kMaskedLoads), ER_ROWS(4, kMaskedLoads)};
 #else
-      {ER_ROWS(1, false), ER_ROWS(2, false)}, {ER_ROWS(1, true), ER_ROWS(2, true)}};
+  static constexpr Function whole[kTileVectors][8] = {ER_ROWS(1, false), ER_ROWS(2, false)};
 #endif
+  if constexpr (!kMaskedLoads) {
+    static constexpr Function partial[8] = ER_ROWS(1, true);
+    if (partial_b) {
+      const int skip = vectors - 1;
+      if (skip) {
+        GemmTile most = g;
+        most.last = kLanes;
+        whole[skip - 1][rows - 1](most);
+      }
+      GemmTile end = g;
+      end.b += skip * kLanes, end.c_offset += skip * kLanes, end.column += skip * kLanes;
+      if (end.scale) end.scale += skip * kLanes;
+      if (end.shift) end.shift += skip * kLanes;
+      return partial[rows - 1](end);
+    }
+  }
 #undef ER_ROWS
-  table[partial_b][vectors - 1][rows - 1](g);
+  whole[vectors - 1][rows - 1](g);
 }
 
 }  // namespace er::ER_ISA

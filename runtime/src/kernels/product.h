@@ -19,7 +19,8 @@ struct ProductColumns {
 
 // The columns of B are the rows of x[cols][depth], `stride` apart. Panels of kPanelColumns columns, the last with fewer
 // vectors, each [depth][columns], zeros behind the last column.
-inline ProductColumns pack_transposed(const float* x, int64_t stride, int64_t cols, int64_t depth, float* out) {
+__attribute__((noinline)) inline ProductColumns pack_transposed(const float* x, int64_t stride, int64_t cols,
+                                                                int64_t depth, float* out) {
   const ProductColumns packed{out, 0, cols};
   for (int64_t panel = 0; panel < cols; panel += kPanelColumns) {
     const int64_t width = std::min(kPanelColumns, whole_vectors(cols - panel));
@@ -39,8 +40,8 @@ inline ProductColumns pack_transposed(const float* x, int64_t stride, int64_t co
 }
 
 // C[rows][cols], rows c_row apart, = A · B [+ C]; the element of A at (row, k) is a[row·a_row + k·a_step].
-inline void product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t a_row, int64_t a_step,
-                    ProductColumns b, bool add, float* c, int64_t c_row) {
+__attribute__((noinline)) inline void product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t a_row,
+                                              int64_t a_step, ProductColumns b, bool add, float* c, int64_t c_row) {
   const float* sources[kTileRowsNarrow];
   float* outputs[kTileRowsNarrow];
   GemmTile t{};
@@ -112,7 +113,8 @@ class TransposedProduct {
   // Floats between two packed rows of A: an odd number of lines, so that a column spreads over the cache's sets.
   static int64_t packed_row(int64_t rows) { return (rows + 15) / 32 * 32 + 16; }
 
-  void block(const float* a, const float* b, bool add, float* c, float* scratch, int64_t i, int64_t d) const {
+  __attribute__((noinline)) void block(const float* a, const float* b, bool add, float* c, float* scratch, int64_t i,
+                                       int64_t d) const {
     const int64_t row = m_ * i / pieces_, rows = m_ * (i + 1) / pieces_ - row;
     const int64_t first = k_ * d / depths_, depth = k_ * (d + 1) / depths_ - first;
     const float* from_a = a + first * a_row_ + row;
