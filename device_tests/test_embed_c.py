@@ -43,7 +43,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="aarch64: test_aarch64.py")
 @pytest.mark.skipif(which("strip") is None, reason="needs strip")
 def test_the_library_with_the_kernels_of_three_instruction_sets_is_small(tmp_path: Path) -> None:
-    """Bytes of a release build, stripped, without OpenBLAS."""
+    """Bytes of a release build, stripped."""
     run("strip", "-o", tmp_path / "stripped.so", library_path())
     assert (tmp_path / "stripped.so").stat().st_size <= 1_500_000
 

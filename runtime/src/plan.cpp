@@ -77,10 +77,33 @@ constexpr struct {
     {"adamw_rows", 0x2},
 };
 
+// Bit i: operand i holds indices or bit masks, which say where the kernel reads or writes. They are checked in the
+// step, so nothing that it writes may change them.
+constexpr struct {
+  const char* kernel;
+  uint32_t operands;
+} kIndices[] = {
+    {"conv_grad_weight", 0x1},     {"mul_grad", 0x1},        {"max_pool_grad", 0x2},
+    {"layer_norm_grad", 0x1},      {"attention_grad", 0x47}, {"select_position", 0x2},
+    {"select_position_grad", 0x2}, {"embedding", 0x1},       {"embedding_grad", 0x1},
+    {"embedding_grad_rows", 0x1},  {"cross_entropy", 0x2},   {"sgd_rows", 0xa},
+    {"adamw_rows", 0x12},
+};
+
 bool only_reads(const char* kernel, size_t operand) {
   for (const auto& entry : kReads)
     if (!std::strcmp(entry.kernel, kernel)) return operand < 32 && entry.reads >> operand & 1;
   return false;
+}
+
+uint32_t index_operands(const char* kernel) {
+  for (const auto& entry : kIndices)
+    if (!std::strcmp(entry.kernel, kernel)) return entry.operands;
+  return 0;
+}
+
+bool overlap(const PlanOperand& a, const PlanOperand& b) {
+  return a.region == b.region && a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
 }
 
 Spill spill_of(const std::string& kernel) {
@@ -283,6 +306,7 @@ class PlanReader {
       for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step, o));
       check(step);
       if (step.kernel->scratch) scratch_apart(step);
+      indices_apart(step);
       step.spill = spill_of(kernel);
       step.looks_up = kernel == "embedding" && step.ints[3] == 0;
       for (size_t o = 0; o < step.operands.size(); o++)
@@ -336,12 +360,19 @@ class PlanReader {
   // Kernels keep tables of pointers in their scratch: nothing that a step writes may change them.
   static void scratch_apart(const PlanStep& step) {
     const PlanOperand& scratch = step.operands.back();
-    for (size_t i = 0; i + 1 < step.operands.size(); i++) {
-      const PlanOperand& o = step.operands[i];
-      if (o.region == scratch.region && o.offset < scratch.offset + scratch.bytes &&
-          scratch.offset < o.offset + o.bytes)
+    for (size_t i = 0; i + 1 < step.operands.size(); i++)
+      if (overlap(step.operands[i], scratch))
         ER_BAD("step '%.200s' (%s): scratch overlaps operand %zu", step.label.c_str(), step.kernel->name, i);
-    }
+  }
+
+  static void indices_apart(const PlanStep& step) {
+    const uint32_t indices = index_operands(step.kernel->name);
+    for (size_t i = 0; i < step.operands.size() && indices >> i; i++)
+      for (size_t o = 0; o < step.operands.size() && indices >> i & 1; o++)
+        if (o != i && step.operands[i].region && !only_reads(step.kernel->name, o) &&
+            overlap(step.operands[i], step.operands[o]))
+          ER_BAD("step '%.200s' (%s): operand %zu would overwrite the indices in operand %zu", step.label.c_str(),
+                 step.kernel->name, o, i);
   }
 
   // A training plan has a loss, and an int32 target gets the class count that its values are checked against from the

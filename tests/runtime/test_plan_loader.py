@@ -13,6 +13,7 @@ import pytest
 from edge_razor.errors import EdgeRazorError, PlanError
 from edge_razor.runtime import Session
 
+from .frozen_plans import rows_plan
 from .plan_writer import ABSENT, encode, linear_plan, seal
 
 Plan = dict[str, Any]
@@ -129,6 +130,19 @@ def test_scratch_that_overlaps_another_operand_is_refused(operand: int) -> None:
     plan["arena_bytes"] += size
     operands[-1] = (1, operands[operand][1], size)
     refuse(encode(plan), "scratch overlaps operand")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "indices", "written"),
+    [("embedding", 0, 2), ("embedding_grad_rows", 0, 2), ("sgd_rows", 1, 0), ("conv_grad_weight", 0, 2)],
+)
+def test_a_step_cannot_overwrite_its_own_indices(kernel: str, indices: int, written: int) -> None:
+    plan = rows_plan()
+    (step,) = [s for s in plan["train"] if s["kernel"] == kernel]
+    region, offset, size = step["operands"][indices]
+    plan["arena_bytes"] = plan["params_bytes"] = plan["arena_bytes"] + plan["params_bytes"] + 4096
+    step["operands"][written] = (region, offset + size // 4 // 64 * 64, step["operands"][written][2])
+    refuse(encode(plan), f"operand {written} would overwrite the indices in operand {indices}")
 
 
 def test_header() -> None:
