@@ -9,7 +9,6 @@ frozen. The same seed gives every system the same new head and the same order of
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from benchmarks.classification import THREADS, bundle_for, cosine_steps, table, train_edge_razor, train_torch
 from benchmarks.common import fashion_mnist, markdown_table, write_result
-from benchmarks.seeds import seeded_runs
+from benchmarks.seeds import command_line, seeded_runs
 
 SIZE, TRAIN, TEST, EPOCHS, BATCH, LEARNING_RATE, CLASSES = 64, 4000, 3000, 2, 16, 1e-4, 10
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -100,17 +99,14 @@ def one(case: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = command_line(CASES, "SEED", "PATH")
     parser.add_argument("--gradients-only", action="store_true")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
-    parser.add_argument("--export", nargs=2, metavar=("SEED", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.export:
         return export_for(int(options.export[0]), Path(options.export[1]))
     if options.one:
         return one(options.one[0], int(options.one[1]))
-    runs = seeded_runs("accuracy", CASES, 0 if options.gradients_only else options.seeds)
+    runs = seeded_runs("accuracy", options.cases, 0 if options.gradients_only else options.seeds)
     errors = gradient_errors(bundle_for("accuracy", "0"))
     body = table(runs, CASES)
     body += "\nGradient error, ‖compressed − exact‖ / ‖exact‖ over all weight gradients of one batch:\n\n"

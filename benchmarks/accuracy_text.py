@@ -9,7 +9,6 @@ Finished runs are kept in ``results/accuracy_text.jsonl``, so an interrupted run
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from benchmarks import minilm
 from benchmarks.classification import Data, bundle_for, cosine_steps, table, train_edge_razor, train_torch
 from benchmarks.common import write_result
-from benchmarks.seeds import seeded_runs
+from benchmarks.seeds import command_line, seeded_runs
 from benchmarks.texts import SECTIONS, TRAIN, section_data
 
 TOKENS, EPOCHS, BATCH = 32, 2, 16
@@ -58,12 +57,7 @@ def one(case: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
-    parser.add_argument("--export", nargs=3, metavar=("SEED", "TRAINABLE", "PATH"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = command_line(CASES, "SEED", "TRAINABLE", "PATH").parse_args()
     if options.export:
         import edge_razor
 

@@ -13,7 +13,6 @@ the temporary directory.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from benchmarks import accuracy
 from benchmarks.classification import Data, bundle_for, cosine_steps, table, train_edge_razor, train_torch
 from benchmarks.common import fashion_mnist, write_result
-from benchmarks.seeds import seeded_runs
+from benchmarks.seeds import command_line, seeded_runs
 
 SIZE, PATCH, CLASSES = 28, 7, 5
 OLD, NEW = range(CLASSES), range(CLASSES, 2 * CLASSES)
@@ -84,12 +83,7 @@ def one(case: str, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
-    parser.add_argument("--export", nargs=2, metavar=("SEED", "PATH"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = command_line(CASES, "SEED", "PATH").parse_args()
     if options.export:
         import torch
 
