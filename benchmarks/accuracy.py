@@ -9,26 +9,20 @@ frozen. The same seed gives every system the same new head and the same order of
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 
+from benchmarks.classification import THREADS, bundle_for, cosine_steps, table, train_edge_razor, train_torch
 from benchmarks.common import fashion_mnist, markdown_table, write_result
-from benchmarks.seeds import by_case, seeded_runs, spread
+from benchmarks.seeds import command_line, seeded_runs
 
 SIZE, TRAIN, TEST, EPOCHS, BATCH, LEARNING_RATE, CLASSES = 64, 4000, 3000, 2, 16, 1e-4, 10
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 STD = np.array((0.229, 0.224, 0.225), np.float32)
-THREADS = 1
 CASES = {
     "PyTorch, dense": ("torch", 0.0, ""),
     "edge-razor, 0": ("edge-razor", 0.0, "centered"),
@@ -65,70 +59,6 @@ def export_for(seed: int, path: Path) -> None:
     edge_razor.export(model_for(seed), (torch.zeros(2, 3, SIZE, SIZE),), path, dropout=False)
 
 
-def learning_rates(steps: int) -> list[float]:
-    return [LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
-
-
-def batches(count: int, seed: int) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    order = [generator.permutation(count) for _ in range(EPOCHS)]
-    return [epoch[i : i + BATCH] for epoch in order for i in range(0, count - BATCH + 1, BATCH)]
-
-
-def run_torch(seed: int) -> dict[str, float]:
-    import torch
-
-    torch.set_num_threads(THREADS)
-    model = model_for(seed)
-    images, labels = fashion_mnist("train", TRAIN, SIZE)
-    test_images, test_labels = fashion_mnist("t10k", TEST, SIZE)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    plan = batches(len(labels), seed)
-    losses = []
-    for chosen, lr in zip(plan, learning_rates(len(plan)), strict=True):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(
-            model(torch.from_numpy(normalized(images[chosen]))), torch.from_numpy(labels[chosen])
-        )
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    hits = 0
-    with torch.no_grad():
-        for i in range(0, TEST, 100):
-            logits = model(torch.from_numpy(normalized(test_images[i : i + 100])))
-            hits += int((logits.argmax(1).numpy() == test_labels[i : i + 100]).sum())
-    return {"loss": mean(losses[-100:]), "accuracy": 100 * hits / TEST}
-
-
-def run_edge_razor(bundle: Path, sparsity: float, form: str, seed: int) -> dict[str, float]:
-    import edge_razor
-
-    trainer = edge_razor.Trainer(
-        bundle,
-        batch_size=BATCH,
-        sparsity=sparsity,
-        razor=form,
-        optimizer="adamw",
-        weight_decay=0.0,
-        lr=1.0,
-        threads=THREADS,
-    )
-    images, labels = fashion_mnist("train", TRAIN, SIZE)
-    test_images, test_labels = fashion_mnist("t10k", TEST, SIZE)
-    plan = batches(len(labels), seed)
-    losses = []
-    for chosen, lr in zip(plan, learning_rates(len(plan)), strict=True):
-        trainer.lr = lr
-        losses.append(trainer.step(normalized(images[chosen]), labels[chosen]))
-    hits = 0
-    for i in range(0, TEST, 100):
-        logits = trainer.predict(normalized(test_images[i : i + 100]))
-        hits += int((logits.argmax(1) == test_labels[i : i + 100]).sum())
-    return {"loss": mean(losses[-100:]), "accuracy": 100 * hits / TEST}
-
-
 def gradient(bundle: Path, sparsity: float, form: str) -> dict[str, np.ndarray]:
     """Weight gradients (convolution and linear) of one batch: an SGD step with learning rate 1."""
     import edge_razor
@@ -157,44 +87,28 @@ def gradient_errors(bundle: Path) -> dict[str, float]:
 
 def one(case: str, seed: int) -> None:
     system, sparsity, form = CASES[case]
+    images, labels = fashion_mnist("train", TRAIN, SIZE)
+    test_images, test_labels = fashion_mnist("t10k", TEST, SIZE)
+    train, test = ([normalized(images)], labels), ([normalized(test_images)], test_labels)
+    steps = cosine_steps(seed, TRAIN, EPOCHS, BATCH, LEARNING_RATE)
     if system == "torch":
-        result = run_torch(seed)
+        result = train_torch(model_for(seed), train, test, steps)
     else:
-        result = run_edge_razor(bundle_for(seed), sparsity, form, seed)
+        result = train_edge_razor(bundle_for("accuracy", str(seed)), train, test, steps, sparsity, form)
     print(json.dumps({"case": case, "seed": seed, **result}))
 
 
-def bundle_for(seed: int) -> Path:
-    path = Path(tempfile.gettempdir()) / f"edge-razor-accuracy-{seed}.razor"
-    if not path.exists():
-        subprocess.run([sys.executable, "-m", "benchmarks.accuracy", "--export", str(seed), str(path)], check=True)
-    return path
-
-
-def table(runs: list[dict[str, Any]], cases: Iterable[str] = tuple(CASES)) -> str:
-    rows = []
-    for case, mine in by_case(runs, cases):
-        accuracy, loss = [run["accuracy"] for run in mine], [run["loss"] for run in mine]
-        each = ", ".join(f"{value:.1f}" for value in accuracy)
-        rows.append((case, len(mine), spread(loss, 3), spread(accuracy, 2), each))
-    header = ("system", "seeds", "final training loss", "test accuracy, %", "each seed")
-    return markdown_table(header, rows)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = command_line(CASES, "SEED", "PATH")
     parser.add_argument("--gradients-only", action="store_true")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
-    parser.add_argument("--export", nargs=2, metavar=("SEED", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.export:
         return export_for(int(options.export[0]), Path(options.export[1]))
     if options.one:
         return one(options.one[0], int(options.one[1]))
-    runs = seeded_runs("accuracy", CASES, 0 if options.gradients_only else options.seeds)
-    errors = gradient_errors(bundle_for(0))
-    body = table(runs) + "\nFinal training loss: mean of the last 100 steps. ± is the standard deviation over seeds.\n"
+    runs = seeded_runs("accuracy", options.cases, 0 if options.gradients_only else options.seeds)
+    errors = gradient_errors(bundle_for("accuracy", "0"))
+    body = table(runs, CASES)
     body += "\nGradient error, ‖compressed − exact‖ / ‖exact‖ over all weight gradients of one batch:\n\n"
     body += markdown_table(("form", "error"), [(name, f"{error:.3f}") for name, error in errors.items()])
     title = "Accuracy: EfficientNet-Lite0 → Fashion-MNIST, 64×64, 4,000 images, 2 epochs, Adam 1e-4 cosine"

@@ -9,24 +9,17 @@ Finished runs are kept in ``results/accuracy_text.jsonl``, so an interrupted run
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from statistics import mean
 
 import numpy as np
 
 from benchmarks import minilm
-from benchmarks.accuracy import table
+from benchmarks.classification import Data, bundle_for, cosine_steps, table, train_edge_razor, train_torch
 from benchmarks.common import write_result
-from benchmarks.seeds import seeded_runs
-from benchmarks.texts import SECTIONS, TEST, TRAIN, section_data
+from benchmarks.seeds import command_line, seeded_runs
+from benchmarks.texts import SECTIONS, TRAIN, section_data
 
-TOKENS, EPOCHS, BATCH, THREADS = 32, 2, 16, 1
+TOKENS, EPOCHS, BATCH = 32, 2, 16
 LORA = "lora:r=8,alpha=16,head"
 CASES: dict[str, tuple[str, float, str, str, float]] = {
     # name: system, sparsity, form, trainable, learning rate
@@ -41,92 +34,30 @@ CASES: dict[str, tuple[str, float, str, str, float]] = {
 }
 
 
-def data() -> tuple[tuple[list[np.ndarray], np.ndarray], tuple[list[np.ndarray], np.ndarray]]:
-    """Training and test data: ([ids, mask], labels)."""
+def data() -> list[Data]:
+    """Training and test data: token indices and mask, section."""
     parts = section_data()
     names = sorted({label for _, label in parts[0]})
-    train, test = (
+    return [
         (list(minilm.tokenized([t for t, _ in pairs], TOKENS)), np.array([names.index(y) for _, y in pairs]))
         for pairs in parts
-    )
-    return train, test
-
-
-def schedule(seed: int, rate: float) -> list[tuple[np.ndarray, float]]:
-    """Indices and learning rate of every step."""
-    generator = np.random.default_rng(seed)
-    orders = [generator.permutation(TRAIN) for _ in range(EPOCHS)]
-    chosen = [order[i : i + BATCH] for order in orders for i in range(0, TRAIN - BATCH + 1, BATCH)]
-    rates = [rate * 0.5 * (1 + math.cos(math.pi * step / len(chosen))) for step in range(len(chosen))]
-    return list(zip(chosen, rates, strict=True))
-
-
-def run_torch(seed: int, rate: float) -> dict[str, float]:
-    import torch
-
-    torch.set_num_threads(THREADS)
-    model = minilm.classifier(SECTIONS, seed)
-    (inputs, labels), (test, expected) = data()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-    losses = []
-    for chosen, lr in schedule(seed, rate):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        logits = model(*(torch.from_numpy(x[chosen]) for x in inputs))
-        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[chosen]))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    hits = 0
-    with torch.no_grad():
-        for i in range(0, TEST, 100):
-            logits = model(*(torch.from_numpy(x[i : i + 100]) for x in test))
-            hits += int((logits.argmax(1).numpy() == expected[i : i + 100]).sum())
-    return {"loss": mean(losses[-100:]), "accuracy": 100 * hits / TEST}
-
-
-def run_edge_razor(seed: int, sparsity: float, form: str, trainable: str, rate: float) -> dict[str, float]:
-    import edge_razor
-
-    trainer = edge_razor.Trainer(
-        bundle_for(seed, trainable),
-        batch_size=BATCH,
-        sparsity=sparsity,
-        razor=form,
-        optimizer="adamw",
-        lr=rate,
-        threads=THREADS,
-    )
-    (inputs, labels), (test, expected) = data()
-    losses = []
-    for chosen, lr in schedule(seed, rate):
-        trainer.lr = lr
-        losses.append(trainer.step([x[chosen] for x in inputs], labels[chosen]))
-    logits = trainer.predict(test)
-    return {"loss": mean(losses[-100:]), "accuracy": 100 * float((logits.argmax(1) == expected).mean())}
-
-
-def bundle_for(seed: int, trainable: str) -> Path:
-    path = Path(tempfile.gettempdir()) / f"edge-razor-sections-{seed}-{trainable[:4]}.razor"
-    if not path.exists():
-        command = [sys.executable, "-m", "benchmarks.accuracy_text", "--export", str(seed), trainable, str(path)]
-        subprocess.run(command, check=True)
-    return path
+    ]
 
 
 def one(case: str, seed: int) -> None:
     system, sparsity, form, trainable, rate = CASES[case]
-    result = run_torch(seed, rate) if system == "torch" else run_edge_razor(seed, sparsity, form, trainable, rate)
+    train, test = data()
+    steps = cosine_steps(seed, TRAIN, EPOCHS, BATCH, rate)
+    if system == "torch":
+        result = train_torch(minilm.classifier(SECTIONS, seed), train, test, steps)
+    else:
+        bundle = bundle_for("accuracy_text", str(seed), trainable)
+        result = train_edge_razor(bundle, train, test, steps, sparsity, form)
     print(json.dumps({"case": case, "seed": seed, **result}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
-    parser.add_argument("--export", nargs=3, metavar=("SEED", "TRAINABLE", "PATH"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = command_line(CASES, "SEED", "TRAINABLE", "PATH").parse_args()
     if options.export:
         import edge_razor
 
@@ -137,12 +68,8 @@ def main() -> None:
     if options.one:
         return one(options.one[0], int(options.one[1]))
     runs = seeded_runs("accuracy_text", options.cases, options.seeds)
-    body = (
-        table(runs, CASES)
-        + "\nFinal training loss: mean of the last 100 steps. ± is the standard deviation over seeds.\n"
-    )
     title = "Accuracy: all-MiniLM-L6-v2 → sections of Debian packages, 6,000 texts of 32 tokens, 2 epochs"
-    write_result("accuracy_text", title, "python dev.py bench accuracy_text", body, "torch")
+    write_result("accuracy_text", title, "python dev.py bench accuracy_text", table(runs, CASES), "torch")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,11 @@ def write_result(name: str, title: str, command: str, body: str, *packages: str,
     print(text)
 
 
-def fashion_mnist(split: str, count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` random images of a split (``train`` | ``t10k``), as (uint8 [n, size, size, 3], int64 [n])."""
+def fashion_mnist(
+    split: str, count: int, size: int, seed: int = 0, classes: Sequence[int] = range(10)
+) -> tuple[np.ndarray, np.ndarray]:
+    """``count`` random images of a split (``train`` | ``t10k``) and their classes, as (uint8 [n, size, size, 3], int64
+    [n]); only of ``classes``."""
     from PIL import Image
 
     if not FASHION_MNIST.is_dir():
@@ -68,7 +71,8 @@ def fashion_mnist(split: str, count: int, size: int, seed: int = 0) -> tuple[np.
         images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(FASHION_MNIST / f"{split}-labels-idx1-ubyte.gz") as file:
         labels = np.frombuffer(file.read(), np.uint8, offset=8).astype(np.int64)
-    chosen = np.random.default_rng(seed).permutation(len(labels))[:count]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = order[np.isin(labels[order], classes)][:count]
     scaled = [np.asarray(Image.fromarray(images[i]).resize((size, size), Image.Resampling.BILINEAR)) for i in chosen]
     return np.repeat(np.stack(scaled)[..., None], 3, axis=3), labels[chosen]
 

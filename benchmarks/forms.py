@@ -9,7 +9,6 @@ before a kernel exists for it. Samples have 64 tokens: a centered block is a who
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 
 from benchmarks.common import write_result
 from benchmarks.perplexity import run_torch, table
-from benchmarks.seeds import seeded_runs
+from benchmarks.seeds import command_line, seeded_runs
 from edge_razor.planner.storage import keep_count
 
 TITLE = "Razor forms, emulated: GPT-2 (4 × 128) on Debian's package descriptions, 600 steps of 16 × 64 tokens"
@@ -96,16 +95,15 @@ def compress_linear_layers(model: Any, form: Form) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
+    parser = command_line(CASES)
+    parser.set_defaults(seeds=1)
     options = parser.parse_args()
     if options.one:
         case, seed = options.one[0], int(options.one[1])
         result = run_torch(seed, lambda model: compress_linear_layers(model, CASES[case]))
         print(json.dumps({"case": case, "seed": seed, **result}))
         return
-    runs = seeded_runs("forms", CASES, options.seeds)
+    runs = seeded_runs("forms", options.cases, options.seeds)
     body = table(runs, CASES) + "\nDense training: perplexity.md.\n"
     write_result("forms", TITLE, "python dev.py bench forms", body, "torch")
 

@@ -9,7 +9,6 @@ Finished runs are kept in ``results/perplexity.jsonl``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import markdown_table, write_result
-from benchmarks.seeds import by_case, seeded_runs, spread
+from benchmarks.seeds import by_case, command_line, seeded_runs, spread
 from benchmarks.texts import package_descriptions
 
 VOCABULARY, TOKENS, BATCH, STEPS, RATE, THREADS, HELD_OUT = 2048, 64, 16, 600, 1e-3, 1, 200
@@ -133,21 +132,18 @@ def run_edge_razor(seed: int, sparsity: float, form: str, attention: str) -> dic
 
 
 def table(runs: list[dict[str, Any]], cases: Iterable[str]) -> str:
-    rows = [
-        (case, len(mine), *(spread([run[key] for run in mine], 3) for key in ("loss", "perplexity")))
-        for case, mine in by_case(runs, cases)
-    ]
-    header = ("system", "seeds", "final training loss", "perplexity, held out")
+    rows = []
+    for case, mine in by_case(runs, cases):
+        loss, perplexity = [run["loss"] for run in mine], [run["perplexity"] for run in mine]
+        each = ", ".join(f"{value:.0f}" for value in perplexity)
+        rows.append((case, len(mine), spread(loss, 3), spread(perplexity, 1), each))
+    header = ("system", "seeds", "final training loss", "perplexity, held out", "each seed")
     note = "\nFinal training loss: mean of the last 50 steps. ± is the standard deviation over seeds.\n"
     return markdown_table(header, rows) + note
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
-    parser.add_argument("--export", nargs=2, metavar=("SEED", "PATH"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = command_line(CASES, "SEED", "PATH").parse_args()
     if options.export:
         import torch
 
@@ -163,7 +159,7 @@ def main() -> None:
         result = run_torch(seed) if system == "torch" else run_edge_razor(seed, *settings)
         print(json.dumps({"case": case, "seed": seed, **result}))
         return
-    runs = seeded_runs("perplexity", CASES, options.seeds)
+    runs = seeded_runs("perplexity", options.cases, options.seeds)
     body = table(runs, CASES)
     title = "Perplexity: GPT-2 (4 layers, 128 channels) on Debian's package descriptions, 600 steps of 16 × 64 tokens"
     write_result("perplexity", title, "python dev.py bench perplexity", body, "torch")

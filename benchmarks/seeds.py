@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,7 +12,19 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 
-__all__ = ["by_case", "seeded_runs", "spread"]
+__all__ = ["by_case", "command_line", "seeded_runs", "spread"]
+
+
+def command_line(cases: Iterable[str], *export: str) -> argparse.ArgumentParser:
+    """--seeds and --cases for users; --one for a single run and --export of these arguments for its own processes."""
+    cases = list(cases)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "SEED"), help=argparse.SUPPRESS)
+    if export:
+        parser.add_argument("--export", nargs=len(export), metavar=export, help=argparse.SUPPRESS)
+    return parser
 
 
 def seeded_runs(name: str, cases: Iterable[str], seeds: int) -> list[dict[str, Any]]:
