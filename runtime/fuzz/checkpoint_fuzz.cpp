@@ -8,12 +8,10 @@ namespace {
 constexpr char kBegin[] = "{\"__metadata__\":{\"checksum\":\"";
 constexpr size_t kChecksumAt = 8 + sizeof kBegin - 1, kHex = 8;
 
-std::vector<er_session*> sessions;
-
 }  // namespace
 
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
-  sessions = open_sessions();
+  open_sessions();
   return 0;
 }
 

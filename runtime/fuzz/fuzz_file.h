@@ -46,11 +46,13 @@ inline void write_file(const void* data, size_t bytes) {
   expect(file >= 0 && ::write(file, data, bytes) == static_cast<ssize_t>(bytes) && ::close(file) == 0);
 }
 
-// A session for each of the plans that the environment variable EDGE_RAZOR_FUZZ_PLANS names, separated by colons.
-inline std::vector<er_session*> open_sessions() {
+inline std::vector<er_session*> sessions;
+
+// Opens a session for each of the plans that the environment variable EDGE_RAZOR_FUZZ_PLANS names, separated by colons.
+// They are freed at the end, so that what leaks is a finding.
+inline void open_sessions() {
   const char* value = std::getenv("EDGE_RAZOR_FUZZ_PLANS");
   std::string names = value ? value : "";
-  std::vector<er_session*> sessions;
   for (size_t begin = 0; begin < names.size();) {
     const size_t end = std::min(names.find(':', begin), names.size());
     std::ifstream stream(names.substr(begin, end - begin), std::ios::binary);
@@ -66,7 +68,9 @@ inline std::vector<er_session*> open_sessions() {
     std::fprintf(stderr, "EDGE_RAZOR_FUZZ_PLANS names no plan\n");
     std::exit(2);
   }
-  return sessions;
+  std::atexit([] {
+    for (er_session* session : sessions) er_session_free(session);
+  });
 }
 
 // Alters the header of a safetensors file and makes its length right again; or, once in four, any bytes.

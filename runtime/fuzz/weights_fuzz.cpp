@@ -6,8 +6,6 @@
 
 namespace {
 
-std::vector<er_session*> sessions;
-
 void predict(er_session* session) {
   er_info info;
   er_tensor_info input, output;
@@ -24,7 +22,7 @@ void predict(er_session* session) {
 }  // namespace
 
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
-  sessions = open_sessions();
+  open_sessions();
   return 0;
 }
 
