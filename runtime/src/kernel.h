@@ -60,8 +60,8 @@ struct Kernel {
   const char* name;
   // Says what is wrong with the call's attributes, operand counts and operand sizes ("" if nothing). Runs at plan load:
   // operands have sizes, and data is non-null exactly where an operand is present, but must not be read. After it
-  // passes, run() may trust everything except tensor contents. Those of the
-  // portable kernels serve every instruction set (check_call); others need none.
+  // passes, run() may trust everything except tensor contents. Those of the portable kernels serve every instruction
+  // set (check_call); others need none.
   std::string (*check)(const Call& call);
   // Scratch bytes for attributes that check() would accept; null: none. A kernel with scratch() takes it as its last
   // operand, whose size the executor compares with this (check() cannot: it does not know the threads). Operands are

@@ -332,7 +332,7 @@ er_status Session::read_rows(const Step& step) const {
   const uint64_t row = static_cast<uint64_t>(cols) * sizeof *y;
   return guard([&] {
     for (int64_t r = 0; r < n; r++, y += cols) {
-      const int64_t id = ids[r];  // looked at once: a wrong plan may have Y over the indices
+      const int64_t id = ids[r];
       if (id < 0 || id >= vocabulary)
         return fail(ER_INVALID_ARGUMENT, "%.200s: index %lld is outside of a table of %lld rows",
                     step.plan->label.c_str(), static_cast<long long>(id), static_cast<long long>(vocabulary));

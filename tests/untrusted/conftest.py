@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
+
+from tests.bundles import write_linear_bundle
 
 _SECONDS = 60  # what a test here may hang; they take milliseconds
 _BYTES = 1 << 30  # of address space that it may take
@@ -28,3 +32,8 @@ def _bounded() -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((write_linear_bundle(tmp_path / "model.razor") / "bundle.json").read_bytes())

@@ -7,7 +7,6 @@ import io
 import json
 import struct
 import tracemalloc
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,16 +19,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from PIL import Image
 
 from edge_razor.bundle import Bundle
 from edge_razor.checkpoint import Checkpoint, checkpoint_files, write_checkpoint
 from edge_razor.data import tokenize as texts
 from edge_razor.data.arrays import ArraySource, find_arrays
-from edge_razor.data.images import ImageFolder
-from edge_razor.data.source import Augmentation
 from edge_razor.errors import BundleError, CheckpointError, DataError, PlanError
-from edge_razor.manifest import InputSpec, parse_manifest
+from edge_razor.manifest import parse_manifest
 from edge_razor.planner.graph import Graph, Node, Shape
 from edge_razor.planner.plan_file import Plan
 from edge_razor.planner.planning import plan_graph
@@ -57,11 +53,6 @@ def memory_below(limit: int) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()
-
-
-@pytest.fixture
-def manifest(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((write_linear_bundle(tmp_path / "model.razor") / "bundle.json").read_bytes())
 
 
 def as_json(value: Any) -> bytes:
@@ -617,55 +608,3 @@ def test_a_tokenizer_that_fails_in_any_way_is_one_error_that_names_it(
 def test_a_tokenizer_that_is_no_utf8_is_refused() -> None:
     with pytest.raises(DataError, match=r"model\.razor: its tokenizer\.json is no UTF-8 \(byte 1\)"):
         texts.tokenizer_text(b'{\xff"', "model.razor")
-
-
-# ---- Images ----
-
-
-def png(*more: tuple[bytes, bytes], size: tuple[int, int] = (8, 6)) -> bytes:
-    """A black image, with chunks between its pixels and its end."""
-    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes((1 + 3 * 8) * 6))
-    chunks = [(b"IHDR", header), (b"IDAT", pixels), *more, (b"IEND", b"")]
-    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def tiff_whose_pixels_begin_at_a_fraction() -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(stream, "TIFF")
-    offsets = struct.pack("<HHI", 273, 4, 1)
-    assert offsets in stream.getvalue()
-    return stream.getvalue().replace(offsets, struct.pack("<HHI", 273, 5, 1))
-
-
-def image_source(folder: Path, manifest: dict[str, Any], data: bytes, skip_bad: bool = False) -> ImageFolder:
-    (folder / "images" / "class").mkdir(parents=True, exist_ok=True)
-    (folder / "images" / "class" / "image.png").write_bytes(data)
-    model = replace(
-        parse_manifest(json.dumps(manifest).encode(), "bundle"), inputs=(InputSpec("x", (3, 6, 8), (0, 2, 3, 1)),)
-    )
-    return ImageFolder(folder / "images", model, None, Augmentation(), skip_bad)
-
-
-@pytest.mark.parametrize(
-    "data", [png((b"iCCP", b"a\0")), tiff_whose_pixels_begin_at_a_fraction()], ids=["IndexError", "TypeError"]
-)
-def test_an_image_that_makes_pillow_raise_anything_is_named_or_left_out(
-    data: bytes, tmp_path: Path, manifest: dict[str, Any]
-) -> None:
-    def read(source: ImageFolder) -> bool:
-        return source.read(0, np.empty(source.input_shape, np.uint8), np.empty((), np.int32), None)
-
-    with pytest.raises(DataError, match=r"image\.png: cannot be read \(.*\); remove it, or pass --skip-bad"):
-        read(image_source(tmp_path, manifest, data))
-    source = image_source(tmp_path, manifest, data, skip_bad=True)
-    assert not read(source) and len(source.bad) == 1
-    assert read(image_source(tmp_path, manifest, png()))
-
-
-def test_a_large_image_is_counted_without_a_warning_of_pillow(tmp_path: Path, manifest: dict[str, Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        source = image_source(tmp_path, manifest, png(size=(10_000, 10_000)))
-    assert source.work_bytes == 8 * 10_000 * 10_000

@@ -1,6 +1,6 @@
-// The innermost loop of the convolutions: a few rows by a few vectors of accumulators in registers. Unlike a BLAS call
-// it takes its rows from anywhere (one pointer a row and tap), so that no column buffer is needed, and finishes the
-// sums before they are stored.
+// The innermost loop of all matrix products: a few rows by a few vectors of accumulators in registers. It takes its
+// rows from anywhere (one pointer a row and tap), so that convolutions need no column buffer, and finishes the sums
+// before they are stored.
 #pragma once
 #include <cmath>
 
