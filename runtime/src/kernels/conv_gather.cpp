@@ -14,6 +14,7 @@ constexpr int64_t kDepth =
     512;  // inner products per pass over B: 512 × 64 columns = 128 KB, stays in the second-level cache
 constexpr int64_t kResidentBytes = 256 << 10;  // a packed B up to this size is packed once, not once a tile
 constexpr int64_t kFewRowsDepth = 16;  // with few rows, all columns of so many weight rows: the weight is read in order
+constexpr int64_t kAhead = 8;          // weight rows fetched while one is packed: each lies in another page
 constexpr int64_t kSmallRows = 32;     // with fewer rows a thread, packing B costs more than it gains
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -101,6 +102,8 @@ void pack(const GatherGemm& g, int64_t group, const DepthBlock& block, int64_t c
         const VecF scale = broadcast(g.weight_scale ? g.weight_scale[first_k + k] : 1.0f);
         for (int64_t v = 0; v < vectors; v++) {
           const int64_t c = v * kLanes;
+          if (kForm == kHwio && k + kAhead < block.depth)
+            __builtin_prefetch(g.weight.hwio(tap, first_k + k + kAhead, first_n + c));
           const VecF w = g.weight.load<kForm>(tap, first_k + k, first_n + c, g.n - column - c);
           store(out + k * ld + c, g.weight_scale ? w * scale : w);
         }
@@ -247,6 +250,7 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
       t.k = block.depth;
       t.c_offset = to;
       t.last = static_cast<int>(std::min<int64_t>(left, kLanes));
+      t.partial_b = !l.pack && t.last < kLanes;
       t.load_c = b > 0 || f.accumulate;
       t.finish = b == l.blocks - 1;
       t.scale = f.scale ? f.scale + to : nullptr;
@@ -262,7 +266,7 @@ void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, co
         t.a = table.sources + block.tap * l.tile_rows + r;
         t.c = table.outputs + r;
         if (!later && masks) t.kept = table.kept + r;
-        gemm_tile(t, static_cast<int>(rows), static_cast<int>(vectors), !l.pack && t.last < kLanes);
+        gemm_tile(t, static_cast<int>(rows), static_cast<int>(vectors));
       }
     };
     if (l.few_rows)

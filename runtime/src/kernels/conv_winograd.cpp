@@ -270,7 +270,7 @@ void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, i
           const int64_t r = count * i / pieces;
           t.a = sources + r;
           t.c = results + r;
-          gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(width), false);
+          gemm_tile(t, static_cast<int>(count * (i + 1) / pieces - r), static_cast<int>(width));
         }
       }
       transform_products(w, l, tile, count, start, width, products, sums);

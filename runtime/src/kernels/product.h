@@ -52,6 +52,7 @@ __attribute__((noinline)) inline void product(int64_t rows, int64_t cols, int64_
     t.b = b.data + (b.stride ? column : column * depth);
     t.ldb = b.stride ? b.stride : std::min(kPanelColumns, whole_vectors(b.packed - column));
     t.last = static_cast<int>(left - (vectors - 1) * kLanes);
+    t.partial_b = b.stride && t.last < kLanes;
     t.c_offset = column;
     const int64_t most = gemm_tile_rows(static_cast<int>(vectors)), pieces = (rows + most - 1) / most;
     for (int64_t i = 0; i < pieces; i++) {
@@ -60,7 +61,7 @@ __attribute__((noinline)) inline void product(int64_t rows, int64_t cols, int64_
         sources[r] = a + (begin + r) * a_row;
         outputs[r] = c + (begin + r) * c_row;
       }
-      gemm_tile(t, static_cast<int>(count), static_cast<int>(vectors), b.stride && t.last < kLanes);
+      gemm_tile(t, static_cast<int>(count), static_cast<int>(vectors));
     }
   }
 }
