@@ -179,23 +179,26 @@ inline VecF tanh(VecF x) {
   return select(a < 0.625f, small, big);
 }
 
-// The normal distribution's Φ(x) = erfc(−x/√2)/2. Relative error about 3e-7 (in the far lower tail 1e-5): Chebyshev fit
-// of erfc from Numerical Recipes, section 6.2.
-inline VecF normal_cdf(VecF x) {
-  VecF z = abs(x) * 0.70710678118654752f;
-  VecF t = 1.0f / (1.0f + 0.5f * z);
-  VecF p = broadcast(0.17087277f);
-  p = p * t - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
-  VecF half_erfc = 0.5f * t * exp(p - z * z);
-  return select(x < 0.0f, half_erfc, 1.0f - half_erfc);
+// The normal distribution: Φ(x) and e^(−x²/2), which Φ is made from and the density is 0.3989 times. Relative error of Φ
+// 4e-7 for |x| ≤ 3 and 4e-6 in the far lower tail, nearly all of it the rounding of x²/2.
+struct Normal {
+  VecF cdf, bell;
+};
+inline Normal normal(VecF x) {
+  const VecF bell = exp(x * x * -0.5f);
+  // e^(z²)·erfc(z)/2, z = |x|/√2, as t·P(t), t = 1/(1 + z/2): minimax fit for z ≤ 9.4, relative error 4.2e-8.
+  const VecF t = 1.0f / (1.0f + abs(x) * 0.35355339059327376f);
+  VecF p = broadcast(-0.0294235219f);
+  p = p * t + 0.141743673f;
+  p = p * t - 0.242468159f;
+  p = p * t + 0.137731175f;
+  p = p * t - 0.0124095738f;
+  p = p * t + 0.100958266f;
+  p = p * t + 0.121650117f;
+  p = p * t + 0.141174006f;
+  p = p * t + 0.141043997f;
+  const VecF tail = t * p * bell;
+  return {select(x < 0.0f, tail, 1.0f - tail), bell};
 }
 
 }  // namespace er::ER_ISA

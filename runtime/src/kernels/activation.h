@@ -95,7 +95,7 @@ inline VecF activate(VecF x, float alpha, float beta) {
   if constexpr (kCode == kActSigmoid) return sigmoid(x);
   if constexpr (kCode == kActTanh) return tanh(x);
   if constexpr (kCode == kActSilu) return x * sigmoid(x);
-  if constexpr (kCode == kActGelu) return x * normal_cdf(x);
+  if constexpr (kCode == kActGelu) return x * normal(x).cdf;
   if constexpr (kCode == kActGeluTanh)
     return x * sigmoid(2.0f * gelu_tanh_argument(x));  // (1 + tanh u)/2 = sigmoid(2u)
   return x;
@@ -134,7 +134,10 @@ inline VecF derivative(VecF x, float alpha, float beta) {
     VecF s = sigmoid(x);
     return s + x * s * (1.0f - s);
   }
-  if constexpr (kCode == kActGelu) return normal_cdf(x) + x * 0.3989422804014327f * exp(-0.5f * x * x);  // Φ + x·φ
+  if constexpr (kCode == kActGelu) {
+    const Normal n = normal(x);
+    return n.cdf + x * 0.3989422804014327f * n.bell;
+  }
   if constexpr (kCode == kActGeluTanh) {
     VecF s = sigmoid(2.0f * gelu_tanh_argument(x));
     VecF slope = 2.0f * 0.7978845608028654f * (1.0f + 3.0f * 0.044715f * x * x);
