@@ -179,8 +179,8 @@ inline VecF tanh(VecF x) {
   return select(a < 0.625f, small, big);
 }
 
-// The normal distribution: Φ(x) and e^(−x²/2), which Φ is made from and the density is 0.3989 times. Relative error of Φ
-// 4e-7 for |x| ≤ 3 and 4e-6 in the far lower tail, nearly all of it the rounding of x²/2.
+// The normal distribution: Φ(x) and e^(−x²/2), which Φ is made from and the density is 0.3989 times. Relative error of
+// Φ 4e-7 for |x| ≤ 3 and 4e-6 in the far lower tail, nearly all of it the rounding of x²/2.
 struct Normal {
   VecF cdf, bell;
 };
