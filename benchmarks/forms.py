@@ -36,7 +36,7 @@ def plain(x: torch.Tensor, sparsity: float) -> torch.Tensor:
     return largest(x, sparsity)
 
 
-def centered(x: torch.Tensor, sparsity: float, energy_of: tuple[int, ...] = ()) -> torch.Tensor:
+def centered(x: torch.Tensor, sparsity: float, energy_of: tuple[int, ...] = (1, 2)) -> torch.Tensor:
     """Mean per sample and column plus the largest residuals r in int8 with one scale a sample.
 
     Args:
@@ -56,9 +56,9 @@ def centered(x: torch.Tensor, sparsity: float, energy_of: tuple[int, ...] = ()) 
 
 KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "plain": plain,
+    "centered, no energy factor": partial(centered, energy_of=()),
     "centered": centered,
-    "centered, residuals scaled by sample": partial(centered, energy_of=(1, 2)),
-    "centered, residuals scaled by column": partial(centered, energy_of=(1,)),
+    "centered, energy factor by column": partial(centered, energy_of=(1,)),
 }
 CASES: dict[str, Form] = {
     f"{kind} {sparsity:.2f}": partial(form, sparsity=sparsity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,8 +80,9 @@ def check(x: np.ndarray, form: str, keep: int, threads: int = 1) -> np.ndarray:
         assert np.all(np.abs(got.mean - exact) <= np.abs(exact) * 2**-8 + size * 64 * 2**-24 + 2.0**-134)
         assert np.array_equal(got.mean, block_means(x)), "the sum in row order is part of the definition"
     kept = select(x, keep, form, got.mean if form == "centered" else None)
-    if form == "centered":
-        assert np.array_equal(got.scale, kept.scale)
+    if form == "centered":  # the energy factor's sums are of float32 squares, in an order of each instruction set's own
+        np.testing.assert_allclose(got.scale, kept.scale, rtol=64 * 2**-24, atol=2**-149)
+        kept = replace(kept, scale=got.scale)
     for s in range(samples):
         index = 0
         for b, (begin, end) in enumerate(zip(got.bounds, got.bounds[1:], strict=False)):
@@ -153,6 +155,19 @@ def test_packs_any_values(kind: str, form: str) -> None:
         n = shape[1] * shape[2]
         for keep in (0, 1, keep_count(n, 0.9), n // 2, n):
             check(values(shape, kind), form, keep)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("kind", ["normal", "relu6", "gradient", "outlier"])
+def test_kept_residuals_stand_for_the_energy_of_all(kind: str, sparsity: float) -> None:
+    """Their product with the residuals is Σr², to the rounding of int8; the product with the means is exact anyway."""
+    x = values((3, 129, 17), kind)
+    keep = keep_count(129 * 17, sparsity)
+    packed = pack(x, "centered", keep)
+    means = np.repeat(Sections(packed, "centered", 3, 129, 17, keep).mean, np.diff(block_bounds(129)), axis=1)
+    residual = (x - means).astype(np.float64)
+    dense = unpack(FORMS["centered"], 3, 129, 17, keep, packed) - means
+    np.testing.assert_allclose((residual * dense).sum((1, 2)), np.square(residual).sum((1, 2)), rtol=2e-3)
 
 
 @pytest.mark.parametrize("form", ["plain", "centered"])
@@ -321,7 +336,7 @@ def test_mul_grad_refuses_wrong_calls_and_contents() -> None:
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_same_bytes(isa: str) -> None:
+def test_every_instruction_set_keeps_the_same(isa: str) -> None:
     code = f"""
 import sys
 from edge_razor.runtime import isa

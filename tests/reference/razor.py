@@ -67,7 +67,7 @@ class Kept:
     means: Floats
     """[S, B, C]; zeros for plain."""
     scale: Floats
-    """[S]; ones for plain."""
+    """[S], the energy factor included; ones for plain."""
     values: Floats
     """[S, R, C]: bf16 values (plain) or whole numbers of scale (centered), 0 where not kept."""
 
@@ -106,7 +106,24 @@ def select(x: ArrayLike, keep: int, form: str = "centered", means: Floats | None
     scale = np.abs(kept).max(axis=(1, 2), initial=0) / np.float32(127)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         quotient = np.where(scale[:, None, None] > 0, kept / scale[:, None, None], np.float32(0))
-    return Kept(mask, means, scale, np.clip(np.rint(quotient), -127, 127).astype(np.float32))
+    values = np.clip(np.rint(quotient), -127, 127).astype(np.float32)
+    return Kept(mask, means, scale * energy_factor(residual, values, scale, keep), values)
+
+
+def energy_factor(residual: Floats, values: Floats, scale: Floats, keep: int) -> Floats:
+    """Σr² / Σ(scale · value)² of each sample [S], at least 1 and at most elements / keep.
+
+    With it the kept residuals have the same product with all residuals as all residuals themselves. 1 where nothing is
+    dropped, where nothing is kept, and where a sum of squares overflows or vanishes in float32.
+    """
+    elements = residual[0].size
+    if keep in (0, elements):
+        return np.ones(len(scale), np.float32)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore", under="ignore"):
+        squares = (residual * residual).astype(np.float64).sum(axis=(1, 2))
+        kept = np.square(values, dtype=np.float64).sum(axis=(1, 2)) * np.square(scale, dtype=np.float64)
+        factor = np.where(squares < np.finfo(np.float32).max, squares / kept, 1.0)
+        return np.where(factor > 1, np.minimum(factor, elements / keep), 1.0).astype(np.float32)
 
 
 def razor(x: ArrayLike, sparsity: float, form: str = "centered") -> Floats:

@@ -6,6 +6,8 @@
 // 3. Histograms over the list settle the threshold to the last bit.
 // 4. What lies below it leaves the masks and the list, and the list is quantized.
 //
+// Centered: the pass also adds up the squares of all residuals, for the factor that the kept ones get in `scale`.
+//
 // If the guess was wrong (too few listed, or too many for the list), histograms of the whole sample find the threshold,
 // and the pass lists exactly what is kept. A sample is packed by one thread, or by several, each with a range of
 // blocks.
@@ -106,6 +108,8 @@ struct Part {
   int64_t listed;       // beyond the capacity if there were too many
   int64_t above;        // magnitudes over the bracket
   int64_t looked;       // elements in the guess's histogram
+  double energy;        // Σ r² of all residuals (centered)
+  double kept_energy;   // Σ q² of what is kept, as it is stored
   int32_t largest;
   bool finite;
 };
@@ -211,16 +215,20 @@ void add_ties(const Tile& tile, int32_t tie_magnitude, int64_t* ties, uint64_t* 
 // Means, masks and the list of the residuals that are kept by a threshold; ends early if the list is full.
 void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
   const int64_t capacity = list_capacity(s.at) - Tile::kAtOnce;
-  part.listed = 0;
+  part.listed = 0, part.energy = 0;
   for (int64_t b = part.begin; b < part.end; b++)
     for (int64_t chunk = 0; chunk < s.at.groups; chunk += kChunkGroups) {
       const int64_t groups_end = std::min(s.at.groups, chunk + kChunkGroups);
       if (s.mean)
         part.finite &= write_means(s, b, chunk * kGroupColumns, std::min(s.at.cols, groups_end * kGroupColumns));
+      VecF squares[kGroupVectors] = {};
       for (int64_t g = chunk; g < groups_end; g++) {
         const Tile tile(s.at, s.x, s.mean, b, g);
         uint64_t word[kGroupColumns];
-        tile.mask(word, [&](VecI m, int) { return m >= least; });
+        tile.mask(word, [&](VecI m, int v) {
+          squares[v] += (VecF)m * (VecF)m;
+          return m >= least;
+        });
         if (ties) add_ties(tile, least - 1, &ties, word);
         int64_t n = 0;
         for (int64_t j = 0; j < tile.cols; j++) n += __builtin_popcountll(word[j]);
@@ -231,6 +239,7 @@ void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
         std::memcpy(s.mask + b * s.at.cols + g * kGroupColumns, word, tile.cols * sizeof(uint64_t));
         part.listed += tile.extract(word, part.list + part.listed);
       }
+      for (const VecF& v : squares) part.energy += static_cast<double>(sum(v));
     }
   const int64_t tail = part.listed % kLanes;
   if (tail) std::fill_n(part.list + part.listed, kLanes - tail, 0.f);  // the list is read by vectors
@@ -410,20 +419,49 @@ void write_offsets(const Sample& s, int64_t index, const Part& part) {
     }
 }
 
-// int8 = round(residual / scale); `residuals` may be read up to a multiple of kLanes.
-void quantize(const float* residuals, int64_t n, float scale, uint8_t* out) {
+// int8 = round(residual / scale). Returns Σ int8².
+double quantize(const float* residuals, int64_t n, float scale, uint8_t* out) {
   if (scale == 0) {
     std::fill_n(out, n, uint8_t{0});
-    return;
+    return 0;
   }
+  constexpr int64_t kExact = 512;  // so many squares of up to 127 add up exactly in a float32
   const VecF magic =
       broadcast(12582912.f);  // 1.5·2^23: its unit in the last place is 1, so adding it rounds to nearest even
-  for (int64_t i = 0; i < n; i += kLanes) {
-    VecF q = load(residuals + i) / broadcast(scale);
-    q = min(max(q, broadcast(-127.f)), broadcast(127.f)) + magic;
-    const VecB b = __builtin_convertvector(bits(q) - bits(magic), VecB);
-    std::memcpy(out + i, &b, std::min<int64_t>(n - i, kLanes));
+  VecF squares{};
+  auto rounded = [&](VecF r) {
+    const VecF q = min(max(r / broadcast(scale), broadcast(-127.f)), broadcast(127.f)) + magic;
+    squares += (q - magic) * (q - magic);
+    return __builtin_convertvector(bits(q) - bits(magic), VecB);
+  };
+  double total = 0;
+  for (int64_t i = 0; i < n;) {
+    squares = VecF{};
+    for (const int64_t whole = std::min(n - n % kLanes, i + kExact * kLanes); i < whole; i += kLanes) {
+      const VecB b = rounded(load(residuals + i));
+      std::memcpy(out + i, &b, sizeof b);
+    }
+    if (n - i < kLanes) {
+      const VecB b = rounded(load_upto(residuals + i, n - i));
+      std::memcpy(out + i, &b, n - i);
+      i = n;
+    }
+    total += static_cast<double>(sum(squares));
   }
+  return total;
+}
+
+// What the kept residuals are multiplied by: Σr² / Σr_kept², so that their product with the sample's residuals is that
+// of all of them. As these are the largest, it lies between 1 and residuals / kept ones; where the sums over- or
+// underflow float32, it is 1.
+float energy_factor(const Part* parts, int n_parts, const PackedLayout& at, float scale) {
+  const int64_t elements = at.rows * at.cols;
+  double all = 0, kept = 0;
+  for (int p = 0; p < n_parts; p++) all += parts[p].energy, kept += parts[p].kept_energy;
+  kept *= static_cast<double>(scale) * static_cast<double>(scale);
+  const double factor = all / kept;
+  if (!at.keep || at.keep == elements || !(factor > 1) || !(all < FLT_MAX)) return 1;
+  return static_cast<float>(std::min(factor, static_cast<double>(elements) / static_cast<double>(at.keep)));
 }
 
 void round_to_bf16(const float* x, int64_t n, uint8_t* out) {
@@ -496,16 +534,16 @@ bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
   float scale = 0;
   std::memcpy(&scale, &largest, sizeof scale);
   scale /= 127;
-  if (s.scale) *s.scale = scale;
   each([&](int p) {
     int64_t index = 0;  // a part's values begin where those of the parts before it end
     for (int before = 0; before < p; before++) index += parts[before].listed;
     write_offsets(s, index, parts[p]);
     if (s.at.form == kCentered)
-      quantize(parts[p].list, parts[p].listed, scale, s.value + index);
+      parts[p].kept_energy = quantize(parts[p].list, parts[p].listed, scale, s.value + index);
     else
       round_to_bf16(parts[p].list, parts[p].listed, s.value + 2 * index);
   });
+  if (s.scale) *s.scale = scale * energy_factor(parts, n_parts, s.at, scale);
   return true;
 }
 

@@ -1,6 +1,7 @@
 // Packing of one sample into the razor forms (razor_pack.cpp), for the `pack` kernel.
 #pragma once
 #include <algorithm>
+#include <cfloat>
 #include <climits>
 #include <cstdint>
 #include <cstring>
