@@ -65,7 +65,11 @@ CASES = {
         _BERT,
     ),
     "DistilBERT": Case(
-        "DistilBertConfig", "DistilBertForSequenceClassification", {}, 2, ("dropout", "attention_dropout")
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        {},
+        2,
+        ("dropout", "attention_dropout", "seq_classif_dropout"),
     ),
     "GPT-2, 6 layers": Case(
         "GPT2Config",
