@@ -303,11 +303,12 @@ def test_sizes_are_those_of_the_format() -> None:
     assert packed_bytes(3, 2, 65, 17, 100) == 896 + 200
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mul_grad_sums_products(shape: tuple[int, int, int], form: str) -> None:
+def test_mul_grad_sums_products(shape: tuple[int, int, int], form: str, sparsity: float) -> None:
     x = values(shape, "normal")
-    keep = keep_count(shape[1] * shape[2], 0.9) if FORMS[form] >= 2 else 0
+    keep = keep_count(shape[1] * shape[2], sparsity) if FORMS[form] >= 2 else 0
     packed = x if form == "dense" else pack(x, form, keep)
     dense = unpack(FORMS[form], *shape, keep, packed.view(np.uint8).ravel())
     dy = values(shape, "normal", 1)
@@ -347,7 +348,8 @@ for form in ("plain", "centered"):
         check(values(shape, "normal"), form, shape[1] * shape[2] // 10)
     for kind in KINDS:
         check(values((2, 129, 17), kind), form, 300, 2)
-test_mul_grad_sums_products((5, 129, 31), "centered")
+for sparsity in (0.0, 0.9):
+    test_mul_grad_sums_products((5, 129, 31), "centered", sparsity)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -75,6 +75,11 @@ class KeptReader {
     float means[kGroupColumns] = {};
     if (at.form == kCentered)
       for (int64_t j = 0; j < count; j++) means[j] = from_bf16(mean(sample, block)[begin + j]);
+    if (begin % kGroupColumns == 0 &&
+        std::all_of(words + begin, words + begin + count, [=](uint64_t word) { return word == inside; })) {
+      whole_tile(rows, count, means, scratch, out, stride);
+      return true;
+    }
     for (int64_t i = 0; i < rows; i++)
       for (int64_t j = 0; j < count; j += kLanes) store(out + i * stride + j, load(means + j));
     const float* value = scratch;
@@ -91,6 +96,19 @@ class KeptReader {
   }
 
  private:
+  // tile() where nothing was dropped: the values are the transposed tile. They may be read to the end of scratch.
+  __attribute__((noinline)) static void whole_tile(int64_t rows, int64_t cols, const float* means, const float* values,
+                                                   float* out, int64_t stride) {
+    for (int64_t c = 0; c < cols; c += kLanes)
+      for (int64_t row = 0; row < rows; row += kLanes) {
+        VecF square[kLanes];
+        for (int64_t i = 0; i < kLanes; i++) square[i] = c + i < cols ? load(values + (c + i) * rows + row) : VecF{};
+        transpose(square);
+        const VecF mean = load(means + c);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - row); i++)
+          store(out + (row + i) * stride + c, mean + square[i]);
+      }
+  }
   static void widen(const int8_t* in, int64_t n, float scale, float* out) {
     for (int64_t i = 0; i < n; i += kLanes) {
       VecB b{};
