@@ -66,10 +66,9 @@ struct Tile {
     for (int64_t j = 0; j < kGroupColumns; j++) word[j] = half[0][j] | static_cast<uint64_t>(half[1][j]) << 32;
   }
 
-  // Writes the residuals of the set bits in the order (column, row) and returns their number. Up to kAtOnce − 1 floats
-  // beyond may be written.
+  // Writes the residuals of the set bits in the order (column, row). Up to kAtOnce − 1 floats beyond may be written.
   static constexpr int kAtOnce = 4;
-  int64_t extract(const uint64_t* word, float* out) const {
+  void extract(const uint64_t* word, float* out) const {
     const uint64_t last = uint64_t{1} << (rows - 1);  // keeps an empty word inside the block
     int64_t n = 0;
     for (int64_t j = 0; j < cols; j++) {
@@ -86,7 +85,20 @@ struct Tile {
       } while (i < count);
       n += count;
     }
-    return n;
+  }
+  // The same where all bits are set.
+  __attribute__((noinline)) void extract_all(float* out) const {
+    for (int v = 0; v < kGroupVectors; v++) {
+      const VecF m = load(mean + v * kLanes);
+      for (int64_t row = 0; row < rows; row += kLanes) {
+        VecF square[kLanes];
+        for (int64_t i = 0; i < kLanes; i++)
+          square[i] = row + i < rows ? load(x + (row + i) * stride + v * kLanes) - m : VecF{};
+        transpose(square);
+        for (int64_t j = v * kLanes; j < std::min<int64_t>(cols, (v + 1) * kLanes); j++)
+          store_upto(out + j * rows + row, square[j - v * kLanes], rows - row);
+      }
+    }
   }
 };
 
@@ -237,7 +249,11 @@ void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
           return;
         }
         std::memcpy(s.mask + b * s.at.cols + g * kGroupColumns, word, tile.cols * sizeof(uint64_t));
-        part.listed += tile.extract(word, part.list + part.listed);
+        if (n == tile.rows * tile.cols)
+          tile.extract_all(part.list + part.listed);
+        else
+          tile.extract(word, part.list + part.listed);
+        part.listed += n;
       }
       for (const VecF& v : squares) part.energy += static_cast<double>(sum(v));
     }
@@ -482,11 +498,11 @@ bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
   }
   auto all_finite = [&] { return std::all_of(parts, parts + n_parts, [](const Part& p) { return p.finite; }); };
   Bracket bracket;
-  if (keep) {
+  if (!keep) {
+    bracket.low = overflow;  // the pass only looks for what is not finite
+  } else if (keep < s.at.rows * s.at.cols) {
     each([&](int p) { guess_histogram(s, n_parts, parts[p]); });
     bracket = guess_bracket(parts, n_parts, s.at);
-  } else {
-    bracket.low = overflow;  // nothing is kept: the pass only looks for what is not finite
   }
   each([&](int p) { list_residuals(s, bracket.low, 0, parts[p]); });
   if (!all_finite()) return false;
