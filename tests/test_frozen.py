@@ -87,6 +87,7 @@ def test_lora_on_rounded_weights_is_exact(name: str, weights: str, bundles: Call
             key for key in state if (state[key] != trainer.bundle.read_tensor(manifest.aliases.get(key, key))).any()
         }
         assert set(lora.layers) <= changed and not any("norm" in key.lower() or key.endswith("bias") for key in changed)
+        assert name != "bert" or not any("embeddings" in key for key in changed), "rows are read as the file has them"
         for key, layer in lora.layers.items():
             original = trainer.bundle.read_tensor(key)
             np.testing.assert_array_equal(state[key], rounded(original, ROUNDED[weights], layer.transposed))
@@ -164,7 +165,7 @@ def test_what_is_written_adds_to_the_bundles_own_weights(bundles: Callable[[str]
 def test_memory_of_frozen_weights(bundles: Callable[[str], Path]) -> None:
     """In the file they have an item of their own; rounded they take a half and a quarter of it in memory.
 
-    Tables of which only rows are read take nothing in the file.
+    Tables of which only rows are read stay in the file with every choice, and count nowhere.
     """
     path = bundles("bert")
     sizes = {}
@@ -182,7 +183,7 @@ def test_memory_of_frozen_weights(bundles: Callable[[str], Path]) -> None:
     for weights, share in (("bf16", 2), ("int8", 4)):
         saved, added = (sizes["fp32"][0] - sizes[weights][0]), sizes[weights][1] - sizes["fp32"][1]
         assert 0.8 * matrices <= saved <= matrices
-        rounded = (saved + tables) / share
+        rounded = saved / share
         assert rounded <= added <= 1.35 * rounded  # scales, and 64 bytes' alignment of small matrices
 
 

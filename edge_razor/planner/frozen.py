@@ -48,10 +48,11 @@ def stored_bytes(shape: Sequence[int], perm: tuple[int, ...] | None, form: Param
 def frozen_forms(graphs: Sequence[Graph], perms: Perms, weights: str) -> tuple[dict[str, ParamForm], Perms]:
     """The form of every parameter that does not train and need not be copied as it is, and how all are stored then.
 
-    Weights of linear layers, convolutions (depthwise ones left out) and embeddings take the form that `weights` names.
-    In the file a linear layer or 1×1 convolution is read by rows of an output channel, where the trained form is by
-    columns; a larger kernel lies there in an order that no kernel reads, and is copied. Other parameters are read in
-    the file if they are stored as they lie there.
+    Weights of linear layers and convolutions (depthwise ones left out) take the form that `weights` names, and so do
+    embeddings that something else reads, too (tied output layers). `looked_up_tables` are read in the file whatever the
+    form: that takes no memory and rounds nothing. In the file a linear layer or 1×1 convolution is read by rows of an
+    output channel, where the trained form is by columns; a larger kernel lies there in an order that no kernel reads,
+    and is copied. Other parameters are read in the file if they are stored as they lie there.
 
     Args:
         graphs: every graph that uses the parameters.
@@ -67,6 +68,7 @@ def frozen_forms(graphs: Sequence[Graph], perms: Perms, weights: str) -> tuple[d
                 if name in perms:
                     uses.setdefault(name, []).append((node, index))
     trained = {name for graph in graphs for name in graph.gradients}
+    looked_up = looked_up_tables(graphs)
     forms: dict[str, ParamForm] = {}
     stored = dict(perms)
     for name, perm in perms.items():
@@ -74,7 +76,7 @@ def frozen_forms(graphs: Sequence[Graph], perms: Perms, weights: str) -> tuple[d
             continue
         shape = initializers[name].shape
         rows = _rows(shape, uses.get(name, ()))
-        if rows is not None and weights != "fp32":
+        if rows is not None and weights != "fp32" and name not in looked_up:
             forms[name], stored[name] = FROZEN_WEIGHTS[weights], rows if _moves(rows) else None
         elif perm is None or rows is not None and not _moves(rows, shape):
             forms[name], stored[name] = ParamForm.IN_FILE, None
