@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../simd.h"
+#include "bytes.h"
 
 namespace er::ER_ISA {
 
@@ -151,14 +152,7 @@ inline VecF derivative(VecF x, float alpha, float beta) {
 inline void store_q4(uint8_t* out, VecF d, DerivativeRange range, int64_t bytes) {
   VecF q = (d - range.low) * (15.0f / (range.high - range.low));
   q = round_even(max(min(q, broadcast(15.0f)), VecF{}));
-  VecU64 pair = (VecU64)to_int(q);  // two lanes: the even one in the low half
-  pair = pair | (pair >> 28);
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes / 2)));
-  Bytes packed = __builtin_convertvector(pair, Bytes);
-  if (bytes >= kLanes / 2)
-    std::memcpy(out, &packed, kLanes / 2);
-  else
-    std::memcpy(out, &packed, static_cast<size_t>(bytes));
+  store_nibbles(out, to_int(q), bytes);
 }
 
 // The bits of kLanes columns starting at column c (a multiple of kLanes) of a row; `left` columns remain.

@@ -184,9 +184,11 @@ __attribute__((noinline)) bool copy_rows(const KeptReader& in, int64_t sample, i
   if (!in.at.razor()) {
     for (int64_t i = 0; i < rows; i++, out += width) {
       const int64_t row = sample * in.at.rows + first + i;
-      for (int64_t j = 0; j < d; j++)
-        out[j] = in.at.form == kBf16 ? from_bf16(in.half_row(row)[column + j]) : in.dense_row(row)[column + j];
-      std::fill(out + d, out + width, 0.f);
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const int64_t left = std::max<int64_t>(0, d - j), at = column + j;
+        store(out + j,
+              in.at.form == kBf16 ? load_bf16(in.half_row(row) + at, left) : load_upto(in.dense_row(row) + at, left));
+      }
     }
     return true;
   }

@@ -83,24 +83,29 @@ __attribute__((noinline)) inline void softmax_row(float* x, int64_t count, float
                                                   const float* key_mask) {
   const VecF lowest = broadcast(-std::numeric_limits<float>::infinity());
   const int64_t whole = count / kLanes * kLanes, padded = whole_vectors(count);
+  const bool plain = !bias && !key_mask && scale > 0;  // the largest product is the largest score
   VecF best = lowest;
   auto score = [&](int64_t j, auto&& from) {
     VecF v = load(x + j) * scale;
     if (bias) v += from(bias + j);
     return key_mask ? select(from(key_mask + j) > 0.5f, v, lowest) : v;
   };
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    const VecF v = score(j, [](const float* from) { return load(from); });
-    store(x + j, v);
-    best = max(best, v);
-  }
+  if (plain)
+    for (int64_t j = 0; j < whole; j += kLanes) best = max(best, load(x + j));
+  else
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const VecF v = score(j, [](const float* from) { return load(from); });
+      store(x + j, v);
+      best = max(best, v);
+    }
   if (whole < count) {
     const int64_t left = count - whole;
-    const VecF v = score(whole, [&](const float* from) { return load_partial(from, static_cast<int>(left)); });
+    const VecF v = plain ? load(x + whole)
+                         : score(whole, [&](const float* from) { return load_partial(from, static_cast<int>(left)); });
     store(x + whole, select(lane_index() < static_cast<int32_t>(left), v, lowest));
     best = max_or_nan(best, load(x + whole));
   }
-  const float top = highest(best);
+  const float times = plain ? scale : 1.0f, top = highest(best) * times;
   if (top == lowest[0]) {
     std::fill_n(x, padded, 0.f);
     return;
@@ -111,7 +116,7 @@ __attribute__((noinline)) inline void softmax_row(float* x, int64_t count, float
     const int64_t last = std::min(padded, first + kRun);
     VecF run{};
     for (int64_t j = first; j < last; j += kLanes) {
-      const VecF e = exp_or_zero(load(x + j) - top);
+      const VecF e = exp_or_zero(load(x + j) * times - top);
       store(x + j, e);
       run += e;
     }

@@ -14,8 +14,9 @@ constexpr int64_t kDepth =
     512;  // inner products per pass over B: 512 × 64 columns = 128 KB, stays in the second-level cache
 constexpr int64_t kResidentBytes = 256 << 10;  // a packed B up to this size is packed once, not once a tile
 constexpr int64_t kFewRowsDepth = 16;  // with few rows, all columns of so many weight rows: the weight is read in order
-constexpr int64_t kAhead = 8;          // weight rows fetched while one is packed: each lies in another page
-constexpr int64_t kSmallRows = 32;     // with fewer rows a thread, packing B costs more than it gains
+constexpr int64_t kAhead =
+    32;  // weight rows fetched ahead while one is packed: each lies in another page, often of slow memory
+constexpr int64_t kSmallRows = 32;  // with fewer rows a thread, packing B costs more than it gains
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -103,7 +104,7 @@ void pack(const GatherGemm& g, int64_t group, const DepthBlock& block, int64_t c
         for (int64_t v = 0; v < vectors; v++) {
           const int64_t c = v * kLanes;
           if (kForm == kHwio && k + kAhead < block.depth)
-            __builtin_prefetch(g.weight.hwio(tap, first_k + k + kAhead, first_n + c));
+            __builtin_prefetch(g.weight.hwio(tap, first_k + k + kAhead, first_n + c), 0, 2);
           const VecF w = g.weight.load<kForm>(tap, first_k + k, first_n + c, g.n - column - c);
           store(out + k * ld + c, g.weight_scale ? w * scale : w);
         }

@@ -5,6 +5,7 @@
 
 #include "../packed.h"
 #include "../simd.h"
+#include "bytes.h"
 
 namespace er::ER_ISA {
 
@@ -46,9 +47,9 @@ class KeptReader {
     if (first + n > at.keep) return false;
     const int64_t index = sample * at.keep + first;
     if (at.form == kCentered)
-      widen(reinterpret_cast<const int8_t*>(in_.value) + index, n, in_.scale[sample], out);
+      to_floats(reinterpret_cast<const int8_t*>(in_.value) + index, n, in_.scale[sample], out);
     else
-      widen(reinterpret_cast<const uint16_t*>(in_.value) + index, n, out);
+      to_floats(reinterpret_cast<const uint16_t*>(in_.value) + index, n, out);
     return true;
   }
 
@@ -63,7 +64,7 @@ class KeptReader {
         const int64_t row = sample * at.rows + first + i;
         float* to = out + i * stride;
         if (at.form == kBf16)
-          widen(half_row(row) + begin, count, to);
+          to_floats(half_row(row) + begin, count, to);
         else
           for (int64_t c = 0; c < count; c += kLanes) store(to + c, load_upto(dense_row(row) + begin + c, count - c));
       }
@@ -109,18 +110,18 @@ class KeptReader {
           store(out + (row + i) * stride + c, mean + square[i]);
       }
   }
-  static void widen(const int8_t* in, int64_t n, float scale, float* out) {
+  static void to_floats(const int8_t* in, int64_t n, float scale, float* out) {
     for (int64_t i = 0; i < n; i += kLanes) {
       VecB b{};
       copy_in(&b, in + i, n - i);
-      store(out + i, __builtin_convertvector(b, VecF) * broadcast(scale));
+      store(out + i, to_float(widen(b)) * broadcast(scale));
     }
   }
-  static void widen(const uint16_t* in, int64_t n, float* out) {
+  static void to_floats(const uint16_t* in, int64_t n, float* out) {
     for (int64_t i = 0; i < n; i += kLanes) {
       VecH h{};
       copy_in(&h, in + i, n - i);
-      store(out + i, (VecF)(__builtin_convertvector(h, VecU) << 16));
+      store(out + i, (VecF)(widen(h) << 16));
     }
   }
   template <class V, class T>

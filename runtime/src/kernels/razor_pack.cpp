@@ -448,7 +448,7 @@ double quantize(const float* residuals, int64_t n, float scale, uint8_t* out) {
   auto rounded = [&](VecF r) {
     const VecF q = min(max(r / broadcast(scale), broadcast(-127.f)), broadcast(127.f)) + magic;
     squares += (q - magic) * (q - magic);
-    return __builtin_convertvector(bits(q) - bits(magic), VecB);
+    return narrow_to_bytes(bits(q) - bits(magic));
   };
   double total = 0;
   for (int64_t i = 0; i < n;) {

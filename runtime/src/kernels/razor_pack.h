@@ -9,6 +9,7 @@
 #include "../kernel.h"
 #include "../packed.h"
 #include "../simd.h"
+#include "bytes.h"
 
 namespace er::ER_ISA {
 
@@ -26,7 +27,7 @@ inline int32_t magnitude(float x) {
 
 inline VecH to_bf16_vector(VecF x) {
   const VecU u = (VecU)x;
-  return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, VecH);
+  return narrow_to_halves((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
 // The sections of one sample.

@@ -13,15 +13,6 @@ namespace er::ER_ISA {
 
 enum WeightForm : int64_t { kHwio = 0, kRowsFloat = 1, kRowsBf16 = 2, kRowsInt8 = 3 };
 
-inline VecF load_bf16(const uint16_t* p, int64_t left) {
-  VecH half{};
-  if (left >= kLanes)
-    std::memcpy(&half, p, sizeof half);
-  else
-    std::memcpy(&half, p, static_cast<size_t>(left) * sizeof *p);
-  return (VecF)(__builtin_convertvector(half, VecU) << 16);
-}
-
 // int8 as floats.
 inline VecF load_int8(const int8_t* p, int64_t left) {
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
