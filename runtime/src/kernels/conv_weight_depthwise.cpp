@@ -2,7 +2,8 @@
 //
 // Each column of X meets its own column of dY only, so set bits of neighbouring columns share no work: a block of at
 // most 64 rows and 4 vectors of columns is decoded to a dense tile (in L1), and the taps run over it in vectors of
-// columns, with stride 1 several taps at once. A strip of columns is summed by one thread in the order of the blocks.
+// columns, with stride 1 several taps at once. Threads share the blocks if they are many, since columns rarely split
+// into strips of the same width, and the sums of all are added up in the end; else they share the columns.
 #include <atomic>
 
 #include "conv_weight.h"
@@ -113,8 +114,10 @@ void add_block(const ConvShape& s, const float* tile, const float* dy, int64_t s
   }
 }
 
-// G of columns [begin, begin + count), at most a strip. `sum` holds taps · kStrip floats.
-bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t begin, int64_t count, float* sum) {
+// The share of blocks [first, last), counted over all samples, in G of columns [begin, begin + count), at most a strip,
+// as sum[taps][kStrip].
+bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t first, int64_t last, int64_t begin,
+                    int64_t count, float* sum) {
   static constexpr auto kTaps = {add_tap<1>, add_tap<2>, add_tap<3>, add_tap<4>};
   static_assert(kTaps.size() == kStripVectors, "one function for each number of vectors");
   const ConvShape& s = call.shape;
@@ -122,43 +125,67 @@ bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t beg
   const bool lines = has_lines(s);
   alignas(64) float tile[kBlockRows * kStrip], values[kGroupValues];
   std::fill_n(sum, s.taps() * kStrip, 0.f);
-  for (int64_t sample = 0; sample < s.n; sample++)
-    for (int64_t block = 0; block < x.at.blocks; block++) {
-      for (int64_t c = 0; c < count; c += kGroupColumns)
-        if (!x.tile(sample, block, begin + c, std::min(kGroupColumns, count - c), tile + c, kStrip, values))
-          return false;
-      const int64_t row_begin = x.at.row_begin(block), row_end = x.at.row_begin(block + 1);
-      if (lines) {
-        add_block(s, tile, call.dy + begin, sample, row_begin, row_end, count, sum);
-        continue;
-      }
-      for (int64_t tap = 0; tap < s.taps(); tap++) {
-        TapRun runs[kBlockRows];
-        const int n = tap_runs(s, sample, row_begin, row_end, tap / s.kw, tap % s.kw, runs);
-        add(runs, n, s.sw, tile, call.dy + begin, s.oc, count, sum + tap * kStrip);
-      }
+  for (int64_t i = first; i < last; i++) {
+    const int64_t sample = i / x.at.blocks, block = i % x.at.blocks;
+    for (int64_t c = 0; c < count; c += kGroupColumns)
+      if (!x.tile(sample, block, begin + c, std::min(kGroupColumns, count - c), tile + c, kStrip, values)) return false;
+    const int64_t row_begin = x.at.row_begin(block), row_end = x.at.row_begin(block + 1);
+    if (lines) {
+      add_block(s, tile, call.dy + begin, sample, row_begin, row_end, count, sum);
+      continue;
     }
-  for (int64_t tap = 0; tap < s.taps(); tap++)
-    std::memcpy(call.g + tap * s.oc + begin, sum + tap * kStrip, count * sizeof(float));
+    for (int64_t tap = 0; tap < s.taps(); tap++) {
+      TapRun runs[kBlockRows];
+      const int n = tap_runs(s, sample, row_begin, row_end, tap / s.kw, tap % s.kw, runs);
+      add(runs, n, s.sw, tile, call.dy + begin, s.oc, count, sum + tap * kStrip);
+    }
+  }
   return true;
 }
 
 }  // namespace
 
+// A thread has sums of all columns: [strips][taps][kStrip].
 uint64_t depthwise_weight_scratch(const ConvShape& shape, int threads) {
-  return static_cast<uint64_t>(threads) * shape.taps() * kStrip * sizeof(float);
+  const int64_t strips = (shape.ic + kStrip - 1) / kStrip;
+  return static_cast<uint64_t>(threads) * static_cast<uint64_t>(strips * shape.taps() * kStrip) * sizeof(float);
 }
 
 bool depthwise_weight_run(const WeightGradient& call) {
   const KeptReader x(call.x_layout, call.x);
-  const int64_t channels = call.shape.ic;
+  const ConvShape& s = call.shape;
+  const int threads = call.pool->threads();
+  const int64_t strip = s.taps() * kStrip, strips = (s.ic + kStrip - 1) / kStrip, blocks = s.n * x.at.blocks;
   std::atomic<bool> valid{true};
-  call.pool->split(channels, kGroupColumns, [&](int64_t begin, int64_t end, int thread) {
-    float* sum = static_cast<float*>(call.scratch) + thread * call.shape.taps() * kStrip;
+  auto sums = [&](int thread) { return static_cast<float*>(call.scratch) + thread * strips * strip; };
+  auto gradient = [&](int64_t first, int64_t last, int64_t begin, int64_t end, int thread) {
     for (int64_t c = begin; c < end; c += kStrip)
-      if (!strip_gradient(call, x, c, std::min(kStrip, end - c), sum))
+      if (!strip_gradient(call, x, first, last, c, std::min(kStrip, end - c),
+                          sums(thread) + (c - begin) / kStrip * strip))
         return valid.store(false, std::memory_order_relaxed);
-  });
+  };
+  // G of columns [begin, end): the sums of `threads` threads from `thread` on.
+  auto write = [&](int64_t begin, int64_t end, int thread, int threads) {
+    for (int64_t c = begin; c < end; c += kStrip)
+      for (int64_t tap = 0; tap < s.taps(); tap++)
+        for (int64_t v = 0; v < std::min(kStrip, end - c); v += kLanes) {
+          const int64_t at = (c - begin) / kStrip * strip + tap * kStrip + v;
+          VecF sum = load(sums(thread) + at);
+          for (int t = thread + 1; t < thread + threads; t++) sum += load(sums(t) + at);
+          store_upto(call.g + tap * s.oc + c + v, sum, end - c - v);
+        }
+  };
+  constexpr int64_t kFewest = 8;  // blocks a thread
+  if (threads > 1 && blocks >= kFewest * threads) {
+    call.pool->split(blocks, 1,
+                     [&](int64_t first, int64_t last, int thread) { gradient(first, last, 0, s.ic, thread); });
+    write(0, s.ic, 0, threads);
+  } else {
+    call.pool->split(s.ic, kGroupColumns, [&](int64_t begin, int64_t end, int thread) {
+      gradient(0, blocks, begin, end, thread);
+      write(begin, end, thread, 1);
+    });
+  }
   return valid;
 }
 

@@ -5,9 +5,11 @@
 // (conv_weight_taps.cpp has the others). For a tile of up to kMaxVectors vectors of output channels, a block's dY rows
 // are copied to a contiguous tile (in L1 for what follows) while their sum is taken. Then, for each column of X, the
 // tile of G stays in registers while the set bits of the column's mask word are walked. G is accumulated in scratch, as
-// many columns at a time as fit the L2 cache, and written once. Each element is summed by one thread in the order of
-// the blocks, so the result does not depend on the number of threads.
+// many columns at a time as fit the L2 cache, and written once. Threads share columns and output channels; or, where
+// all of G fits and blocks are many, the blocks: then none reads or copies what another does, and the sums of all are
+// added up in the end.
 #include <atomic>
+#include <iterator>
 
 #include "conv_weight.h"
 
@@ -66,9 +68,15 @@ void add_columns(int64_t n, const uint64_t* word, const float* value, const uint
   }
 }
 
-// Computes G over `range`, whose columns fit the workspace.
+// Blocks of X, counted over all samples.
+struct Blocks {
+  int64_t begin, end;
+};
+
+// Computes the share of `blocks` in G over `range`, whose columns fit the workspace, in work.g.
 template <int kVectors>
-bool tile_gradient(const WeightGradient& call, const KeptReader& x, const WeightRange& range, const Workspace& work) {
+bool tile_gradient(const WeightGradient& call, const KeptReader& x, const WeightRange& range, const Blocks& blocks,
+                   const Workspace& work) {
   constexpr int64_t kWidth = kVectors * kLanes;
   const ConvShape& s = call.shape;
   const int64_t columns = range.c1 - range.c0, ic_group = s.ic / s.group, oc_group = s.oc / s.group;
@@ -76,45 +84,55 @@ bool tile_gradient(const WeightGradient& call, const KeptReader& x, const Weight
                 k_first = range.group * oc_group + range.k0;
   const int64_t k = range.k1 - range.k0;
   std::fill_n(work.g, columns * kWidth, 0.f);
-  for (int64_t sample = 0; sample < s.n; sample++)
-    for (int64_t block = 0; block < x.at.blocks; block++) {
-      const int64_t row = x.at.row_begin(block), rows = x.at.row_begin(block + 1) - row;
-      VecF total[kVectors];
-      gather<kVectors>(call.dy + (sample * x.at.rows + row) * s.oc + k_first, s.oc, k, rows, work.dy, total);
-      const uint64_t inside = rows == kBlockRows ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
-      const uint64_t* words = x.mask(sample, block);
-      const uint16_t* means = x.at.form == kCentered ? x.mean(sample, block) : nullptr;
-      for (int64_t c = first; c < end;) {
-        const int64_t group_begin = c / kGroupColumns * kGroupColumns,
-                      c_end = std::min(end, group_begin + kGroupColumns);
-        if (!x.values(sample, block, c / kGroupColumns, work.values)) return false;
-        const float* value = work.values;
-        for (int64_t before = group_begin; before < c; before++) value += __builtin_popcountll(words[before]);
-        add_columns<kVectors>(c_end - c, words + c, value, means ? means + c : nullptr, inside, work.dy, total,
-                              work.g + (c - first) * kWidth);
-        c = c_end;
-      }
+  for (int64_t i = blocks.begin; i < blocks.end; i++) {
+    const int64_t sample = i / x.at.blocks, block = i % x.at.blocks;
+    const int64_t row = x.at.row_begin(block), rows = x.at.row_begin(block + 1) - row;
+    VecF total[kVectors];
+    gather<kVectors>(call.dy + (sample * x.at.rows + row) * s.oc + k_first, s.oc, k, rows, work.dy, total);
+    const uint64_t inside = rows == kBlockRows ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
+    const uint64_t* words = x.mask(sample, block);
+    const uint16_t* means = x.at.form == kCentered ? x.mean(sample, block) : nullptr;
+    for (int64_t c = first; c < end;) {
+      const int64_t group_begin = c / kGroupColumns * kGroupColumns, c_end = std::min(end, group_begin + kGroupColumns);
+      if (!x.values(sample, block, c / kGroupColumns, work.values)) return false;
+      const float* value = work.values;
+      for (int64_t before = group_begin; before < c; before++) value += __builtin_popcountll(words[before]);
+      add_columns<kVectors>(c_end - c, words + c, value, means ? means + c : nullptr, inside, work.dy, total,
+                            work.g + (c - first) * kWidth);
+      c = c_end;
     }
-  for (int64_t c = 0; c < columns; c++)
-    std::memcpy(call.g + (range.c0 + c) * s.oc + k_first, work.g + c * kWidth, k * sizeof(float));
+  }
   return true;
 }
 
+// The tiles of `vectors` vectors of output channels: tile t is [begin(t), begin(t + 1)).
+struct Tiles {
+  int64_t vectors, count;
+  explicit Tiles(int64_t outputs)
+      : vectors((outputs + kLanes - 1) / kLanes), count((vectors + kMaxVectors - 1) / kMaxVectors) {}
+  int64_t begin(int64_t t) const { return t * vectors / count; }
+};
+
+using TileGradient = bool (*)(const WeightGradient&, const KeptReader&, const WeightRange&, const Blocks&,
+                              const Workspace&);
+constexpr TileGradient kTileGradient[] = {tile_gradient<1>, tile_gradient<2>, tile_gradient<3>,
+                                          tile_gradient<4>, tile_gradient<5>, tile_gradient<6>};
+static_assert(std::size(kTileGradient) == kMaxVectors, "one function for each number of vectors");
+
 // Input channels [c0, c1) and output channels [k0, k1) of a convolution group, in tiles and chunks.
 bool range_gradient(const WeightGradient& call, const KeptReader& x, const WeightRange& range, const Workspace& work) {
-  static constexpr auto kTiles = {tile_gradient<1>, tile_gradient<2>, tile_gradient<3>,
-                                  tile_gradient<4>, tile_gradient<5>, tile_gradient<6>};
-  static_assert(kTiles.size() == kMaxVectors, "one function for each number of vectors");
-  const int64_t vectors = (range.k1 - range.k0 + kLanes - 1) / kLanes;
-  const int64_t tiles = (vectors + kMaxVectors - 1) / kMaxVectors;
-  for (int64_t t = 0; t < tiles; t++) {
-    const int64_t v0 = t * vectors / tiles, v1 = (t + 1) * vectors / tiles;
-    const int64_t fit = kGradientFloats / ((v1 - v0) * kLanes);
-    const int64_t chunk = fit / kGroupColumns * kGroupColumns;
+  const ConvShape& s = call.shape;
+  const Tiles tiles(range.k1 - range.k0);
+  for (int64_t t = 0; t < tiles.count; t++) {
+    const int64_t v0 = tiles.begin(t), v1 = tiles.begin(t + 1), width = (v1 - v0) * kLanes;
+    const int64_t chunk = kGradientFloats / width / kGroupColumns * kGroupColumns;
     for (int64_t c = range.c0; c < range.c1; c += chunk) {
       const WeightRange tile{range.group, c, std::min(range.c1, c + chunk), range.k0 + v0 * kLanes,
                              std::min(range.k1, range.k0 + v1 * kLanes)};
-      if (!kTiles.begin()[v1 - v0 - 1](call, x, tile, work)) return false;
+      if (!kTileGradient[v1 - v0 - 1](call, x, tile, {0, x.at.samples * x.at.blocks}, work)) return false;
+      float* g = call.g + range.group * (s.oc / s.group) + tile.k0;
+      for (int64_t i = tile.c0; i < tile.c1; i++)
+        std::memcpy(g + i * s.oc, work.g + (i - tile.c0) * width, (tile.k1 - tile.k0) * sizeof(float));
     }
   }
   return true;
@@ -146,6 +164,48 @@ Grid choose_grid(int64_t groups, int64_t vectors, int threads) {
   return best;
 }
 
+Workspace workspace(const WeightGradient& call, int thread) {
+  float* base = static_cast<float*>(call.scratch) + thread * (kFixedFloats + kGradientFloats);
+  return {base, base + kDyFloats, base + kFixedFloats};
+}
+
+// Whether the threads share the blocks. Adding up their sums should take little beside making them.
+bool by_blocks(const ConvShape& s, const PackedLayout& x, int threads) {
+  constexpr int64_t kFewest = 32;  // blocks a thread
+  return threads > 1 && flat(s) && s.group == 1 && s.ic <= kGradientFloats / (Tiles(s.oc).vectors * kLanes) &&
+         x.samples * x.blocks >= kFewest * threads;
+}
+
+bool blocks_gradient(const WeightGradient& call, const KeptReader& x) {
+  const ConvShape& s = call.shape;
+  const Tiles tiles(s.oc);
+  const int threads = call.pool->threads();
+  std::atomic<bool> valid{true};
+  call.pool->split(x.at.samples * x.at.blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+    Workspace work = workspace(call, thread);
+    for (int64_t t = 0; t < tiles.count; t++) {
+      const int64_t v0 = tiles.begin(t), v1 = tiles.begin(t + 1);
+      const WeightRange range{0, 0, s.ic, v0 * kLanes, std::min(s.oc, v1 * kLanes)};
+      if (!kTileGradient[v1 - v0 - 1](call, x, range, {begin, end}, work))
+        return valid.store(false, std::memory_order_relaxed);
+      work.g += s.ic * (v1 - v0) * kLanes;
+    }
+  });
+  call.pool->split(s.ic, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = 0; t < tiles.count; t++) {
+      const int64_t k0 = tiles.begin(t) * kLanes, width = tiles.begin(t + 1) * kLanes - k0;
+      for (int64_t c = begin; c < end; c++)
+        for (int64_t k = 0; k < width; k += kLanes) {
+          const int64_t at = s.ic * k0 + c * width + k;
+          VecF sum = load(workspace(call, 0).g + at);
+          for (int thread = 1; thread < threads; thread++) sum += load(workspace(call, thread).g + at);
+          store_upto(call.g + c * s.oc + k0 + k, sum, s.oc - k0 - k);
+        }
+    }
+  });
+  return valid;
+}
+
 }  // namespace
 
 uint64_t razor_weight_scratch(const ConvShape& shape, int threads) {
@@ -157,6 +217,7 @@ bool razor_weight_run(const WeightGradient& call) {
   const ConvShape& s = call.shape;
   const KeptReader x(call.x_layout, call.x);
   const int threads = call.pool->threads();
+  if (by_blocks(s, x.at, threads)) return blocks_gradient(call, x);
   const int64_t ic_group = s.ic / s.group, oc_group = s.oc / s.group;
   const Grid grid =
       choose_grid((ic_group + kGroupColumns - 1) / kGroupColumns, (oc_group + kLanes - 1) / kLanes, threads);
@@ -164,8 +225,7 @@ bool razor_weight_run(const WeightGradient& call) {
   call.pool->run([&](int thread) {
     auto gradient = [&](const WeightRange& range) {
       if (!flat(s)) return razor_taps_range(call, x, range, thread);
-      float* base = static_cast<float*>(call.scratch) + thread * (kFixedFloats + kGradientFloats);
-      return range_gradient(call, x, range, {base, base + kDyFloats, base + kFixedFloats});
+      return range_gradient(call, x, range, workspace(call, thread));
     };
     bool ok = true;
     if (s.group > 1) {
