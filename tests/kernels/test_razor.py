@@ -183,13 +183,24 @@ def test_large_samples_take_the_sampled_bracket(kind: str, form: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("form", ["plain", "centered"])
 @pytest.mark.parametrize("looked_at", [1e-3, 1e3], ids=["too many are listed", "too few are listed"])
-def test_a_wrong_guess_of_the_threshold_changes_nothing(looked_at: float, form: str, threads: int) -> None:
+@pytest.mark.parametrize("kind", ["normal", "ties", "relu6"])  # of many equal ones a full list cannot be rid
+def test_a_wrong_guess_of_the_threshold_changes_nothing(kind: str, looked_at: float, form: str, threads: int) -> None:
     blocks, rows, cols = 100, 64, 20
-    x = values((1, blocks * rows, cols), "normal")
+    x = values((1, blocks * rows, cols), kind)
     for i in range(16):  # the blocks from which `pack` guesses
         x[0, ((2 * i + 1) * blocks // 32) * rows :][:rows] *= looked_at
     for sparsity in (0.95, 0.5):
         check(x, form, keep_count(x[0].size, sparsity), threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", ["plain", "centered"])
+def test_values_that_grow_from_place_to_place(form: str, threads: int) -> None:
+    """The list of candidates is full again and again, and the blocks that `pack` guesses from differ."""
+    x = values((2, 6400, 20), "normal") * np.geomspace(1e-3, 1e3, 6400, dtype=np.float32)[:, None]
+    for sparsity in (0.97, 0.9, 0.5):
+        check(x, form, keep_count(x[0].size, sparsity), threads)
+        check(np.ascontiguousarray(x[:, ::-1]), form, keep_count(x[0].size, sparsity), threads)
 
 
 @pytest.mark.parametrize("form", ["plain", "centered"])

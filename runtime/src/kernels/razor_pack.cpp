@@ -1,6 +1,7 @@
 // Packing finds the k-th largest magnitude of a sample exactly, without sorting, in one pass over the sample:
 //
-// 1. A histogram of a few rows brackets the threshold; it only guesses.
+// 1. A histogram of a few rows brackets the threshold; it only guesses. How much its blocks differ says how far off the
+//    guess may be: activations of pictures differ from place to place.
 // 2. The pass takes each block's means and, while its columns are in cache, lists the residuals at or above the
 //    bracket's low end (a fifth more than will be kept, as a rule) and sets their mask bits.
 // 3. Histograms over the list settle the threshold to the last bit.
@@ -8,10 +9,12 @@
 //
 // Centered: the pass also adds up the squares of all residuals, for the factor that the kept ones get in `scale`.
 //
-// If the guess was wrong (too few listed, or too many for the list), histograms of the whole sample find the threshold,
-// and the pass lists exactly what is kept. A sample is packed by one thread, or by several, each with a range of
-// blocks.
+// If the list is full, what is smaller than the `keep` largest in it leaves it, and the pass goes on. If too few were
+// listed, histograms of the whole sample find the threshold, and the pass lists exactly what is kept. A sample is
+// packed by one thread, or by several, each with a range of blocks.
 #include "razor_pack.h"
+
+#include <cmath>
 
 #include "packed_read.h"
 
@@ -21,6 +24,7 @@ namespace {
 constexpr int kGuessShift = 19;           // bins of the guess: 8 bits of exponent, 4 of mantissa
 constexpr int64_t kGuessBlocks = 16;      // it looks at so many blocks
 constexpr int64_t kGuessElements = 4096;  // … and at so many elements at least, if there are as many
+constexpr double kGuessErrors = 1.5;      // standard errors that the bracket has room for on each side
 constexpr int kChunkGroups = 4;           // column groups that are in the first-level cache at once
 constexpr int kMaxParts = 64;
 
@@ -120,6 +124,7 @@ struct Part {
   int64_t listed;       // beyond the capacity if there were too many
   int64_t above;        // magnitudes over the bracket
   int64_t looked;       // elements in the guess's histogram
+  double over, over2;   // Σ and Σ² over the guess's blocks of the elements that the second look counts
   double energy;        // Σ r² of all residuals (centered)
   double kept_energy;   // Σ q² of what is kept, as it is stored
   int32_t largest;
@@ -172,33 +177,44 @@ bool write_means(const Sample& s, int64_t block, int64_t c, int64_t end) {
   return most < kBf16Overflow;
 }
 
-// Histogram of the magnitudes of some rows of some blocks. The first row varies, so that it is not always the same
-// column of an image.
-void guess_histogram(const Sample& s, int n_parts, Part& part) {
-  std::fill_n(part.histogram, kBins, 0u);
+// The blocks of a part that the guess looks at.
+int64_t guess_blocks(const Part& part, int n_parts) {
+  return std::min(part.end - part.begin, (kGuessBlocks + n_parts - 1) / n_parts);
+}
+
+// Looks at some rows of some blocks. The first row varies, so that it is not always the same column of an image. The
+// first look (`least` = INT_MAX) takes the means, and a histogram of magnitudes; the second one counts at a quarter of
+// the rows how many of each block are `least` or more.
+__attribute__((noinline)) void look(const Sample& s, int n_parts, int32_t least, Part& part) {
+  const bool first = least == INT_MAX;
+  if (first) std::fill_n(part.histogram, kBins, 0u);
   part.looked = 0;
-  const int64_t blocks = part.end - part.begin, look = std::min(blocks, (kGuessBlocks + n_parts - 1) / n_parts);
+  part.over = part.over2 = 0;
+  const int64_t blocks = guess_blocks(part, n_parts);
   const int64_t elements = s.at.rows * s.at.cols, wanted = std::max(kGuessElements, elements / 64);
-  const int64_t step = std::clamp<int64_t>(elements / s.at.blocks * look * n_parts / wanted, 1, 16);
-  for (int64_t i = 0; i < look; i++) {
-    const int64_t b = part.begin + (2 * i + 1) * blocks / (2 * look);
-    if (s.mean) part.finite &= write_means(s, b, 0, s.at.cols);
+  const int64_t step = std::clamp<int64_t>(elements / s.at.blocks * blocks * n_parts / wanted, 1, 16) * (first ? 1 : 4);
+  for (int64_t i = 0; i < blocks; i++) {
+    const int64_t b = part.begin + (2 * i + 1) * (part.end - part.begin) / (2 * blocks);
+    if (s.mean && first) part.finite &= write_means(s, b, 0, s.at.cols);
+    int64_t over = 0;
     for (int64_t g = 0; g < s.at.groups; g++) {
       const Tile tile(s.at, s.x, s.mean, b, g);
       for (int64_t row = (3 * b + 5 * g) % step; row < tile.rows; row += step) {
-        for (int64_t j = 0; j < tile.cols; j++) part.histogram[magnitude(tile.residual(row, j)) >> kGuessShift]++;
+        if (first)
+          for (int64_t j = 0; j < tile.cols; j++) part.histogram[magnitude(tile.residual(row, j)) >> kGuessShift]++;
+        else
+          for (int64_t j = 0; j < tile.cols; j++) over += magnitude(tile.residual(row, j)) >= least;
         part.looked += tile.cols;
       }
     }
+    part.over += static_cast<double>(over), part.over2 += static_cast<double>(over * over);
   }
 }
 
-// From that: a bracket that very likely holds the keep-th largest magnitude.
-Bracket guess_bracket(const Part* parts, int n_parts, const PackedLayout& at) {
-  int64_t looked = 0;
-  for (int p = 0; p < n_parts; p++) looked += parts[p].looked;
-  const double each = looked ? static_cast<double>(at.rows * at.cols) / static_cast<double>(looked) : 1;
-  const double keep = static_cast<double>(at.keep), margin = each == 1 ? 0 : keep / 8 + 16 * each;
+// From the histograms: the bracket of ranks keep − margin and keep + margin among the sample's magnitudes, each of
+// which a looked-at one stands for `each`.
+__attribute__((noinline)) Bracket guess_bracket(const Part* parts, int n_parts, double each, double keep,
+                                                double margin) {
   Bracket bracket;
   bool top_found = false;
   double count = 0;
@@ -224,7 +240,15 @@ void add_ties(const Tile& tile, int32_t tie_magnitude, int64_t* ties, uint64_t* 
     for (; tie[j] && *ties; tie[j] &= tie[j] - 1, --*ties) word[j] |= tie[j] & -tie[j];
 }
 
-// Means, masks and the list of the residuals that are kept by a threshold; ends early if the list is full.
+void pad_list(Part& part) {  // it is read by vectors
+  const int64_t tail = part.listed % kLanes;
+  if (tail) std::fill_n(part.list + part.listed, kLanes - tail, 0.f);
+}
+
+int32_t make_room(const Sample& s, int64_t groups, int32_t least, Part& part);
+
+// Means, masks and the list of the residuals that are kept by a threshold. Where the list becomes full, `least` grows;
+// the pass ends early if that is of no use.
 void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
   const int64_t capacity = list_capacity(s.at) - Tile::kAtOnce;
   part.listed = 0, part.energy = 0;
@@ -237,13 +261,15 @@ void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
       for (int64_t g = chunk; g < groups_end; g++) {
         const Tile tile(s.at, s.x, s.mean, b, g);
         uint64_t word[kGroupColumns];
-        tile.mask(word, [&](VecI m, int v) {
+        const VecI bound = broadcast(least);
+        tile.mask(word, [&squares, bound](VecI m, int v) {
           squares[v] += (VecF)m * (VecF)m;
-          return m >= least;
+          return m >= bound;
         });
         if (ties) add_ties(tile, least - 1, &ties, word);
         int64_t n = 0;
         for (int64_t j = 0; j < tile.cols; j++) n += __builtin_popcountll(word[j]);
+        if (part.listed + n > capacity) least = make_room(s, (b - part.begin) * s.at.groups + g, least, part);
         if (part.listed + n > capacity) {
           part.listed = capacity + 1;
           return;
@@ -257,8 +283,7 @@ void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
       }
       for (const VecF& v : squares) part.energy += static_cast<double>(sum(v));
     }
-  const int64_t tail = part.listed % kLanes;
-  if (tail) std::fill_n(part.list + part.listed, kLanes - tail, 0.f);  // the list is read by vectors
+  pad_list(part);
 }
 
 // The largest magnitude of the list.
@@ -273,7 +298,7 @@ void find_largest(Part& part) {
 }
 
 // Histogram of the list's magnitudes inside the bracket, and their number above it.
-void list_histogram(const Bracket& bracket, Part& part) {
+__attribute__((noinline)) void list_histogram(const Bracket& bracket, Part& part) {
   std::fill_n(part.histogram, kBins, 0u);
   const int shift = bracket.shift();
   VecI above{};
@@ -397,31 +422,47 @@ int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t
   return total;
 }
 
-// Brings masks and list down to the threshold.
-void drop_below(const Sample& s, const Threshold& threshold, int64_t ties, Part& part) {
+// Brings the part's first `groups` column groups, in the order of the list, down to the threshold.
+__attribute__((noinline)) void drop_below(const Sample& s, const Threshold& threshold, int64_t ties, int64_t groups,
+                                          Part& part) {
   const float* list = part.list;
   float* out = part.list;
-  for (int64_t b = part.begin; b < part.end; b++)
-    for (int64_t g = 0; g < s.at.groups; g++) {
-      uint64_t* word = s.mask + b * s.at.cols + g * kGroupColumns;
-      const int64_t cols = std::min(kGroupColumns, s.at.cols - g * kGroupColumns);
-      int64_t n = 0;
-      for (int64_t j = 0; j < cols; j++) n += __builtin_popcountll(word[j]);
-      uint64_t kept[kBlockRows * kGroupColumns / 64 + 2];
-      const int64_t left = filter(list, n, threshold, &ties, out, kept);
-      if (left < n) {
-        int64_t first = 0;
-        for (int64_t j = 0; j < cols; j++) {
-          const int64_t count = __builtin_popcountll(word[j]), shift = first % 64;
-          uint64_t keep = kept[first / 64] >> shift;
-          if (shift) keep |= kept[first / 64 + 1] << (64 - shift);
-          word[j] = deposit(keep, word[j]);
-          first += count;
-        }
+  for (int64_t i = 0; i < groups; i++) {
+    const int64_t b = part.begin + i / s.at.groups, g = i % s.at.groups;
+    uint64_t* word = s.mask + b * s.at.cols + g * kGroupColumns;
+    const int64_t cols = std::min(kGroupColumns, s.at.cols - g * kGroupColumns);
+    int64_t n = 0;
+    for (int64_t j = 0; j < cols; j++) n += __builtin_popcountll(word[j]);
+    uint64_t kept[kBlockRows * kGroupColumns / 64 + 2];
+    const int64_t left = filter(list, n, threshold, &ties, out, kept);
+    if (left < n) {
+      int64_t first = 0;
+      for (int64_t j = 0; j < cols; j++) {
+        const int64_t count = __builtin_popcountll(word[j]), shift = first % 64;
+        uint64_t keep = kept[first / 64] >> shift;
+        if (shift) keep |= kept[first / 64 + 1] << (64 - shift);
+        word[j] = deposit(keep, word[j]);
+        first += count;
       }
-      list += n, out += left;
     }
+    list += n, out += left;
+  }
   part.listed = out - part.list;
+}
+
+// Drops from a full list of the part's first `groups` column groups what is smaller than the `keep` largest in it, as
+// near as the bins of a histogram tell: none of that is among the sample's `keep` largest. Returns the least magnitude
+// that is still of interest.
+__attribute__((noinline)) int32_t make_room(const Sample& s, int64_t groups, int32_t least, Part& part) {
+  pad_list(part);
+  const Bracket listed{least, INT_MAX};
+  list_histogram(listed, part);
+  const int shift = listed.shift();
+  int bin = (listed.top - listed.low) >> shift;
+  for (int64_t count = part.histogram[bin]; count < s.at.keep && bin > 0; count += part.histogram[bin]) bin--;
+  least += bin << shift;
+  drop_below(s, {least, 0, 0}, 0, groups, part);
+  return least;
 }
 
 // Offsets of a part's groups, the first value having index `index` in the sample.
@@ -487,9 +528,50 @@ void round_to_bf16(const float* x, int64_t n, uint8_t* out) {
   }
 }
 
-// each(f) calls f(part) for every part.
-template <class Each>
-bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
+// Who packs the parts of a sample: the threads of a pool, or the calling one its only part.
+struct Packers {
+  ThreadPool* pool;
+  int n_parts;
+
+  // f(part) for every part.
+  template <class F>
+  void each(F&& f) const {
+    if (!pool) return f(0);
+    pool->run([&](int thread) {
+      if (thread < n_parts) f(thread);
+    });
+  }
+};
+
+// A bracket that very likely holds the keep-th largest magnitude.
+Bracket guess(const Sample& s, Part* parts, const Packers& packers) {
+  const int n_parts = packers.n_parts;
+  packers.each([&](int p) { look(s, n_parts, INT_MAX, parts[p]); });
+  const double elements = static_cast<double>(s.at.rows * s.at.cols), keep = static_cast<double>(s.at.keep);
+  auto scale = [&] {  // elements that each of those looked at stands for
+    int64_t looked = 0;
+    for (int p = 0; p < n_parts; p++) looked += parts[p].looked;
+    return looked ? elements / static_cast<double>(looked) : 1;
+  };
+  const double each = scale();
+  int64_t blocks = 0;
+  for (int p = 0; p < n_parts; p++) blocks += guess_blocks(parts[p], n_parts);
+  double margin = each == 1 ? 0 : keep / 8 + 16 * each;
+  if (blocks < s.at.blocks) {
+    // How far the number above a threshold may be off by its differences from block to block, beyond those by chance.
+    const int32_t middle = guess_bracket(parts, n_parts, each, keep, 0).low;
+    packers.each([&](int p) { look(s, n_parts, middle, parts[p]); });
+    double sum = 0, squares = 0;
+    for (int p = 0; p < n_parts; p++) sum += parts[p].over, squares += parts[p].over2;
+    const double n = static_cast<double>(blocks), all = static_cast<double>(s.at.blocks);
+    const double variance = squares - sum * sum / n - sum;
+    if (variance > 0) margin = std::max(margin, kGuessErrors * scale() * std::sqrt(variance * (1 - n / all)));
+  }
+  return guess_bracket(parts, n_parts, each, keep, margin);
+}
+
+bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
+  const int n_parts = packers.n_parts;
   const int64_t keep = s.at.keep, capacity = list_capacity(s.at) - Tile::kAtOnce;
   const int32_t overflow = s.at.form == kPlain ? kBf16Overflow : kInfinity;
   for (int p = 0; p < n_parts; p++) {
@@ -501,10 +583,9 @@ bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
   if (!keep) {
     bracket.low = overflow;  // the pass only looks for what is not finite
   } else if (keep < s.at.rows * s.at.cols) {
-    each([&](int p) { guess_histogram(s, n_parts, parts[p]); });
-    bracket = guess_bracket(parts, n_parts, s.at);
+    bracket = guess(s, parts, packers);
   }
-  each([&](int p) { list_residuals(s, bracket.low, 0, parts[p]); });
+  packers.each([&](int p) { list_residuals(s, bracket.low, 0, parts[p]); });
   if (!all_finite()) return false;
   int64_t listed = 0;
   bool full = false;
@@ -522,35 +603,36 @@ bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
   const bool guessed = !full && (listed >= keep || bracket.low == 1);
   if (!guessed) {
     if (s.mean) {  // a full list ended the pass early
-      each([&](int p) {
+      packers.each([&](int p) {
         for (int64_t b = parts[p].begin; b < parts[p].end; b++) parts[p].finite &= write_means(s, b, 0, s.at.cols);
       });
       if (!all_finite()) return false;
     }
     bracket = {};
     do {
-      each([&](int p) { data_histogram(s, bracket, parts[p]); });
+      packers.each([&](int p) { data_histogram(s, bracket, parts[p]); });
     } while (!narrow(parts, n_parts, keep, &bracket, &threshold));
     share_ties();
-    each([&](int p) { list_residuals(s, threshold.least, ties[p], parts[p]); });
+    packers.each([&](int p) { list_residuals(s, threshold.least, ties[p], parts[p]); });
   }
 
   int32_t largest = 0;
-  each([&](int p) { find_largest(parts[p]); });
+  packers.each([&](int p) { find_largest(parts[p]); });
   for (int p = 0; p < n_parts; p++) largest = std::max(largest, parts[p].largest);
   if (largest >= overflow) return false;
   if (guessed && keep && listed > keep) {
     do {
-      each([&](int p) { list_histogram(bracket, parts[p]); });
+      packers.each([&](int p) { list_histogram(bracket, parts[p]); });
     } while (!narrow(parts, n_parts, keep, &bracket, &threshold));
     share_ties();
-    each([&](int p) { drop_below(s, threshold, ties[p], parts[p]); });
+    packers.each(
+        [&](int p) { drop_below(s, threshold, ties[p], (parts[p].end - parts[p].begin) * s.at.groups, parts[p]); });
   }
 
   float scale = 0;
   std::memcpy(&scale, &largest, sizeof scale);
   scale /= 127;
-  each([&](int p) {
+  packers.each([&](int p) {
     int64_t index = 0;  // a part's values begin where those of the parts before it end
     for (int before = 0; before < p; before++) index += parts[before].listed;
     write_offsets(s, index, parts[p]);
@@ -568,7 +650,7 @@ bool pack_parts(const Sample& s, Part* parts, int n_parts, Each&& each) {
 bool pack_sample(const Sample& sample, const PackScratch& scratch) {
   Part part{};
   part.histogram = scratch.histogram, part.list = scratch.list;
-  return pack_parts(sample, &part, 1, [](auto&& f) { f(0); });
+  return pack_parts(sample, &part, {nullptr, 1});
 }
 
 bool pack_sample_shared(const Sample& sample, void* scratch, ThreadPool* pool) {
@@ -578,11 +660,7 @@ bool pack_sample_shared(const Sample& sample, void* scratch, ThreadPool* pool) {
     const PackScratch own = pack_scratch_of(sample.at, scratch, p);
     parts[p].histogram = own.histogram, parts[p].list = own.list;
   }
-  return pack_parts(sample, parts, n_parts, [&](auto&& f) {
-    pool->run([&](int thread) {
-      if (thread < n_parts) f(thread);
-    });
-  });
+  return pack_parts(sample, parts, {pool, n_parts});
 }
 
 }  // namespace er::ER_ISA
