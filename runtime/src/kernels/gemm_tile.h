@@ -120,24 +120,29 @@ void gemm_tile(const GemmTile& g) {
       for (int v = 0; v < kVectors; v++) copy[r * kVectors + v] = acc[r][v];
     return finish_gradient_tile(g, copy, kRows, kVectors);
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; v++) {
-    VecF scale = broadcast(1.0f), shift{};
-    if (g.finish && g.scale) scale = fetch(g.scale, v);
-    if (g.finish && g.shift) shift = fetch(g.shift, v);
-    VecF low = broadcast(g.low), high = broadcast(g.high);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      float* c = g.c[r] + g.c_offset;
-      VecF z = acc[r][v];
-      if (g.load_c) z += fetch(c, v);
-      if (g.finish) z = min(high, max(low, z * scale + shift));
-      if (v == kEnd && !whole)
-        store_partial(c + v * kLanes, z, g.last);
-      else
-        store(c + v * kLanes, z);
+#define ER_EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < kRows; r++)
+#define ER_EACH_VECTOR _Pragma("GCC unroll 4") for (int v = 0; v < kVectors; v++)
+  // Steps of their own, of which a product that needs none takes none: sums of few products end often.
+  if (g.load_c) ER_EACH_ROW ER_EACH_VECTOR acc[r][v] += fetch(g.c[r] + g.c_offset, v);
+  if (g.finish && (g.scale || g.shift)) {
+    ER_EACH_VECTOR {
+      const VecF scale = g.scale ? fetch(g.scale, v) : broadcast(1.0f), shift = g.shift ? fetch(g.shift, v) : VecF{};
+      ER_EACH_ROW acc[r][v] = acc[r][v] * scale + shift;
     }
   }
+  if (g.finish && (g.low > -INFINITY || g.high < INFINITY)) {
+    const VecF low = broadcast(g.low), high = broadcast(g.high);
+    ER_EACH_ROW ER_EACH_VECTOR acc[r][v] = min(high, max(low, acc[r][v]));
+  }
+  ER_EACH_ROW ER_EACH_VECTOR {
+    float* c = g.c[r] + g.c_offset + v * kLanes;
+    if (v == kEnd && !whole)
+      store_partial(c, acc[r][v], g.last);
+    else
+      store(c, acc[r][v]);
+  }
+#undef ER_EACH_ROW
+#undef ER_EACH_VECTOR
 }
 
 inline int gemm_tile_rows(int vectors) { return vectors == kTileVectors ? kTileRowsWide : kTileRowsNarrow; }
