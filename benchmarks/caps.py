@@ -280,7 +280,8 @@ def write_report(content: dict[str, Any]) -> None:
         f"\nIn turns, {content['rounds']} rounds after one of warm-up, medians. PyTorch: the largest batch whose peak "
     )
     body += "fits the cap; a dash: not even one sample does, or (`exact`) the cap needs other levers. Workers hold "
-    body += f"{WORKER // 10**6} MB more than the command line; all got that much beside the cap.\n\n" + pictures
+    body += f"{WORKER // 10**6} MB more than the command line; all got that much beside the cap. Caps are those of the "
+    body += "proofs at the time: proofs that are run again alone may have others.\n\n" + pictures
     errors = [
         f"- {model}, {entry['label']}, batch {entry['batch']}: {entry['error']}\n"
         for model, found in models.items()
@@ -309,7 +310,7 @@ def main() -> None:
         for part in options.parts:
             for model in options.models:
                 if part == "proofs":
-                    models[model] = measure_proofs(model)
+                    models[model] = models.get(model, {}) | measure_proofs(model)
                 else:
                     caps = [proof["cap"] for proof in models[model]["proofs"]]
                     models[model] |= measure_turns(model, caps, options.rounds)
