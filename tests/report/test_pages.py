@@ -110,6 +110,22 @@ def test_harm_and_place_are_shown_where_the_summary_has_them(plan: Plan) -> None
     assert ">harm<" in text and "0.0123" in text and "made again" in text
 
 
+def test_what_is_nearly_exact_is_not_called_exact(plan: Plan) -> None:
+    summary = plan.summary | {"sparsity": 0.0, "choices": {}, "harm": 1e-8, "gradient_error": 1e-4}
+    summary |= {"solver": "HiGHS 1.16.0", "gap": 0.25, "objective": "harm", "slowdown": 1.5}
+    text = Outline(plan_page("m", summary, plan.binary)).text
+    assert "kept exactly" not in text and "storage chosen for each value" in text and "< 0.001" in text
+    assert "bound on harm is 25.0% lower" in text and "1.50× those of balanced" in text
+    exact = summary | {"harm": 0.0, "gradient_error": 0.0, "solver": "none", "kept": []}
+    assert "kept exactly" in Outline(plan_page("m", exact, plan.binary)).text
+
+
+def test_a_plan_that_keeps_nothing_in_memory_says_what_it_would_be_dense(plan: Plan) -> None:
+    row = plan.summary["kept"][0] | {"bytes": 0, "place": "spill", "dense_bytes": 10**6}
+    text = Outline(plan_page("m", plan.summary | {"kept": [row]}, plan.binary)).text
+    assert "1.00 MB if dense" in text and "in the spill file" in text
+
+
 def test_the_run_page_adds_what_was_measured(plan: Plan) -> None:
     page = Outline(run_text(plan))
     for text in ("Loss", "Throughput", "Measured memory", "measured peak 3.20 MB", "resumed", "0.9, 0.99", "50.0%"):
