@@ -157,7 +157,11 @@ def _fast(parts: list[Search], cap: int | None) -> Decision | None:
         allowance = sum(part.harm(n, c) for n, c in part.uniform(whole, FAST_SPARSITY).items())
         if part.frozen_harm > allowance:
             continue
+        # Choices save at most as much time as with nothing made again; a twentieth for what the models miss.
+        saved = 1.05 * _most_saved(part.model(whole))
         for structure in sorted(part.structures, key=part.exact_seconds):
+            if best is not None and part.exact_seconds(structure) - saved >= best.candidate.seconds:
+                break
             allowed = _allowed(part, structure, cap)
             if allowed is not None and allowed < 0:
                 continue
@@ -263,6 +267,11 @@ def _single(model: LiveModel, sparsity: float) -> np.ndarray:
         razor = [i for i, c in enumerate(columns) if c.choice.sparsity == sparsity and c.choice.sparsity > 0]
         found.append(begin + (0 if sparsity == 0 else razor[0] if razor else len(columns) - 1))
     return np.array(found, np.int64)
+
+
+def _most_saved(model: LiveModel) -> float:
+    """Seconds of a micro-batch that the fastest choices save against exact ones."""
+    return sum(float(model.column_seconds[b] - model.column_seconds[b:e].min()) for b, e in model.groups)
 
 
 def _first(model: LiveModel) -> np.ndarray:
