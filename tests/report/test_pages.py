@@ -187,6 +187,17 @@ def renamed(binary: bytes, old: str, new: str) -> bytes:
     )
 
 
+def test_the_measured_peak_is_that_of_the_present_cap(plan: Plan) -> None:
+    cap = plan.summary["mem_budget"]
+    part: dict[str, Any] = {"event": "memory", "update": 9, "peak_rss_bytes": 9_100_000, "mem_budget": 3 * cap}
+    part["samples"] = [[0.1 * t, 9_000_000] for t in range(9)]
+    larger_before = Outline(run_text(plan, events=[part, *events()])).text
+    assert "3.20 MBmeasured peak" in larger_before
+    part |= {"peak_rss_bytes": 3_300_000, "mem_budget": cap, "changes": [[0.4, cap]]}
+    changed = run_text(plan, events=[*events(), part])
+    assert "3.30 MBmeasured peak" in Outline(changed).text and "cap 4.00 MB" in Outline(changed).text
+
+
 def test_curves_are_thinned_and_smoothed_without_losing_their_ends() -> None:
     rows = list(range(5 * POINTS + 3))
     thin = thinned(rows)
