@@ -68,7 +68,8 @@ class BudgetSignal:
 
 @contextmanager
 def budget_signal() -> Iterator[BudgetSignal]:
-    """Notes SIGUSR1 while the block runs, where the system has it."""
+    """Notes SIGUSR1 while the block runs, where the system has it: before the first step and after the last, too, where
+    it would end the process otherwise."""
     noted = BudgetSignal()
 
     def handle(number: int, frame: FrameType | None) -> None:
