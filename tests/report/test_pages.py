@@ -15,7 +15,7 @@ from edge_razor.fidelity import Fidelity, Sums
 from edge_razor.planner import Plan
 from edge_razor.planner.planning import plan_graph
 from edge_razor.planner.timeline import read_timeline
-from edge_razor.report.chart import ticks
+from edge_razor.report.chart import Chart, Series, ticks
 from edge_razor.report.fidelity_page import fidelity_page
 from edge_razor.report.markup import element
 from edge_razor.report.plan_page import plan_page
@@ -212,6 +212,13 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     found = ticks(low, high)
     assert 1 <= len(found) <= 12
     assert all(low - 1e-9 * high <= t <= high * (1 + 1e-9) for t in found)
+
+
+def test_ticks_of_a_nearly_flat_curve_can_be_told_apart() -> None:
+    text = Outline(
+        str(Chart("loss", "", [1, 2], "step", low=6.9071, high=6.9109).lines([Series("a", "s1", [6.908, 6.91])]))
+    ).text
+    assert "6.9086.9096.91" in text  # one tick behind the other
 
 
 def test_elements_escape_attributes_and_text() -> None:
