@@ -172,6 +172,8 @@ def test_train_eval_and_both_exports(
         "plan.json",
         "report.html",
     ]
+    page = (out / "report.html").read_text()
+    assert "error of the gradient" in page and "recompute_level" not in page
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines if line["event"] == "step"] == [1, *range(2, 29, 2)]
     epochs = [line for line in lines if line["event"] == "epoch"]

@@ -253,7 +253,7 @@ def _listed(options: RunOptions, trainer: Trainer, recipe: dict[str, Any]) -> di
     """What the report lists as settings and versions."""
     manifest = trainer.bundle.manifest
     return {
-        **trainer.settings(),
+        **{name: value for name, value in trainer.settings().items() if name != "choices"},  # the table has them
         **recipe,
         "data": str(options.data),
         "cap": options.mem_budget,

@@ -13,7 +13,7 @@ from .chart import HEIGHT, Chart, Rule, Series
 from .markup import Markup, element, page
 from .tables import Column, color_of, section, spent, table, tiles
 
-__all__ = ["kept_section", "memory_section", "plan_page", "plan_tiles", "settings_text"]
+__all__ = ["error_tile", "kept_section", "memory_section", "plan_page", "plan_tiles", "settings_text"]
 
 _NAMES = {
     "process": "process and libraries",
@@ -79,13 +79,15 @@ def plan_tiles(summary: Mapping[str, Any]) -> Markup:
         bytes_, dense = sum(r["bytes"] for r in kept), sum(r["dense_bytes"] for r in kept)
         less = f"{dense / bytes_:.1f}× less than dense" if bytes_ else f"{format_bytes(dense)} if dense"
         figures.append((format_bytes(bytes_), f"kept for backward, {less}"))
-    error, slowdown = error_text(summary["gradient_error"]), summary["slowdown"]
-    figures.append((error, "expected error of the gradient" if summary["harm"] else "error of the gradient"))
+    figures.append(error_tile(summary))
+    slowdown = summary["slowdown"]
     against = "" if slowdown is None else f", {slowdown:.2f}× those of balanced"
-    figures.append(
-        (f"{summary['predicted_seconds']:.3g} s", f"expected for a step with --prefer {summary['prefer']}{against}")
-    )
+    figures.append((f"{summary['predicted_seconds']:.3g} s", f"expected for a step, {summary['prefer']}{against}"))
     return tiles(figures)
+
+
+def error_tile(summary: Mapping[str, Any]) -> tuple[str, str]:
+    return error_text(summary["gradient_error"]), "expected error of the gradient"
 
 
 def memory_section(

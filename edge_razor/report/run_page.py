@@ -13,7 +13,7 @@ from edge_razor.units import format_bytes
 
 from .chart import Chart, Rule, Series, number
 from .markup import Markup, page
-from .plan_page import kept_section, memory_section, settings_text
+from .plan_page import error_tile, kept_section, memory_section, settings_text
 from .tables import pairs, section, tiles
 
 __all__ = ["loss_range", "run_page", "smoothed"]
@@ -70,6 +70,7 @@ def _tiles(
     if steps:
         figures.append((number(steps[-1]["samples_per_second"]), "samples a second"))
         figures.append((number(steps[-1]["loss"]), f"training loss at step {steps[-1]['update']}"))
+    figures.append(error_tile(summary))
     checked = [e["validation"] for e in epochs if e.get("validation")]
     if checked:
         last = checked[-1]
