@@ -3,7 +3,8 @@
 python dev.py bench caps [--models mobilenet_v2 …] [--parts proofs turns] [--rounds 3] [--redraw]
 
 For each cap `edge-razor train`, with data loading, a checkpoint every two updates and an evaluation, runs in a memory
-cgroup of exactly the cap with swap off. Then the plans of ``--prefer exact``, ``balanced`` and ``fast`` and PyTorch,
+cgroup of exactly the cap with swap off. The same at centered 0.95 and at the defaults, without a cap, is set against
+onnxruntime's inference. Then the plans of ``--prefer exact``, ``balanced`` and ``fast`` and PyTorch,
 plain and with activation checkpointing, each with the largest batch that fits the cap, take turns, one step each.
 Writes results/caps.md, results/caps.json (from which --redraw makes the others again) and results/caps-<model>.png.
 """
@@ -36,7 +37,8 @@ PEERS = {"PyTorch eager": "torch", "PyTorch, activation checkpointing": "torch-c
 STEP_OF_CAPS = 100_000  # bytes, to which the smallest cap is rounded up
 ROOM = 5_000_000  # bytes of the largest cap beyond what `plan` says: the command line's own libraries
 WORKER = 8_000_000  # bytes that a worker of the turns holds beyond the command line: its batch and its libraries
-PARTS = ("proofs", "turns")
+PARTS = ("proofs", "uncapped", "turns")
+UNCAPPED = {"centered 0.95": ("--sparsity", "0.95"), "defaults": ()}
 
 
 def batch_size(model: str) -> int:
@@ -67,9 +69,10 @@ def write_data(directory: Path, model: str) -> Path:
     return directory
 
 
-def train_command(model: str, data: Path, run: Path, cap: int, *more: str) -> list[str]:
+def train_command(model: str, data: Path, run: Path, cap: int | None, *more: str) -> list[str]:
     command = [sys.executable, "-m", "edge_razor", "train", str(bundle(model, size_of(model))), "--data", str(data)]
-    command += ["--out", str(run), "--mem-budget", str(cap), "--batch-size", str(batch_size(model)), "--epochs", "1"]
+    command += ["--out", str(run), "--batch-size", str(batch_size(model)), "--epochs", "1"]
+    command += () if cap is None else ("--mem-budget", str(cap))
     command += ["--val-split", "0.25", "--checkpoint-every", "2", "--optimizer", optimizer(model), "--threads", "2"]
     return [*command, *(() if model in LANGUAGE else ("--momentum", "0")), *more]
 
@@ -112,12 +115,29 @@ def prove(model: str, data: Path, directory: Path, cap: int) -> Proof:
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or ["no message"]
         return Proof(cap, done.returncode, group_peak=done.peak_bytes, error=f"{said[0]} ({done.oom_kills} OOM kills)")
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "plan.json").read_text())
-    peak = max(event.get("peak_rss_bytes", 0) for event in events)
+    peak = measured_peak(run)
     shown = ("micro_batch", "sparsity", "gradient_error", "recompute_level", "arena_bytes", "gap")
     chosen = {name: summary[name] for name in shown}
     return Proof(cap, 0, peak, summary["predicted_peak_bytes"], done.peak_bytes, chosen)
+
+
+def measured_peak(run: Path) -> int:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max(event.get("peak_rss_bytes", 0) for event in events)
+
+
+def measure_uncapped(model: str) -> dict[str, Any]:
+    """Peak of a run of the command line without a cap, by its settings; JSON-able."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as name:
+        data = write_data(Path(name), model)
+        for settings, options in UNCAPPED.items():
+            run = Path(name) / f"run-{len(peaks)}"
+            subprocess.run(train_command(model, data, run, None, *options), check=True, stdout=subprocess.DEVNULL)
+            peaks[settings] = measured_peak(run)
+            say(f"{model}, {settings}: peak {peaks[settings] / 1e6:.1f} MB")
+    return {"uncapped": peaks}
 
 
 def peers_by_batch(model: str) -> list[dict[str, Any]]:
@@ -232,7 +252,7 @@ def proof_table(models: dict[str, Any]) -> str:
 
 
 def inference_table(models: dict[str, Any]) -> str:
-    """Peak of training over the peak of onnxruntime's inference, and the smallest that PyTorch trains in."""
+    """Peak of training, in brackets over that of onnxruntime's inference, and the smallest that PyTorch trains in."""
     rows = []
     for model, found in models.items():
         peaks = [p["peak"] for p in found["proofs"] if not p["status"]]
@@ -240,9 +260,12 @@ def inference_table(models: dict[str, Any]) -> str:
             inference = found["inference_peak"]
             torch = [peer["peak_rss_bytes"] for peer in found.get("peers", []) if not peer.get("error")]
             least = mb(min(torch)) if torch else "–"
-            rows.append((model, mb(inference), mb(min(peaks)), f"{min(peaks) / inference:.2f}", least))
-    header = ("model", "onnxruntime inference, MB", "training at the smallest cap, MB", "ratio")
-    return markdown_table((*header, "PyTorch, training on one sample, MB"), rows)
+            at = [min(peaks), *(found.get("uncapped", {}).get(name) for name in UNCAPPED)]
+            against = ["–" if peak is None else f"{mb(peak)} ({peak / inference:.2f})" for peak in at]
+            rows.append((model, mb(inference), *against, least))
+    header = ("model", "onnxruntime inference, MB", "training at the smallest cap, MB (ratio)")
+    header += (*(f"at {name}, without a cap" for name in UNCAPPED), "PyTorch, training on one sample, MB")
+    return markdown_table(header, rows)
 
 
 def throughput_table(models: dict[str, Any]) -> str:
@@ -275,12 +298,14 @@ def write_report(content: dict[str, Any]) -> None:
     body = "## Proof\n\n" + proof_table(models)
     body += "\n`--prefer balanced`; data loading, checkpoints and an evaluation included, swap off.\n"
     body += "\n## Against running the model\n\n" + inference_table(models)
+    body += "\nWithout a cap the defaults keep everything exactly, in the fastest way.\n"
     body += "\n## Samples a second under the same cap\n\n" + throughput_table(models)
     body += (
         f"\nIn turns, {content['rounds']} rounds after one of warm-up, medians. PyTorch: the largest batch whose peak "
     )
     body += "fits the cap; a dash: not even one sample does, or (`exact`) the cap needs other levers. Workers hold "
-    body += f"{WORKER // 10**6} MB more than the command line; all got that much beside the cap.\n\n" + pictures
+    body += f"{WORKER // 10**6} MB more than the command line; all got that much beside the cap. Caps are those of the "
+    body += "proofs at the time: proofs that are run again alone may have others.\n\n" + pictures
     errors = [
         f"- {model}, {entry['label']}, batch {entry['batch']}: {entry['error']}\n"
         for model, found in models.items()
@@ -297,7 +322,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="turns need proofs, made before")
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="the others need proofs, made before"
+    )
     parser.add_argument("--redraw", action="store_true", help="measure nothing: tables and plots from caps.json")
     options = parser.parse_args()
     file = RESULTS / "caps.json"
@@ -309,7 +336,9 @@ def main() -> None:
         for part in options.parts:
             for model in options.models:
                 if part == "proofs":
-                    models[model] = measure_proofs(model)
+                    models[model] = models.get(model, {}) | measure_proofs(model)
+                elif part == "uncapped":
+                    models[model] |= measure_uncapped(model)
                 else:
                     caps = [proof["cap"] for proof in models[model]["proofs"]]
                     models[model] |= measure_turns(model, caps, options.rounds)

@@ -29,6 +29,7 @@ class MemoryGuard:
 
     Attributes:
         alarm: resident bytes when the alarm went off; None: it did not.
+        changes: (seconds since the start, cap in bytes or None) of every cap that was set while it read.
         peak: highest reading so far, in bytes.
     """
 
@@ -39,6 +40,7 @@ class MemoryGuard:
             planned: predicted peak of the plan, in bytes.
         """
         self.alarm: int | None = None
+        self.changes: list[tuple[float, int | None]] = []
         self.peak = 0
         self._points: list[tuple[float, int]] = []
         self._span = INTERVAL  # seconds that a point stands for
@@ -52,6 +54,8 @@ class MemoryGuard:
         """Takes another cap and plan; the alarm is off again."""
         self.limit = None if cap is None else min(cap, max(int(NEAR * cap), planned + 1))
         self.alarm = None
+        if self._thread is not None:
+            self.changes.append((round(time.monotonic() - self._began, 2), cap))
 
     def start(self) -> None:
         """Starts the thread, if it is not running yet.

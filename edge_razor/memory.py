@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["give_back_freed_memory", "peak_rss_bytes", "rss_bytes"]
+__all__ = ["forget_peak", "give_back_freed_memory", "peak_rss_bytes", "rss_bytes"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE = 256 * 1024  # bytes
@@ -44,6 +44,15 @@ def rss_bytes() -> int:
 
         resident = int(psutil.Process().memory_info().rss)
     return resident
+
+
+def forget_peak() -> None:
+    """Lets `peak_rss_bytes` begin anew, where the system can (Linux)."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        pass
 
 
 def peak_rss_bytes() -> int:

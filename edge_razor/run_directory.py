@@ -76,8 +76,9 @@ class RunDirectory:
     def _log_memory(self, kind: type[BaseException] | None, *_: object) -> None:
         """The last line of a run's part, unless the disk refused one before."""
         if kind is None or not issubclass(kind, OSError):
-            samples = self._trainer.guard.history()
-            self.log.write("memory", self._trainer.update, peak_rss_bytes=peak_rss_bytes(), samples=samples)
+            guard, cap = self._trainer.guard, self._trainer.plan.summary["mem_budget"]
+            figures = {"peak_rss_bytes": peak_rss_bytes(), "mem_budget": cap, "changes": guard.changes}
+            self.log.write("memory", self._trainer.update, **figures, samples=guard.history())
 
     def write_plan(self) -> None:
         """Writes plan.json: at the beginning, and when the plan was changed.

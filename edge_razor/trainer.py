@@ -23,7 +23,7 @@ from edge_razor.errors import MemoryCapError, NonFiniteError, PlanError, UsageEr
 from edge_razor.guard import MemoryGuard, MemoryPart, cap_error, memory_parts
 from edge_razor.handover import put_aside, take_back
 from edge_razor.manifest import IGNORE_INDEX
-from edge_razor.memory import give_back_freed_memory, peak_rss_bytes, rss_bytes
+from edge_razor.memory import forget_peak, give_back_freed_memory, peak_rss_bytes, rss_bytes
 from edge_razor.metrics import correct_count, loss_sum
 from edge_razor.planner import Plan, plan_in_child
 from edge_razor.runtime import Session, SpillInfo, abi_version
@@ -377,6 +377,7 @@ class Trainer:
         with tempfile.TemporaryDirectory(prefix=".edge-razor-", dir=scratch) as folder:
             places = put_aside(self._session, Path(folder), self._changing)
             self._close_sessions()
+            forget_peak()  # what comes now is the next plan's
             try:
                 self._open(plan_in_child(self.bundle.path, mem_budget=budget.bytes, **self._planning))
             except BaseException:

@@ -140,6 +140,9 @@ def test_plan_shows_preferences_and_refuses_a_bad_harm_table(
     succeed("plan", bundle, "--mem-budget", "400MB", "--prefer", "fast", "--allow-freeze", 1)
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("gradient error", "seconds a step", "kept values"))
+    assert "the linear relaxation" in shown
+    succeed("plan", bundle, "--prefer", "exact")
+    assert "1.00 x those of --prefer balanced" in capsys.readouterr().out
     (tmp_path / "harm.json").write_text("{}")
     assert "harm.json" in fail(capsys, 4, "plan", bundle, "--harm", tmp_path / "harm.json")
     assert "exact" in fail(capsys, 2, "plan", bundle, "--prefer", "exact", "--sparsity", 0.9)
@@ -169,6 +172,8 @@ def test_train_eval_and_both_exports(
         "plan.json",
         "report.html",
     ]
+    page = (out / "report.html").read_text()
+    assert "error of the gradient" in page and "recompute_level" not in page
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines if line["event"] == "step"] == [1, *range(2, 29, 2)]
     epochs = [line for line in lines if line["event"] == "epoch"]

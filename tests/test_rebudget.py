@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from torch import nn
 
 import edge_razor
 from edge_razor import BudgetError, Trainer, UsageError
-from edge_razor.checkpoint import Checkpoint
-from edge_razor.cli import main
+from edge_razor.checkpoint import BUFFER_BYTES, Checkpoint
+from edge_razor.cli import main, train
 from edge_razor.data.arrays import ArraySource
+from edge_razor.handover import put_aside, take_back
 from edge_razor.memory import rss_bytes
 from tests.models import Head, conv_bn
 from tests.small import CLASSES, IMAGE, small_data, write_small_data
@@ -125,6 +128,39 @@ def test_an_unusable_amount_or_directory_leaves_the_trainer_as_it_was(bundle: Pa
         trainer.step(*small_data(8))
 
 
+def test_a_large_parameter_is_put_aside_and_taken_back_in_small_parts(tmp_path: Path) -> None:
+    """The arena is still there meanwhile, and the cap is hard."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8192), nn.ReLU(), nn.Linear(8192, CLASSES)).eval()
+    edge_razor.export(model, (torch.zeros(2, 3, 8, 8),), tmp_path / "large.razor")
+    with Trainer(tmp_path / "large.razor", mem_budget="3GB", batch_size=4, threads=1) as trainer:
+        images, labels = np.ones((4, 3, 8, 8), np.float32), np.zeros(4, np.int64)
+        trainer.step(images, labels)
+        before = everything(trainer)
+        tracemalloc.start()
+        try:
+            places = put_aside(trainer._session, tmp_path, trainer._changing)
+            take_back(trainer._session, tmp_path, places)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert len(places) == len(before)
+        assert_same_bits(everything(trainer), before)
+    assert peak < 3 * BUFFER_BYTES < before["1.weight"].nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets the peak begin anew")
+def test_the_peak_begins_anew_with_another_cap(bundle: Path, tmp_path: Path) -> None:
+    with Trainer(bundle, mem_budget="3GB", threads=1) as trainer:
+        trainer.step(*small_data(8))
+        ballast = np.ones(40_000_000, np.uint8)
+        high = trainer.peak_rss_bytes
+        del ballast
+        trainer.set_budget("2GB", scratch=tmp_path)
+        assert trainer.peak_rss_bytes < high - 20_000_000
+        assert [cap for _, cap in trainer.guard.changes] == [2_000_000_000]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no SIGUSR1")
 def test_sigusr1_reads_the_budget_file_and_the_run_ends_as_without_it(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -138,7 +174,13 @@ def test_sigusr1_reads_the_budget_file_and_the_run_ends_as_without_it(
 
     assert main(run(plain)) == 0
     reads = 0
-    read = ArraySource.read
+    read, report = ArraySource.read, train.write_report
+
+    def signalled_report(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)  # too late to change anything: no harm either
+        report(*arguments)
+
+    monkeypatch.setattr(train, "write_report", signalled_report)
 
     def signalling(self: ArraySource, *arguments: Any) -> bool:
         nonlocal reads
@@ -153,7 +195,7 @@ def test_sigusr1_reads_the_budget_file_and_the_run_ends_as_without_it(
     capsys.readouterr()
     assert main(run(changed)) == 0
     shown = capsys.readouterr().out
-    assert "new cap: 2.00 GB; sparsity 0" in shown
+    assert "new cap: 2.00 GB; gradient error none" in shown
     assert "SIGUSR1: " in shown and "the plan stays as it was" in shown
     assert json.loads((changed / "plan.json").read_text())["mem_budget"] == 2_000_000_000
     with Checkpoint(plain) as a, Checkpoint(changed) as b:

@@ -13,6 +13,7 @@ from edge_razor.bundle import Bundle
 from edge_razor.devices import Device
 from edge_razor.errors import BudgetError
 from edge_razor.planner import plan
+from edge_razor.planner.summary import PLACES, error_text, solver_text
 from edge_razor.tensors import replacing
 from edge_razor.units import format_bytes
 
@@ -66,14 +67,15 @@ def run(
     kept = result.summary["kept"]
     if kept:
         total, dense = sum(row["bytes"] for row in kept), sum(row["dense_bytes"] for row in kept)
-        print(f"\nkept for the backward pass: {format_bytes(total)}, {dense / max(total, 1):.1f} x less than dense")
+        less = f", {dense / total:.1f} x less than dense" if total else f" in memory, {format_bytes(dense)} if dense"
+        print(f"\nkept for the backward pass: {format_bytes(total)}{less}")
         print_table(
             ("layer", "operator", "kept as", "shape", "harm", "bytes", "dense"),
             [
                 (
                     row["layer"],
                     row["operator"],
-                    row["form"] if row["place"] == "memory" else row["place"],
+                    PLACES.get(row["place"], row["form"]),
                     f"{row['samples']} x {row['rows']} x {row['cols']}",
                     f"{row['harm']:.1e}" if row["harm"] else "0",
                     format_bytes(row["bytes"]),
@@ -92,23 +94,19 @@ def run(
 
 def _kept_as(summary: dict[str, Any]) -> str:
     """How the kept values are stored, in one line: all alike, or the counts of each form."""
-    again = sum(row["place"] == "recompute" for row in summary["kept"])
+    elsewhere = Counter(row["place"] for row in summary["kept"] if row["place"] != "memory")
     told = []
     if summary["choices"] is None:
         told.append(f"sparsity {summary['sparsity']:g}" + (f", {summary['razor']}" if summary["sparsity"] else ""))
     else:
         counts = Counter(row["form"] for row in summary["kept"] if row["place"] == "memory")
         told += [f"{count} {form}" for form, count in counts.most_common()]
-    return ", ".join(told + ([f"{again} made again"] if again else []))
-
-
-def _error(summary: dict[str, Any]) -> str:
-    return f"{summary['gradient_error']:.3f} expected" if summary["harm"] else "none (exact)"
+    return ", ".join(told + [f"{count} {PLACES[place]}" for place, count in elsewhere.items()])
 
 
 def _seconds(summary: dict[str, Any]) -> str:
     text = f"{summary['predicted_seconds']:.3g} expected"
-    if summary["prefer"] == "exact" and summary["slowdown"] != 1:
+    if summary["prefer"] == "exact" and summary["slowdown"] is not None:
         text += f", {summary['slowdown']:.2f} x those of --prefer balanced"
     return text
 
@@ -122,7 +120,8 @@ def show_refusal(error: BudgetError) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in error.table:
-        table.add_row(row.change, format_bytes(row.smallest_budget), f"{row.gradient_error:.3f}", f"{row.seconds:.3g}")
+        lost = error_text(row.gradient_error)
+        table.add_row(row.change, format_bytes(row.smallest_budget), lost, f"{row.seconds:.3g}")
     Console(stderr=True).print(table)
 
 
@@ -134,8 +133,12 @@ def show_accounting(summary: dict[str, Any]) -> None:
             ("batch", f"{batch}" + (f" in micro-batches of {micro}" if micro != batch else "")),
             ("kept values", _kept_as(summary)),
             *([("frozen", ", ".join(summary["frozen"]))] if summary["frozen"] else []),
-            ("gradient error", _error(summary)),
+            (
+                "gradient error",
+                f"{error_text(summary['gradient_error'])} expected" if summary["harm"] else "none (exact)",
+            ),
             ("seconds a step", _seconds(summary)),
+            *([("chosen by", solver)] if (solver := solver_text(summary)) is not None else []),
             ("optimizer", str(summary["optimizer"]["name"])),
             ("threads", str(summary["threads"])),
         ]

@@ -14,6 +14,7 @@ from types import FrameType
 
 from edge_razor.budget import AUTO, resolve_budget
 from edge_razor.errors import EdgeRazorError
+from edge_razor.planner.summary import error_text
 from edge_razor.trainer import Trainer
 from edge_razor.units import format_bytes
 
@@ -52,7 +53,8 @@ class BudgetSignal:
         progress.cap = cap
         text = why or format_bytes(cap or 0)
         progress.say(
-            f"new cap: {text}; sparsity {plan.sparsity:g}, micro-batch {plan.micro_batch}, "
+            f"new cap: {text}; gradient error {error_text(plan.summary['gradient_error'])}, "
+            f"micro-batch {plan.micro_batch}, "
             f"predicted peak {format_bytes(plan.predicted_peak_bytes)}"
         )
 
@@ -66,7 +68,8 @@ class BudgetSignal:
 
 @contextmanager
 def budget_signal() -> Iterator[BudgetSignal]:
-    """Notes SIGUSR1 while the block runs, where the system has it."""
+    """Notes SIGUSR1 while the block runs, where the system has it: before the first step and after the last, too, where
+    it would end the process otherwise."""
     noted = BudgetSignal()
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -34,7 +34,7 @@ from edge_razor.units import format_bytes
 
 from .plan import show_accounting
 from .progress import Progress
-from .rebudget import budget_signal
+from .rebudget import BudgetSignal, budget_signal
 from .report import write_report
 from .stopping import Stop, stop_signals
 from .tables import print_table, show_damaged, show_text
@@ -85,13 +85,13 @@ class RunOptions:
 def run(options: RunOptions) -> int:
     """Returns the exit status: 0, or 128 + signal after an interrupt (the checkpoint is written)."""
     be_nice(options.nice)
-    with stop_signals() as stop, ExitStack() as stack:
+    with stop_signals() as stop, budget_signal() as changes, ExitStack() as stack:
         if options.out.is_dir():  # else `fit` makes it, once it is known that there is something to train
             stack.enter_context(run_lock(options.out))
-        return _run(options, stop)
+        return _run(options, stop, changes)
 
 
-def _run(options: RunOptions, stop: Stop) -> int:
+def _run(options: RunOptions, stop: Stop, changes: BudgetSignal) -> int:
     checkpoint = _checkpoint(options)
     recipe, settings = options.recipe, dict(options.settings)
     if checkpoint is not None:
@@ -160,7 +160,7 @@ def _run(options: RunOptions, stop: Stop) -> int:
         trainer.data_resident = lambda: ring.bytes
         if options.profile:
             trainer.profile(True)
-        with stop.gracefully(), budget_signal() as changes, progress:
+        with stop.gracefully(), progress:
             progress.start_at(trainer.update)
             result = fit(
                 trainer,
@@ -253,7 +253,7 @@ def _listed(options: RunOptions, trainer: Trainer, recipe: dict[str, Any]) -> di
     """What the report lists as settings and versions."""
     manifest = trainer.bundle.manifest
     return {
-        **trainer.settings(),
+        **{name: value for name, value in trainer.settings().items() if name != "choices"},  # the table has them
         **recipe,
         "data": str(options.data),
         "cap": options.mem_budget,

@@ -22,6 +22,7 @@ GOOD_ENOUGH = 1.005  # of the lower bound: stop searching
 MAX_ROUNDS = 60
 LARGE = (16, 32)  # a buffer of at least such a part of the lower bound is large
 IMPROVED = 3  # orders, those that begin best
+FAIR = 1.03  # of the lower bound: above it the other orders are improved, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,9 @@ def place(lives: list[Lifetime], enough: int = 0) -> int:
         if total <= good:
             break
     else:
-        for _, number in sorted(begun)[:IMPROVED]:
+        for rank, (_, number) in enumerate(sorted(begun)):
+            if rank >= IMPROVED and best[0] <= max(good, int(live.max() * FAIR)):
+                break
             offsets, total = _improve(orders[number], sizes, starts, ends, good)
             if total < best[0]:
                 best = (total, offsets)

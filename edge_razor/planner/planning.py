@@ -175,10 +175,10 @@ def plan_graph(
         if candidate.accounting.arena > arena:
             raise BundleError(f"training-{tokens}.onnx needs more memory than training.onnx; export the model again")
         plans[tokens] = encoded(candidate, read_interface(other, stated))
-    slowdown = 1.0
-    if settings.prefer == "exact" and budget is not None and choices is None:
+    slowdown = None
+    if settings.prefer == "exact" and choices is None:
         balanced = choose([part.preferring("balanced") for part in parts], budget)
-        slowdown = best.seconds / balanced.candidate.seconds if balanced is not None else 1.0
+        slowdown = best.seconds / balanced.candidate.seconds if balanced is not None else None
     summary = summarize(decision, bundle_id, budget, sum(part.tried for part in parts))
     return Plan(encoded(best, interface), summary | {"slowdown": slowdown}, plans)
 

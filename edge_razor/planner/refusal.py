@@ -66,6 +66,8 @@ def _changes(search: Search) -> Iterator[tuple[str, Graph, Settings]]:
         yield "momentum 0", graph, replace(settings, optimizer=plain)
     if settings.frozen_weights != "int8" and any(form != ParamForm.FLOAT for form in search.forms.values()):
         yield "frozen weights int8", graph, replace(settings, frozen_weights="int8")
+    if not settings.spill:
+        yield "spill-dir", graph, replace(settings, spill=True)
     layers = trained_layers(search.whole.restricted(None))
     half = len(layers) // 2
     if settings.allow_freeze < half:

@@ -20,6 +20,7 @@ __all__ = ["Solution", "hasten", "highs_version", "improve", "minimize_harm", "m
 _TIME_WEIGHT = 0.01
 # Of the optimum: the search for a better selection ends there. Nodes, not seconds, so that it ends alike everywhere.
 _GAP = 0.002
+_SECONDS_GAP = 0.01  # where time is minimized: it is predicted far less closely
 _NODES = 400
 _KIB = 1024  # rows in KiB: HiGHS' tolerances are absolute
 
@@ -117,7 +118,7 @@ def _run(
         ("output_flag", False),
         ("threads", 1),
         ("random_seed", 0),
-        ("mip_rel_gap", _GAP),
+        ("mip_rel_gap", _GAP if harm_limit is None else _SECONDS_GAP),
         ("mip_max_nodes", _NODES),
     ):
         solver.setOptionValue(option, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -9,7 +10,30 @@ from .choose import Decision
 from .search import Candidate
 from .storage import ActivationKeep, Form
 
-__all__ = ["summarize"]
+__all__ = ["PLACES", "error_text", "solver_text", "summarize"]
+
+PLACES = {"recompute": "made again", "spill": "in the spill file"}
+"""What is not in memory between the passes, by its place, in words."""
+
+
+def error_text(error: float) -> str:
+    """An expected gradient error; a small one does not look like none.
+
+    >>> error_text(0.0), error_text(0.0002), error_text(0.123)
+    ('none', '< 0.001', '0.123')
+    """
+    return "none" if not error else "< 0.001" if error < 0.0005 else f"{error:.3f}"
+
+
+def solver_text(summary: Mapping[str, Any]) -> str | None:
+    """What chose how values are kept, and how far that may be from the best; None where nothing was to be solved."""
+    solver, gap = summary["solver"], summary["gap"]
+    if solver == "none":
+        return None
+    of = summary.get("objective", "harm")
+    if gap < 0.0005:
+        return f"{solver}; the linear relaxation allows no less {of}"
+    return f"{solver}; the linear relaxation's bound on {of} is {gap:.1%} lower"
 
 
 def summarize(decision: Decision, bundle_id: str, budget: int | None, tried: int) -> dict[str, Any]:
@@ -34,6 +58,7 @@ def summarize(decision: Decision, bundle_id: str, budget: int | None, tried: int
         "predicted_seconds": best.seconds,
         "rates": search.rates.source,
         "gap": decision.gap,
+        "objective": decision.objective,
         "solver": decision.solver,
         "candidates_tried": tried,
         "recompute_level": best.level,

@@ -227,8 +227,12 @@ class Chart:
         return ticks(self.low, self.high)
 
     def _tick(self, value: float) -> str:
-        if self.unit != "bytes" or value == 0:
-            return self.format(value) if value else "0"
+        if value == 0:
+            return "0"
+        if self.unit == "number" and value != int(value):
+            return f"{value:.6g}"  # a round value; with fewer digits those of a nearly flat curve would look alike
+        if self.unit != "bytes":
+            return self.format(value)
         size, name = next(((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if self.high >= s), (1.0, "B"))
         return f"{value / size:g} {name}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_razor.planner.summary import PLACES, error_text, solver_text
 from edge_razor.planner.timeline import KINDS, Timeline, read_timeline
 from edge_razor.units import format_bytes
 
@@ -12,7 +13,7 @@ from .chart import HEIGHT, Chart, Rule, Series
 from .markup import Markup, element, page
 from .tables import Column, color_of, section, spent, table, tiles
 
-__all__ = ["kept_section", "memory_section", "plan_page", "plan_tiles", "settings_text"]
+__all__ = ["error_tile", "kept_section", "memory_section", "plan_page", "plan_tiles", "settings_text"]
 
 _NAMES = {
     "process": "process and libraries",
@@ -27,9 +28,6 @@ _NAMES = {
     "gradients": "gradients",
     "scratch": "scratch",
 }
-
-
-_KEPT_AS = {"recompute": "made again", "spill": "in the spill file"}  # what is not in memory, by its place
 
 
 def plan_page(name: str, summary: Mapping[str, Any], plan: bytes) -> str:
@@ -55,14 +53,18 @@ def plan_page(name: str, summary: Mapping[str, Any], plan: bytes) -> str:
 def settings_text(summary: Mapping[str, Any]) -> str:
     """What was planned, in one line."""
     batch, micro, sparsity = summary["batch_size"], summary["micro_batch"], summary["sparsity"]
-    exact = "kept exactly" if not sparsity else f"{summary['razor']} razor at sparsity {sparsity:g}"
-    if summary.get("choices") is not None:
-        exact = f"storage chosen for each value, {sparsity:.0%} of the packed elements dropped" if sparsity else exact
+    if not summary["harm"]:
+        kept = "kept exactly"
+    elif summary["choices"] is None:
+        kept = f"{summary['razor']} razor at sparsity {sparsity:g}"
+    else:
+        kept = "storage chosen for each value"
+        kept += f", {sparsity:.0%} of the packed elements dropped" if sparsity else ""
     parts = (
         f"batch {batch}" + (f" in micro-batches of {micro}" if micro != batch else ""),
-        exact,
+        kept,
         str(summary["optimizer"]["name"]),
-        f"{summary['threads']} threads",
+        f"{summary['threads']} thread" + ("s" if summary["threads"] != 1 else ""),
     )
     return " · ".join(parts)
 
@@ -75,8 +77,17 @@ def plan_tiles(summary: Mapping[str, Any]) -> Markup:
     figures.append((format_bytes(summary["arena_bytes"]), "arena"))
     if kept:
         bytes_, dense = sum(r["bytes"] for r in kept), sum(r["dense_bytes"] for r in kept)
-        figures.append((format_bytes(bytes_), f"kept for backward, {dense / max(bytes_, 1):.1f}× less than dense"))
+        less = f"{dense / bytes_:.1f}× less than dense" if bytes_ else f"{format_bytes(dense)} if dense"
+        figures.append((format_bytes(bytes_), f"kept for backward, {less}"))
+    figures.append(error_tile(summary))
+    slowdown = summary["slowdown"]
+    against = "" if slowdown is None else f", {slowdown:.2f}× those of balanced"
+    figures.append((f"{summary['predicted_seconds']:.3g} s", f"expected for a step, {summary['prefer']}{against}"))
     return tiles(figures)
+
+
+def error_tile(summary: Mapping[str, Any]) -> tuple[str, str]:
+    return error_text(summary["gradient_error"]), "expected error of the gradient"
 
 
 def memory_section(
@@ -195,7 +206,7 @@ def kept_section(summary: Mapping[str, Any]) -> Markup | None:
         cells: list[tuple[object, float | None] | str] = [
             str(row["layer"]),
             str(row["operator"]),
-            _KEPT_AS.get(row.get("place", "memory"), str(row["form"]).replace("_", " ")),
+            PLACES.get(row.get("place", "memory"), str(row["form"]).replace("_", " ")),
             ("–" if sparsity is None else f"{sparsity:.3g}", sparsity),
             (format_bytes(row["bytes"]), row["bytes"]),
             (format_bytes(row["dense_bytes"]), row["dense_bytes"]),
@@ -210,6 +221,8 @@ def kept_section(summary: Mapping[str, Any]) -> Markup | None:
     note = (
         f"{len(kept)} values that the backward pass needs take {format_bytes(total)} together. A click on a head sorts."
     )
+    solver = solver_text(summary)
+    note += f" Chosen by {solver}." if solver is not None else ""
     return section("Kept for the backward pass", note, table(columns, rows, sorted_by=5 if harmful else 4))
 
 

@@ -13,7 +13,7 @@ from edge_razor.units import format_bytes
 
 from .chart import Chart, Rule, Series, number
 from .markup import Markup, page
-from .plan_page import kept_section, memory_section, settings_text
+from .plan_page import error_tile, kept_section, memory_section, settings_text
 from .tables import pairs, section, tiles
 
 __all__ = ["loss_range", "run_page", "smoothed"]
@@ -43,9 +43,7 @@ def run_page(
     steps = [e for e in events if e["event"] == "step"]
     epochs = [e for e in events if e["event"] == "epoch"]
     memory = [e for e in events if e["event"] == "memory"]
-    seen = [int(e["peak_rss_bytes"]) for e in (*epochs, *memory) if e.get("peak_rss_bytes")]
-    seen += [int(e["rss_bytes"]) for e in steps if e.get("rss_bytes")]
-    measured = max(seen, default=None)
+    measured = _measured_peak(events, summary["mem_budget"])
     return page(
         f"Training of {name}",
         settings_text(summary),
@@ -72,6 +70,7 @@ def _tiles(
     if steps:
         figures.append((number(steps[-1]["samples_per_second"]), "samples a second"))
         figures.append((number(steps[-1]["loss"]), f"training loss at step {steps[-1]['update']}"))
+    figures.append(error_tile(summary))
     checked = [e["validation"] for e in epochs if e.get("validation")]
     if checked:
         last = checked[-1]
@@ -111,8 +110,20 @@ def _training_section(steps: Sequence[Mapping[str, Any]], epochs: Sequence[Mappi
     return section("Training", None, *drawn)
 
 
+def _measured_peak(events: Sequence[Mapping[str, Any]], cap: int | None) -> int | None:
+    """The most that was seen under the present cap, in bytes."""
+    first = 0  # what was seen before belongs to another cap
+    for index, event in enumerate(events):
+        if event["event"] == "memory" and event.get("mem_budget", cap) != cap:
+            first = index + 1
+        elif event["event"] == "memory" and event.get("changes"):
+            first = index  # its peak began anew with the last change
+    seen = [int(event.get("peak_rss_bytes") or event.get("rss_bytes") or 0) for event in events[first:]]
+    return max(seen, default=0) or None
+
+
 def _measured_section(summary: Mapping[str, Any], memory: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """Resident memory over time, each start of the run behind the one before."""
+    """Resident memory over time, each start of the run behind the one before, and where the cap was changed."""
     seconds: list[float] = []
     resident: list[float] = []
     marks: list[tuple[float, str]] = []
@@ -120,6 +131,8 @@ def _measured_section(summary: Mapping[str, Any], memory: Sequence[Mapping[str, 
         offset = seconds[-1] + 0.1 if seconds else 0.0
         if seconds:
             marks.append((offset, "resumed"))
+        for t, cap in event.get("changes", ()):
+            marks.append((offset + float(t), "no cap" if cap is None else f"cap {format_bytes(cap)}"))
         for t, rss in event.get("samples", ()):
             at = offset + float(t)
             if not seconds or at > seconds[-1]:

@@ -194,6 +194,9 @@ def test_fast_is_no_slower_than_balanced_and_within_its_harm(search: Search) -> 
         quick, usual = decide([fast], cap).candidate, decide([search], cap).candidate
         assert quick.seconds <= 1.01 * usual.seconds
         assert quick.harm <= allowance + 1e-9
+        decision = decide([fast], cap)
+        assert decision.objective == "seconds" and decision.bound is not None
+        assert 0 < decision.bound <= 1.02 * quick.seconds and decision.gap < 0.5  # the model is nearly right
     unlimited = choose([fast], None)
     assert unlimited is not None and unlimited.candidate.harm <= allowance + 1e-9
 

@@ -100,6 +100,19 @@ def test_a_refusal_of_an_exact_plan_advises_to_give_up_exactness(built: Built) -
     assert plan_graph(built.training, built.manifest, settings(micro_batch=8), cap)
 
 
+def test_a_refusal_says_what_the_spill_file_would_bring(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal_module, "WORTHWHILE", 1.0)
+    exact = settings(prefer="exact", micro_batch=8)
+    with pytest.raises(BudgetError) as refused:
+        plan_graph(built.training, built.manifest, exact, 1)
+    cap = dict(refused.value.advice)["spill-dir"]
+    with_file = settings(prefer="exact", micro_batch=8, spill=True)
+    assert plan_graph(built.training, built.manifest, with_file, cap).predicted_peak_bytes <= cap
+    with pytest.raises(BudgetError) as refused:
+        plan_graph(built.training, built.manifest, with_file, 1)
+    assert "spill-dir" not in dict(refused.value.advice) and refused.value.smallest_budget == cap
+
+
 def test_training_the_head_only_costs_what_the_advice_says() -> None:
     net, _ = mobile_network(32)
     whole = Search(graph_of(mobile_network(32)[1]), settings(sparsity=0.9))

@@ -15,7 +15,7 @@ from edge_razor.fidelity import Fidelity, Sums
 from edge_razor.planner import Plan
 from edge_razor.planner.planning import plan_graph
 from edge_razor.planner.timeline import read_timeline
-from edge_razor.report.chart import ticks
+from edge_razor.report.chart import Chart, Series, ticks
 from edge_razor.report.fidelity_page import fidelity_page
 from edge_razor.report.markup import element
 from edge_razor.report.plan_page import plan_page
@@ -110,6 +110,22 @@ def test_harm_and_place_are_shown_where_the_summary_has_them(plan: Plan) -> None
     assert ">harm<" in text and "0.0123" in text and "made again" in text
 
 
+def test_what_is_nearly_exact_is_not_called_exact(plan: Plan) -> None:
+    summary = plan.summary | {"sparsity": 0.0, "choices": {}, "harm": 1e-8, "gradient_error": 1e-4}
+    summary |= {"solver": "HiGHS 1.16.0", "gap": 0.25, "objective": "harm", "slowdown": 1.5}
+    text = Outline(plan_page("m", summary, plan.binary)).text
+    assert "kept exactly" not in text and "storage chosen for each value" in text and "< 0.001" in text
+    assert "bound on harm is 25.0% lower" in text and "1.50× those of balanced" in text
+    exact = summary | {"harm": 0.0, "gradient_error": 0.0, "solver": "none", "kept": []}
+    assert "kept exactly" in Outline(plan_page("m", exact, plan.binary)).text
+
+
+def test_a_plan_that_keeps_nothing_in_memory_says_what_it_would_be_dense(plan: Plan) -> None:
+    row = plan.summary["kept"][0] | {"bytes": 0, "place": "spill", "dense_bytes": 10**6}
+    text = Outline(plan_page("m", plan.summary | {"kept": [row]}, plan.binary)).text
+    assert "1.00 MB if dense" in text and "in the spill file" in text
+
+
 def test_the_run_page_adds_what_was_measured(plan: Plan) -> None:
     page = Outline(run_text(plan))
     for text in ("Loss", "Throughput", "Measured memory", "measured peak 3.20 MB", "resumed", "0.9, 0.99", "50.0%"):
@@ -171,6 +187,17 @@ def renamed(binary: bytes, old: str, new: str) -> bytes:
     )
 
 
+def test_the_measured_peak_is_that_of_the_present_cap(plan: Plan) -> None:
+    cap = plan.summary["mem_budget"]
+    part: dict[str, Any] = {"event": "memory", "update": 9, "peak_rss_bytes": 9_100_000, "mem_budget": 3 * cap}
+    part["samples"] = [[0.1 * t, 9_000_000] for t in range(9)]
+    larger_before = Outline(run_text(plan, events=[part, *events()])).text
+    assert "3.20 MBmeasured peak" in larger_before
+    part |= {"peak_rss_bytes": 3_300_000, "mem_budget": cap, "changes": [[0.4, cap]]}
+    changed = run_text(plan, events=[*events(), part])
+    assert "3.30 MBmeasured peak" in Outline(changed).text and "cap 4.00 MB" in Outline(changed).text
+
+
 def test_curves_are_thinned_and_smoothed_without_losing_their_ends() -> None:
     rows = list(range(5 * POINTS + 3))
     thin = thinned(rows)
@@ -185,6 +212,13 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     found = ticks(low, high)
     assert 1 <= len(found) <= 12
     assert all(low - 1e-9 * high <= t <= high * (1 + 1e-9) for t in found)
+
+
+def test_ticks_of_a_nearly_flat_curve_can_be_told_apart() -> None:
+    text = Outline(
+        str(Chart("loss", "", [1, 2], "step", low=6.9071, high=6.9109).lines([Series("a", "s1", [6.908, 6.91])]))
+    ).text
+    assert "6.9086.9096.91" in text  # one tick behind the other
 
 
 def test_elements_escape_attributes_and_text() -> None:
