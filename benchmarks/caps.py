@@ -4,8 +4,9 @@ python dev.py bench caps [--models mobilenet_v2 …] [--parts proofs turns] [--r
 
 For each cap `edge-razor train`, with data loading, a checkpoint every two updates and an evaluation, runs in a memory
 cgroup of exactly the cap with swap off. The same at centered 0.95 and at the defaults, without a cap, is set against
-onnxruntime's inference. Then the plans of ``--prefer exact``, ``balanced`` and ``fast`` and PyTorch,
-plain and with activation checkpointing, each with the largest batch that fits the cap, take turns, one step each.
+onnxruntime's inference. Then the plans of ``--prefer exact``, ``balanced`` and ``fast`` and PyTorch, plain and with
+activation checkpointing, each with the largest batch that fits the cap, take turns, one step each; also under the caps
+in which PyTorch trains one sample, and the whole batch.
 Writes results/caps.md, results/caps.json (from which --redraw makes the others again) and results/caps-<model>.png.
 """
 
@@ -159,6 +160,15 @@ def peers_by_batch(model: str) -> list[dict[str, Any]]:
     return found
 
 
+def peer_caps(peers: list[dict[str, Any]], batch: int) -> list[int]:
+    """The smallest caps under which a peer trains one sample, and `batch`: in bytes, as turns count them."""
+    found = []
+    for size in (1, batch):
+        peaks = [p["peak_rss_bytes"] for p in peers if p["batch"] == size and "peak_rss_bytes" in p]
+        found += [-(-min(peaks) // STEP_OF_CAPS) * STEP_OF_CAPS - WORKER] if peaks else []
+    return found
+
+
 def common(model: str, batch: int) -> tuple[str, ...]:
     options = ("--threads", "2", "--size", str(size_of(model)), "--optimizer", optimizer(model))
     return (*options, "--batch-size", str(batch))
@@ -216,7 +226,7 @@ def measure_turns(model: str, caps: list[int], rounds: int) -> dict[str, Any]:
     # With LoRA PyTorch's worker would train all parameters: other work.
     peers = [] if model == "minilm_lora" else peers_by_batch(model)
     curves = []
-    for cap in caps:
+    for cap in sorted({*caps, *peer_caps(peers, batch_size(model))}):
         say(f"{model}: {cap / 1e6:.1f} MB")
         curves.append({"cap": cap, "systems": take_turns_under(model, cap, peers, rounds)})
     return {"peers": peers, "curves": curves}
@@ -303,7 +313,10 @@ def write_report(content: dict[str, Any]) -> None:
     body += (
         f"\nIn turns, {content['rounds']} rounds after one of warm-up, medians. PyTorch: the largest batch whose peak "
     )
-    body += "fits the cap; a dash: not even one sample does, or (`exact`) the cap needs other levers. Workers hold "
+    body += "fits the cap; a dash: not even one sample does, or (`exact`) the cap needs other levers. "
+    body += (
+        "Beyond the proofs' caps there are those in which PyTorch trains one sample, and the whole batch. Workers hold "
+    )
     body += f"{WORKER // 10**6} MB more than the command line; all got that much beside the cap. Caps are those of the "
     body += "proofs at the time: proofs that are run again alone may have others.\n\n" + pictures
     errors = [

@@ -171,25 +171,27 @@ def thread_bars(title: str, bars: dict[str, list[tuple[int, float]]], path: Path
 
 
 def cap_curves(model: str, found: dict[str, Any], path: Path) -> None:
-    """Samples a second, and the expected error of the gradient, against the memory cap.
+    """Time of a step, and the expected error of the gradient, against the cap. Of a system whose batch is smaller
+    it is the time of as many steps as make the whole one.
 
     Args:
         found: of ``benchmarks.caps``: "inference_peak" in bytes, and "curves", [{"cap", "systems"}].
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.6))
     lines: dict[str, list[tuple[float, float, float]]] = {}
+    whole = max(system["batch"] for point in found["curves"] for system in point["systems"])
     for point in found["curves"]:
         for system in point["systems"]:
             if not system["error"]:
-                rate = system["batch"] / median(system["seconds"])
-                lines.setdefault(system["label"], []).append((point["cap"] / 1e6, rate, system["gradient_error"]))
+                seconds = median(system["seconds"]) * whole / system["batch"]
+                lines.setdefault(system["label"], []).append((point["cap"] / 1e6, seconds, system["gradient_error"]))
     for label, points in lines.items():
         colour, marker = STYLES[label]
         left.plot([p[0] for p in points], [p[1] for p in points], color=colour, marker=marker, label=label)
         if label.startswith("edge-razor"):
             right.plot([p[0] for p in points], [p[2] for p in points], color=colour, marker=marker, label=label)
     caps = [point["cap"] / 1e6 for point in found["curves"]]
-    for axes, y_label in ((left, "samples a second (median)"), (right, "expected error of the gradient")):
+    for axes, y_label in ((left, f"seconds for {whole} samples (median)"), (right, "expected error of the gradient")):
         exact_axis(axes.xaxis, caps)
         axes.axvline(found["inference_peak"] / 1e6, color="#999999", linestyle=":", label="onnxruntime, inference only")
         axes.set_ylim(bottom=0)
