@@ -172,7 +172,9 @@ class Checkpoint:
         self.path = path
         try:
             self._file = TensorFile(path)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is damaged: {error}") from error
+        except OSError as error:
             raise CheckpointError(f"{path}: {error}") from error
         try:
             metadata = self._file.metadata
