@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -74,15 +75,17 @@ class AppHarness:
         }
         begin, status, out, err = time.monotonic(), 0, "", ""
         limit = HANG_SECONDS if kill_after is None else kill_after
+        grace = HANG_SECONDS if kill_after is None else 0.0  # this process and that may both have been stopped so long
         for command in self.commands:
             if status:
                 break
             with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=os.environ | environment) as process:
-                try:
-                    said = process.communicate(timeout=max(0.0, begin + limit - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGABRT if kill_after is None else signal.SIGKILL)
-                    said = process.communicate()
+                for seconds in (max(0.0, begin + limit - time.monotonic()), grace, None):
+                    if seconds is None:
+                        process.send_signal(signal.SIGABRT if kill_after is None else signal.SIGKILL)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        said = process.communicate(timeout=seconds)
+                        break
             status, out, err = process.returncode, out + said[0], err + said[1]
         *counts, fired = struct.unpack(f"{len(KINDS)}qi4x", self.state.read_bytes())
         return {
