@@ -1,8 +1,9 @@
 """Sizes, start-up and instructions on the device: python3 dev.py bench device. Writes benchmarks/results/device.md.
 
 Instructions are counted by the emulator: its log names every block of translated code with its instructions, and every
-execution of a block. A step's are the difference between runs of three updates and of one. The plain build is the same
-source without SIMD (-march=armv8-a+nosimd), in which every vector operation becomes scalar ones.
+execution of a block. A step's are the difference between runs of three updates and of one, with a plan for one thread:
+threads that wait for each other would count, too. The plain build is the same source without SIMD
+(-march=armv8-a+nosimd), in which every vector operation becomes scalar ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import edge_razor
 from benchmarks.common import markdown_table, write_result
 from device_tests.toolchain import PROCESSORS, ROOT, SYSROOT, TOOLCHAIN, digits_bundle, run, unavailable
 from device_tests.wheel import build_wheel
@@ -56,9 +58,9 @@ def instructions(program: Path, files: list[str], checkpoint: Path, updates: int
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
+            if count and line.startswith(("Trace", "IN:")):  # the block that was listed is complete
+                lengths[block], count = count, 0
             if line.startswith("Trace"):
-                if count:
-                    lengths[block], count = count, 0
                 total += lengths[line.split("[", 1)[1].split("/")[1]]
             elif line.startswith("0x"):
                 if not count:
@@ -96,6 +98,9 @@ def main() -> None:
         run("cmake", "--build", plain_build, "--target", "edge_razor")
         run("cmake", "--install", plain_build, "--prefix", folder / "plain-prefix")
         plain = build_example(folder / "plain-example", folder / "plain-prefix/lib/cmake/edge_razor", True)
+        single = folder / "single.plan"
+        edge_razor.plan(bundle, mem_budget=None, batch_size=16, sparsity=0.9, threads=1).save(single)
+        files[0] = str(single)
         for name, program in (("NEON", vector), ("plain", plain)):
             few, many = (instructions(program, files, folder / "checkpoint", updates) for updates in (1, 3))
             steps.append((name, (many - few) // 2))
@@ -113,7 +118,8 @@ def write(rows: list[tuple[str, int, int]], seconds: float, peak: float, steps: 
             ("build for aarch64", "instructions a training step"), [(n, f"{count:,}") for n, count in steps]
         )
         + f"\nNEON takes {steps[1][1] / steps[0][1]:.2f} times fewer. A step of `examples/embed_c`, batch 16, "
-        + f"sparsity 0.9, counted under qemu's {PROCESSORS[1]}; plain: the same source with `-march=armv8-a+nosimd`.\n"
+        + f"sparsity 0.9, one thread, counted under qemu's {PROCESSORS[1]}; plain: the same source with "
+        + "`-march=armv8-a+nosimd`.\n"
     )
     write_result("device", "On the device", "python3 dev.py bench device", body)
 

@@ -40,6 +40,19 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "build/digits"
 
 
+def test_the_program_in_the_header_compiles_and_links(tmp_path: Path) -> None:
+    """What a reader has who has only the header."""
+    text = (ROOT / "runtime/include/edge_razor.h").read_text().split(" * Conventions")[0]
+    lines = [line[5:] if line.startswith(" *   ") else "" for line in text.splitlines()]
+    source = tmp_path / "flowers.c"
+    source.write_text("\n".join(lines[lines.index("#include <errno.h>") :]))
+    library = library_path().parent
+    run("cc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{ROOT}/runtime/include", source,
+        f"-L{library}", "-ledge_razor", f"-Wl,-rpath,{library}", "-o", tmp_path / "flowers")  # fmt: skip
+    done = subprocess.run([tmp_path / "flowers"], cwd=tmp_path)
+    assert done.returncode == 1  # there is no flowers.plan
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="aarch64: test_aarch64.py")
 @pytest.mark.skipif(which("strip") is None, reason="needs strip")
 def test_the_library_with_the_kernels_of_three_instruction_sets_is_small(tmp_path: Path) -> None:
@@ -94,10 +107,12 @@ def test_wrong_files_are_errors_of_one_line(program: Path, files: Path, tmp_path
     digits(program, files, "train", tmp_path / "c", "3")
     checkpoint = bytearray((tmp_path / "c").read_bytes())
     checkpoint[-5] ^= 1
+    (tmp_path / "longer").write_bytes((tmp_path / "c").read_bytes() + b"x")
     (tmp_path / "c").write_bytes(checkpoint)
     plan, weights = files / "digits.plan", files / "digits.razor/weights.safetensors"
     for command, says in (
         (("eval", plan, weights, tmp_path / "c"), "does not match its checksum"),
+        (("eval", plan, weights, tmp_path / "longer"), "/longer is damaged: it holds another number of bytes"),
         (("eval", weights, weights, tmp_path / "c"), "not a plan file"),
         (("eval", plan, plan, tmp_path / "c"), "not a safetensors file"),
         (("eval", tmp_path / "none", weights, tmp_path / "c"), "No such file"),

@@ -94,15 +94,20 @@ def test_training_has_a_lower_priority_than_the_app(app: Any, files: Path, tmp_p
     assert set(seen) == {19} and os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
-def test_a_failure_ends_training_and_not_the_answers(app: Any, files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", ["NaN or infinite", "the camera is gone"])
+def test_a_failure_ends_training_and_not_the_answers(app: Any, files: Path, tmp_path: Path, failure: str) -> None:
     def batch(update: int) -> Any:
         images, labels = app.stripes(update, 16)
-        return (images * np.float32(np.inf) if update == 4 else images), labels
+        if update == 4:
+            if "camera" in failure:
+                raise RuntimeError(failure)
+            images *= np.float32(np.inf)
+        return images, labels
 
     plan, weights = files / "exact.plan", files / "digits.razor/weights.safetensors"
     broken = app.Learner(plan, weights, tmp_path, batch, app.stripes(10**6, 20), updates_a_round=2)
     broken.start()
     assert not broken.wait_for_rounds(9)
-    assert "NaN or infinite" in str(broken.error)
+    assert failure in str(broken.error)
     assert np.isfinite(broken.predict(app.stripes(0, 2)[0])).all()
     broken.close()

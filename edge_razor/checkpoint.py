@@ -61,7 +61,7 @@ def write_checkpoint(
 ) -> Path:
     """Writes the checkpoint of an update whole and durable, or leaves what was there; then older ones make room.
 
-    If the disk is full, all but the newest of the older ones make room at once.
+    If the disk is full, damaged ones and all but the newest whole one make room at once.
 
     Args:
         directory: where it goes; made if it is missing. Nobody else may be writing there (`edge_razor.run_lock`).
@@ -78,20 +78,25 @@ def write_checkpoint(
         NonFiniteError: a tensor holds NaN or infinity; the old checkpoints stay.
         OSError: the disk is full or not writable; the newest old checkpoint stays.
     """
+    damaged = set(damaged)
     make_directory(directory)
     remove_leftovers(directory)
     target = directory / f"checkpoint-{update:08}.safetensors"
     try:
         _write(target, specs, parts, state)
     except OSError as error:
-        old = [file for number, file in sorted(_numbered(directory).items()) if number <= update and file != target]
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(old) < 2:
+        there = _numbered(directory)
+        whole = [number for number in sorted(there) if number <= update and there[number] not in damaged]
+        # also when this update was saved before: that file is the newest, and stays until it is replaced
+        room = [file for number, file in there.items() if number in whole[:-1] or file in damaged]
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not room:
             raise
-        for file in old[:-1]:
+        for file in room:
             file.unlink()
         _write(target, specs, parts, state)
+    damaged.discard(target)  # a whole one has taken its place
     files = _numbered(directory)
-    stay = sorted(number for number in files if number <= update and files[number] not in set(damaged))[-keep:]
+    stay = sorted(number for number in files if number <= update and files[number] not in damaged)[-keep:]
     for number, file in files.items():
         if number not in stay:
             with suppress(OSError):  # the next one tries again
@@ -167,7 +172,9 @@ class Checkpoint:
         self.path = path
         try:
             self._file = TensorFile(path)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is damaged: {error}") from error
+        except OSError as error:
             raise CheckpointError(f"{path}: {error}") from error
         try:
             metadata = self._file.metadata

@@ -42,7 +42,8 @@ class Device:
         workers = f"{self.cores} cores" if threads is None else f"{threads} of {self.cores} cores, as asked"
         return (
             f"for {self.name} ({self.description}): {cap} of {format_bytes(self.memory)}, {workers}, "
-            f"{self.instruction_set}, {format_bytes(self.base_rss)} for Python and libraries"
+            f"{self.instruction_set}, {format_bytes(self.base_rss)} for Python and libraries; "
+            "seconds by the rates of usual cores, not the device's"
         )
 
 

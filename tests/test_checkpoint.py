@@ -168,6 +168,46 @@ def test_a_full_disk_makes_older_ones_but_not_the_newest_give_way(
     assert names(tmp_path) == [file_of(5), file_of(6)]
 
 
+def test_a_full_disk_makes_room_for_an_update_that_was_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of an epoch whose last step was saved: the file of the same number is the newest old one."""
+    for update in (1, 2):
+        save(tmp_path, arrays(), update=update, keep=2)
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if len([n for n in names(tmp_path) if not n.startswith(".")]) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    save(tmp_path, arrays(), update=2, keep=2)
+    assert names(tmp_path) == [file_of(2)]
+
+
+def test_a_full_disk_makes_damaged_ones_give_way_and_not_the_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for update in (1, 2, 3):
+        save(tmp_path, arrays(), update=update, keep=3)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, arrays(), update=4, keep=3, damaged=[tmp_path / "checkpoint" / file_of(3)])
+    assert names(tmp_path) == [file_of(2)]
+
+
+def test_a_damaged_one_is_replaced_by_a_whole_one_of_the_same_update(tmp_path: Path) -> None:
+    for update in (1, 2):
+        save(tmp_path, arrays(), update=update, keep=2)
+    file = tmp_path / "checkpoint" / file_of(2)
+    file.write_bytes(file.read_bytes()[:-1])
+    save(tmp_path, arrays(), update=2, keep=2, damaged=[file])
+    assert names(tmp_path) == [file_of(1), file_of(2)]
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.path == file and not checkpoint.damaged
+
+
 def test_every_single_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
     file = save(tmp_path, arrays())
     whole = file.read_bytes()
@@ -204,7 +244,7 @@ def test_a_damaged_tensor_is_named_with_its_file_and_the_checkpoint_before_is_ta
 def test_only_if_none_is_whole_it_fails_and_the_newest_is_named(tmp_path: Path) -> None:
     for update in (3, 4):
         save(tmp_path, arrays(), update=update, keep=2).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=file_of(4)):
+    with pytest.raises(CheckpointError, match=f"{file_of(4)}: is damaged: "):
         Checkpoint(tmp_path)
 
 

@@ -280,6 +280,7 @@ def test_bad_files_are_status_4_and_named(
     assert "m.plan" in fail(capsys, 4, *train(bundle, data, tmp_path / "run", "--plan", tmp_path / "m.plan"))
     (tmp_path / "file").write_text("in the way")
     assert "file" in fail(capsys, 4, *train(bundle, data, tmp_path / "file" / "run"))
+    assert "file: is a file; --out names a directory" in fail(capsys, 4, *train(bundle, data, tmp_path / "file"))
     assert not (tmp_path / "run").exists()
 
 

@@ -53,6 +53,18 @@ def test_a_device_gives_cap_threads_and_base_and_says_so(tmp_path: Path, capsys:
     assert "raspberry-pi-4" in plan.summary["assumed"]
 
 
+def test_seconds_are_not_this_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("EDGE_RAZOR_CALIBRATION", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = write_linear_bundle(tmp_path / "m.razor")
+    assert main(["plan", str(bundle), "--device", "jetson-nano", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rates"] == "default" and "seconds by the rates of usual cores" in summary["assumed"]
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_is_written_on_the_command_line_counts_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = write_linear_bundle(tmp_path / "m.razor")
     options = ["--device", "jetson-nano", "--mem-budget", "90MB", "--threads", "1", "--json"]

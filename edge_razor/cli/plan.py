@@ -41,6 +41,7 @@ def run(
             "mem_budget": device.free if asked is None else asked,
             "threads": options["threads"] or device.cores,
             "base_bytes": device.base_rss,
+            "calibrated": False,
         }
     with Bundle(bundle) as opened:  # one float32 batch of the caller's, as the trainer counts it by default
         sample = sum(prod(spec.shape) for spec in opened.manifest.inputs)

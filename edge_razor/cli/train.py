@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import sys
 from contextlib import ExitStack
@@ -86,6 +87,8 @@ def run(options: RunOptions) -> int:
     """Returns the exit status: 0, or 128 + signal after an interrupt (the checkpoint is written)."""
     be_nice(options.nice)
     with stop_signals() as stop, budget_signal() as changes, ExitStack() as stack:
+        if options.out.exists() and not options.out.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "is a file; --out names a directory", str(options.out))
         if options.out.is_dir():  # else `fit` makes it, once it is known that there is something to train
             stack.enter_context(run_lock(options.out))
         return _run(options, stop, changes)

@@ -47,6 +47,7 @@ def plan(
     micro_batch: int | None = None,
     frozen_weights: str = "fp32",
     base_bytes: int | None = None,
+    calibrated: bool = True,
     base_variation: int = BASE_VARIATION,
     data_bytes: int = 0,
     prefer: str = "balanced",
@@ -70,6 +71,7 @@ def plan(
         micro_batch: samples at a time, a divisor of batch_size; None: the largest that fits.
         frozen_weights: weights that do not train: "fp32" (read in the bundle's file), "bf16" or "int8" (in memory).
         base_bytes: resident bytes of the process that will train, after its imports; None: measured in a fresh process.
+        calibrated: seconds by this machine's rates, measured once; False, for another machine: by usual ones.
         base_variation: by how many bytes the next process may be larger; caps that a refusal names have room for it.
         data_bytes: what the data pipeline will hold.
         prefer: "balanced": the least error of the gradient that fits, "exact": none, however slow, or "fast": the least
@@ -115,7 +117,7 @@ def plan(
         prefer=prefer,
         allow_freeze=allow_freeze,
         harm=table,
-        rates=device_rates(threads),
+        rates=device_rates(threads) if calibrated else None,
         spill=spill,
         base_variation=base_variation,
     )

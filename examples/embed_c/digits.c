@@ -1,6 +1,7 @@
 /* Fine-tunes a small network on the device, with no Python: trains, saves, resumes, evaluates, predicts. The images are
  * generated, noisy seven-segment digits; a real app would read its own. See README.md. */
 #include <edge_razor.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -119,12 +120,14 @@ static er_session* open_session(const char* plan_path, const char* weights_path)
   return session;
 }
 
-/* Goes on from the checkpoint if there is one; returns the updates done. */
+/* Goes on from the checkpoint if there is one; returns the updates done. Only a file that is not there means to begin:
+ * one that cannot be read now must not be replaced by what is trained anew. */
 static uint64_t resume(er_session* session, const char* path) {
+  FILE* file = fopen(path, "rb");
+  if (!file && errno == ENOENT) return 0;
+  if (file) fclose(file);
   uint64_t update = 0;
-  const er_status status = er_checkpoint_load(session, path, &update, NULL, 0, NULL);
-  if (status == ER_IO) return 0; /* none yet */
-  check(status);                 /* damaged, or of another network: say so, do not start over silently */
+  check(er_checkpoint_load(session, path, &update, NULL, 0, NULL));
   return update;
 }
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_razor import EdgeRazorError
 from edge_razor.runtime import Session
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -35,7 +34,8 @@ class Learner:
         update: optimizer updates done.
         rounds: times that the weights were judged since the start.
         best_loss: loss of the served weights on the held-out batch.
-        error: what ended training (a loss that became NaN, a full disk), or None. Predictions go on.
+        error: what ended training (a loss that became NaN, a full disk, data that cannot be read), or None.
+            Predictions go on.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Learner:
         try:
             while not self._stop.is_set():
                 self._round()
-        except (EdgeRazorError, OSError) as error:  # what is served stays as it is
+        except Exception as error:  # of the data, too; what is served stays as it is
             self.error = error
         finally:
             with self._changed:

@@ -10,6 +10,7 @@
  * program; checks of malloc and fread are left out (examples/embed_c is a longer one with data, evaluation and a clean
  * stop):
  *
+ *   #include <errno.h>
  *   #include <stdio.h>
  *   #include <stdlib.h>
  *   #include "edge_razor.h"
@@ -31,8 +32,10 @@
  *     check(er_session_create(plan, plan_bytes, &session));
  *     check(er_weights_load(session, "flowers.razor/weights.safetensors"));
  *     uint64_t update = 0;                                       // updates done
- *     er_status resumed = er_checkpoint_load(session, "flowers.checkpoint", &update, NULL, 0, NULL);
- *     if (resumed != ER_OK && resumed != ER_IO) check(resumed);  // ER_IO: there is none yet
+ *     file = fopen("flowers.checkpoint", "rb");
+ *     if (file) fclose(file);
+ *     if (file || errno != ENOENT)                               // one that cannot be read must not be replaced
+ *       check(er_checkpoint_load(session, "flowers.checkpoint", &update, NULL, 0, NULL));
  *
  *     er_info info;
  *     er_tensor_info image, scores;
@@ -245,7 +248,8 @@ ER_API er_status er_checkpoint_save(const er_session* session, const char* path,
  * (er_weights_load: what is frozen is not in the checkpoint): training goes on to the same bits as if it had never
  * stopped. *user_bytes (may be NULL) is how many bytes of `user` were filled; more than `capacity` is
  * ER_INVALID_ARGUMENT. Everything, checksums included, is checked before anything changes. ER_IO: there is no such
- * file, or it cannot be read. ER_BAD_FILE: it is damaged, or of another model or optimizer. */
+ * file, or it cannot be read now: look whether it is there before you start over. ER_BAD_FILE: it is damaged, or of
+ * another model or optimizer. */
 ER_API er_status er_checkpoint_load(er_session* session, const char* path, uint64_t* update, void* user,
                                     size_t capacity, size_t* user_bytes);
 

@@ -129,7 +129,7 @@ Contents read_contents(const File& file) {
     damaged(path, "the header does not match its checksum");
 
   Metadata metadata;
-  const std::vector<TensorEntry> entries = read_safetensors_header(head.substr(8), size - 8 - bytes, &metadata);
+  const std::vector<TensorEntry> entries = read_safetensors_header(path, head.substr(8), size - 8 - bytes, &metadata);
   std::map<std::string, std::string> values(metadata.begin(), metadata.end());
   if (values["format"] != kFormat)
     throw Error{ER_BAD_FILE, text("%.400s is no checkpoint, or one of a newer version", path)};

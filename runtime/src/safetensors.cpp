@@ -10,7 +10,7 @@
 namespace er {
 namespace {
 
-[[noreturn]] void bad(const std::string& what) { throw Error{ER_BAD_FILE, "the weights file is damaged: " + what}; }
+[[noreturn]] void bad(const std::string& what) { throw Error{ER_BAD_FILE, what}; }
 
 // The part of JSON that safetensors uses: objects, arrays, strings and non-negative integers.
 class Json {
@@ -198,9 +198,7 @@ std::string quoted(const std::string& s) {
   return out + '"';
 }
 
-}  // namespace
-
-std::vector<TensorEntry> read_safetensors_header(const std::string& text, uint64_t data_bytes, Metadata* metadata) {
+std::vector<TensorEntry> read_header(const std::string& text, uint64_t data_bytes, Metadata* metadata) {
   if (!is_utf8(text)) bad("its header is not UTF-8");
   Json json(text);
   std::vector<TensorEntry> entries;
@@ -227,6 +225,17 @@ std::vector<TensorEntry> read_safetensors_header(const std::string& text, uint64
   }
   if (at != data_bytes) bad("it holds another number of bytes than its header says");
   return entries;
+}
+
+}  // namespace
+
+std::vector<TensorEntry> read_safetensors_header(const char* path, const std::string& json, uint64_t data_bytes,
+                                                 Metadata* metadata) {
+  try {
+    return read_header(json, data_bytes, metadata);
+  } catch (const Error& error) {
+    throw Error{ER_BAD_FILE, text("%.400s is damaged: %s", path, error.message.c_str())};
+  }
 }
 
 std::string write_safetensors_header(const std::vector<TensorEntry>& entries, const Metadata& metadata) {

@@ -21,8 +21,8 @@ using Metadata = std::vector<std::pair<std::string, std::string>>;
 
 // Reads the JSON of a header, and of its metadata if that is asked for. Throws Error with ER_BAD_FILE unless the
 // entries are well-formed, have distinct names, and tile a data section of `data_bytes` bytes without holes or
-// overlaps, as the format demands.
-std::vector<TensorEntry> read_safetensors_header(const std::string& json, uint64_t data_bytes,
+// overlaps, as the format demands; the message names `path`.
+std::vector<TensorEntry> read_safetensors_header(const char* path, const std::string& json, uint64_t data_bytes,
                                                  Metadata* metadata = nullptr);
 
 // The complete beginning of a file: length and JSON, padded so that the data section is aligned to 8 bytes. Metadata,

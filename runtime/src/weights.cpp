@@ -45,7 +45,7 @@ void load_weights(Session& session, std::unique_ptr<WeightsFile> file) {
   {
     std::string json(header_bytes, '\0');
     file->read(json.data(), json.size(), 8);
-    entries = read_safetensors_header(json, size - 8 - header_bytes);
+    entries = read_safetensors_header(path, json, size - 8 - header_bytes);
   }
   std::map<std::string, const TensorEntry*> by_name;
   for (const TensorEntry& entry : entries) by_name[entry.name] = &entry;

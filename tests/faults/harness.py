@@ -12,7 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,6 +64,8 @@ class Broken(AssertionError):
 
 class Harness:
     """One workload and the server that runs it; `reference` is how an undisturbed run ends."""
+
+    stopped_at = 0.75  # in the second epoch, with two checkpoints
 
     def __init__(self, directory: Path) -> None:
         self.run = directory / "run"
@@ -145,6 +147,9 @@ class Harness:
             shutil.rmtree(path, ignore_errors=True)
         Path(f"{self.run}.notes").mkdir()
 
+    def has_checkpoint(self) -> bool:
+        return bool(checkpoint_files(self.run))
+
     def outcome(self) -> tuple[bytes, list[Any]]:
         """The newest checkpoint's file, and the metrics without what depends on the machine."""
         keys = ("event", "update", "epoch", "loss", "lr", "validation")
@@ -221,7 +226,34 @@ class Sweep:
     problems: tuple[str, ...] = ()
 
 
-def sweep(harness: Harness, fault: Fault, start: Path | None = None, step: int = 1) -> Sweep:
+class Workload(Protocol):
+    """What `sweep` puts under faults.
+
+    Attributes:
+        counts, seconds: calls and duration of an undisturbed run.
+        stopped_at: share of its calls on files after which `stopped_run` ends it.
+    """
+
+    stopped_at: float
+    directory: Path
+    run: Path
+    counts: dict[str, int]
+    seconds: float
+
+    def clear(self) -> None: ...
+
+    def has_checkpoint(self) -> bool: ...
+
+    def train(
+        self, fault: Fault | None = None, kill_after: float | None = None, fresh: bool = True
+    ) -> dict[str, Any]: ...
+
+    def check(self, what: object, answer: dict[str, Any], must_exist: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def sweep(harness: Workload, fault: Fault, start: Path | None = None, step: int = 1) -> Sweep:
     """Applies `fault` at every `step`-th n from `fault.n` on, until a run passes untouched.
 
     Args:
@@ -231,7 +263,7 @@ def sweep(harness: Harness, fault: Fault, start: Path | None = None, step: int =
     while True:
         harness.clear()
         if start is not None:
-            shutil.copytree(start, harness.run)
+            shutil.copytree(start, harness.run, dirs_exist_ok=True)
         this = Fault(fault.kind, n, fault.error, fault.sticky, fault.action, fault.least_bytes)
         answer = harness.train(this, fresh=False)
         done.runs += 1
@@ -243,7 +275,7 @@ def sweep(harness: Harness, fault: Fault, start: Path | None = None, step: int =
                 problems.append(f"{this}: ended by signal {-answer['status']}: {answer['stderr'][-300:]}")
         try:
             harness.check(this, answer, start is not None)
-            if fault.kind != "unlink" and (litter := [p.name for p in harness.run.rglob(".*.tmp")]):
+            if fault.kind != "unlink" and (litter := [p.name for p in harness.run.rglob("*.tmp")]):
                 raise Broken(f"{this}: left {litter}")
         except Broken as error:
             problems.append(str(error))
@@ -254,8 +286,8 @@ def sweep(harness: Harness, fault: Fault, start: Path | None = None, step: int =
     return done
 
 
-def stopped_run(harness: Harness, directory: Path) -> Path:
-    """A run directory that was left in the middle of the second epoch, with two checkpoints."""
-    harness.train(Fault("any", harness.counts["any"] * 3 // 4, action=KILL))
+def stopped_run(harness: Workload, directory: Path) -> Path:
+    """A run directory that was left in the middle, with checkpoints."""
+    harness.train(Fault("any", int(harness.counts["any"] * harness.stopped_at), action=KILL))
     shutil.copytree(harness.run, directory / "stopped")
     return directory / "stopped"

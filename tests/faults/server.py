@@ -91,7 +91,9 @@ def _wait(child: int, begin: float, kill_after: float | None) -> int:
     descriptor = os.pidfd_open(child)
     try:
         limit = HANG_SECONDS if kill_after is None else kill_after
-        if not select.select([descriptor], [], [], max(0.0, begin + limit - time.monotonic()))[0]:
+        grace = HANG_SECONDS if kill_after is None else 0.0  # this process and the child may both have been stopped
+        waits = (max(0.0, begin + limit - time.monotonic()), grace)
+        if not any(select.select([descriptor], [], [], seconds)[0] for seconds in waits):
             os.kill(child, signal.SIGABRT if kill_after is None else signal.SIGKILL)
     finally:
         os.close(descriptor)

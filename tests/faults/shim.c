@@ -1,7 +1,7 @@
 /* Makes the n-th call of a kind fail, or the process die at it; for LD_PRELOAD on Linux with glibc.
  *
- * fault_arm() says what happens in this process and those that it forks, fault_state() what has happened. Calls on
- * files count only inside one directory; allocations and mappings count everywhere. A death is a kill (what was
+ * fault_arm() says what happens in this process and those that it forks, fault_state() what has happened; for a program
+ * that calls neither, the environment does (arm_from_environment). Calls on files count only inside one directory; allocations and mappings count everywhere. A death is a kill (what was
  * written stays), or a loss of power: of the data that were not synced half are lost, and the process's changes of
  * directories that were not synced are either all there or all undone. */
 #define _GNU_SOURCE
@@ -181,6 +181,22 @@ void fault_arm(int what, long number, int with, int stays, int how, long at_leas
   kind = what, nth = number, error = with, sticky = stays, action = how, least_bytes = at_least;
   snprintf(directory, sizeof directory, "%s", where);
   snprintf(notes, sizeof notes, "%s.notes", where);
+}
+
+/* EDGE_RAZOR_FAULT="kind n errno sticky action least_bytes directory", as for fault_arm(), and EDGE_RAZOR_FAULT_STATE a
+ * file of sizeof(struct state), which counts on over all processes that are given it. */
+__attribute__((constructor)) static void arm_from_environment(void) {
+  const char *fault = getenv("EDGE_RAZOR_FAULT"), *file = getenv("EDGE_RAZOR_FAULT_STATE");
+  int where = 0;
+  if (!fault || !file ||
+      sscanf(fault, "%d %ld %d %d %d %ld %n", &kind, &nth, &error, &sticky, &action, &least_bytes, &where) != 6)
+    return;
+  snprintf(directory, sizeof directory, "%s", fault + where);
+  snprintf(notes, sizeof notes, "%s.notes", fault + where);
+  const int fd = (int)syscall(SYS_openat, AT_FDCWD, file, O_RDWR | O_CLOEXEC);
+  void* shared = (void*)syscall(SYS_mmap, NULL, sizeof *state, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  syscall(SYS_close, fd);
+  if (shared != MAP_FAILED) state = shared;
 }
 
 /* The counts of all kinds, of all calls on files, and whether the fault has happened. */

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from edge_razor.checkpoint import checkpoint_files
+from tests.faults.app import AppHarness
 from tests.faults.harness import (
     DEATHS,
     FAILURES,
@@ -86,6 +87,62 @@ def test_kills_at_random_moments_cost_no_bit(harness: Harness) -> None:
         if answer["status"] == 0 or generator.random() < 0.3:
             harness.check(f"seed {seed}, kill {number}", answer, False)
             harness.clear()
+
+
+# ---- A C program ----
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[AppHarness]:
+    directory = harness_directory()
+    yield AppHarness(directory)
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def stopped_app(app: AppHarness) -> Path:
+    directory = stopped_run(app, app.directory)
+    assert {file.name for file in directory.iterdir()} == {"checkpoint", "checkpoint.tmp"}
+    return directory
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_call_that_fails_in_a_c_program_is_one_clear_error_and_costs_no_bit(
+    app: AppHarness, stopped_app: Path, resumed: bool
+) -> None:
+    for kind, error, sticky in FAILURES:
+        if app.counts[kind]:
+            step = 1 + app.counts[kind] // 3
+            figures = sweep(app, Fault(kind, 1, error, sticky), stopped_app if resumed else None, step)
+            assert figures.problems == ()
+            assert figures.runs >= 2
+
+
+def test_an_allocation_that_fails_in_a_c_program_is_one_clear_error_and_costs_no_bit(app: AppHarness) -> None:
+    figures = sweep(app, Fault("alloc", 1, errno.ENOMEM), step=app.counts["alloc"] // 20)
+    assert figures.problems == ()
+    assert figures.refused > 10
+
+
+@pytest.mark.parametrize("action", DEATHS)
+def test_a_kill_or_a_loss_of_power_at_any_call_of_a_c_program_costs_no_bit(
+    app: AppHarness, stopped_app: Path, action: int
+) -> None:
+    for start in (None, stopped_app):
+        figures = sweep(app, Fault("any", 1 + action, action=action), start, step=9)
+        assert figures.problems == ()
+        assert figures.died > 3
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_replaced_by_a_c_program(
+    app: AppHarness, stopped_app: Path
+) -> None:
+    app.clear()
+    shutil.copytree(stopped_app, app.run, dirs_exist_ok=True)
+    before = (app.run / "checkpoint").read_bytes()
+    answer = app.train(Fault("open", 1, errno.EACCES), fresh=False)
+    assert answer["status"] == 1 and "cannot read" in answer["stderr"]
+    assert (app.run / "checkpoint").read_bytes() == before
 
 
 # ---- A disk that is really full or read-only, and limits ----
