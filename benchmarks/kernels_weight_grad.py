@@ -1,13 +1,16 @@
 """Weight gradient from the razor form, layer by layer, against dense sgemm and PyTorch eager (oneDNN) in one process.
 
-    OPENBLAS_NUM_THREADS=2 python -m benchmarks.kernels_weight_grad --threads 2 [--batch 8] [--sparsity 0.95]
-        [--form centered] [--rounds 9] [--filter dw] [--write]
+    OMP_WAIT_POLICY=passive OPENBLAS_THREAD_TIMEOUT=4 OPENBLAS_NUM_THREADS=2 \\
+        python -m benchmarks.kernels_weight_grad --threads 2 [--batch 8] [--sparsity 0.95] [--form centered]
+        [--rounds 9] [--filter dw] [--write]
 
 Layers are those of benchmarks.kernels_conv; the first layers, whose input is never packed, are left out, and the last,
 with one row a sample, is kept in bf16, as in a plan. sgemm is numpy's OpenBLAS on dense data that already lies in
 columns (im2col is not counted); PyTorch's time is the better of its two memory formats. Calls alternate; a figure is
 the median of the rounds, so compare the ratios. With one thread the clock is CPU time, so that a busy machine disturbs
-less. Pack is what the forward pass pays for the kept form, once for each activation.
+less. PyTorch's and OpenBLAS' threads must sleep when they have nothing to do: by default they spin for a while, on the
+cores that whoever has the next turn should have. Pack is what the forward pass pays for the kept form, once for each
+activation.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from benchmarks.common import markdown_table, write_result
 from benchmarks.kernels_conv import LAYERS, Layer, aligned, alternate
 from edge_razor.runtime import kernel_run, kernel_scratch, packed_bytes
 from tests.reference.razor import FORMS, keep_count
+
+SLEEPING = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
 
 
 def torch_calls(layer: Layer, batch: int) -> list[Callable[[], object]]:
@@ -87,6 +92,9 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("OPENBLAS_NUM_THREADS") != str(args.threads):
         parser.error(f"set OPENBLAS_NUM_THREADS={args.threads}, so that numpy's sgemm has as many threads")
+    for name, value in SLEEPING.items():
+        if os.environ.get(name) != value:
+            parser.error(f"set {name}={value}, so that idle threads of one system take no time from another")
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
 
@@ -126,9 +134,9 @@ def main() -> None:
         return
     header = ["layer", "pack ms", f"{args.form} {args.sparsity} ms", "ours, dense ms", "sgemm ms", "speed-up"]
     header += ["PyTorch ms", "speed-up"]
-    command = (
-        f"OPENBLAS_NUM_THREADS={args.threads} python -m benchmarks.kernels_weight_grad --threads {args.threads} --write"
-    )
+    settings = SLEEPING | {"OPENBLAS_NUM_THREADS": str(args.threads)}
+    command = " ".join(f"{name}={value}" for name, value in settings.items())
+    command += f" python -m benchmarks.kernels_weight_grad --threads {args.threads} --write"
     title = f"Weight gradient from kept activations, batch {args.batch}, {args.threads} threads"
     note = (
         f"Speed-ups are those of the razor form ({args.form}, sparsity {args.sparsity}), whose packing is the first "
