@@ -16,7 +16,7 @@ from typing import Any
 import edge_razor
 from device_tests.toolchain import digits_bundle
 from edge_razor.runtime import library_path
-from tests.faults.harness import ROOT, Broken, Fault, build_shim
+from tests.faults.harness import ROOT, Broken, Fault, build_shim, undisturbed
 from tests.faults.server import HANG_SECONDS, KINDS
 
 UPDATES = 60  # with checkpoints at 50 and 60
@@ -42,11 +42,7 @@ class AppHarness:
         )
         self.evaluation = [str(program), "eval", *files]
         self.shim, self.state = build_shim(directory), directory / "state"
-        undisturbed = self.train()
-        if undisturbed["status"]:
-            raise Broken(f"the undisturbed run failed: {undisturbed['stderr']}")
-        self.counts: dict[str, int] = undisturbed["counts"]
-        self.seconds: float = undisturbed["seconds"]
+        self.counts, self.seconds = undisturbed(self)
         self.reference = self.outcome()
 
     def close(self) -> None:

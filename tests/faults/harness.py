@@ -101,11 +101,7 @@ class Harness:
             cwd=ROOT,
             env=environment,
         )
-        undisturbed = self.train()
-        if undisturbed["status"]:
-            raise Broken(f"the undisturbed run failed: {undisturbed['stderr']}")
-        self.counts: dict[str, int] = undisturbed["counts"]
-        self.seconds: float = undisturbed["seconds"]
+        self.counts, self.seconds = undisturbed(self)
         self.reference = self.outcome()
 
     def close(self) -> None:
@@ -284,6 +280,14 @@ def sweep(harness: Workload, fault: Fault, start: Path | None = None, step: int 
         n += step
     done.problems = tuple(problems)
     return done
+
+
+def undisturbed(workload: Workload) -> tuple[dict[str, int], float]:
+    """Calls by kind and seconds of a run without a fault."""
+    answer = workload.train()
+    if answer["status"]:
+        raise Broken(f"the undisturbed run failed: {answer['stderr']}")
+    return answer["counts"], answer["seconds"]
 
 
 def stopped_run(harness: Workload, directory: Path) -> Path:

@@ -1,9 +1,10 @@
 /* Makes the n-th call of a kind fail, or the process die at it; for LD_PRELOAD on Linux with glibc.
  *
  * fault_arm() says what happens in this process and those that it forks, fault_state() what has happened; for a program
- * that calls neither, the environment does (arm_from_environment). Calls on files count only inside one directory; allocations and mappings count everywhere. A death is a kill (what was
- * written stays), or a loss of power: of the data that were not synced half are lost, and the process's changes of
- * directories that were not synced are either all there or all undone. */
+ * that calls neither, the environment does (arm_from_environment). Calls on files count only inside one directory;
+ * allocations and mappings count everywhere. A death is a kill (what was written stays), or a loss of power: of the
+ * data that were not synced half are lost, and the process's changes of directories that were not synced are either all
+ * there or all undone. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
