@@ -7,12 +7,14 @@
 namespace er::ER_ISA {
 namespace {
 
-constexpr int64_t kMaxTileRows = 576;
-constexpr int64_t kTileBytes = 512 << 10;   // a tile's inputs of one depth block stay in the second-level cache
-constexpr int64_t kTableBytes = 128 << 10;  // row pointers of a tile
-constexpr int64_t kDepth =
-    512;  // inner products per pass over B: 512 × 64 columns = 128 KB, stays in the second-level cache
-constexpr int64_t kResidentBytes = 256 << 10;  // a packed B up to this size is packed once, not once a tile
+// With AVX-512, whose processors have 1 to 2 MB of second-level cache, tiles and depths are as long as fit there: a sum
+// is stored once for every depth, and a panel of B packed once for every tile.
+constexpr bool kLargeCache = kTileVectors * kLanes >= 64;
+constexpr int64_t kMaxTileRows = kLargeCache ? 1152 : 576;
+constexpr int64_t kTileBytes = kLargeCache ? 1536 << 10 : 512 << 10;  // a tile's inputs of one depth block
+constexpr int64_t kTableBytes = 128 << 10;                            // row pointers of a tile
+constexpr int64_t kDepth = kLargeCache ? 768 : 512;  // inner products per pass over B: 768 × 64 columns = 192 KB
+constexpr int64_t kResidentBytes = 256 << 10;        // a packed B up to this size is packed once, not once a tile
 constexpr int64_t kFewRowsDepth = 16;  // with few rows, all columns of so many weight rows: the weight is read in order
 constexpr int64_t kAhead =
     32;  // weight rows fetched ahead while one is packed: each lies in another page, often of slow memory
