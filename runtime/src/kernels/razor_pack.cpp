@@ -1,6 +1,7 @@
 // Packing finds the k-th largest magnitude of a sample exactly, without sorting, in one pass over the sample:
 //
-// 1. A histogram of a few rows brackets the threshold; it only guesses. How much its blocks differ says how far off the
+// 1. A histogram of a few rows brackets the threshold; it only guesses (razor_threshold.cpp). How much its blocks
+// differ says how far off the
 //    guess may be: activations of pictures differ from place to place.
 // 2. The pass takes each block's means and, while its columns are in cache, lists the residuals at or above the
 //    bracket's low end (a fifth more than will be kept, as a rule) and sets their mask bits.
@@ -16,221 +17,12 @@
 
 #include <cmath>
 
-#include "packed_read.h"
+#include "razor_threshold.h"
 
 namespace er::ER_ISA {
 namespace {
 
-constexpr int kGuessShift = 19;           // bins of the guess: 8 bits of exponent, 4 of mantissa
-constexpr int64_t kGuessBlocks = 16;      // it looks at so many blocks
-constexpr int64_t kGuessElements = 4096;  // … and at so many elements at least, if there are as many
-constexpr double kGuessErrors = 1.5;      // standard errors that the bracket has room for on each side
-constexpr int kChunkGroups = 4;           // column groups that are in the first-level cache at once
 constexpr int kMaxParts = 64;
-
-// One block and column group of a sample, 16 columns wide: a group at the right edge is a copy padded with zeros.
-struct Tile {
-  const float* x;
-  int64_t stride, rows, cols;
-  float mean[kGroupColumns];
-  float padded[kBlockRows * kGroupColumns];
-
-  Tile(const PackedLayout& at, const float* sample, const uint16_t* means, int64_t block, int64_t group) {
-    const int64_t begin = at.row_begin(block), c = group * kGroupColumns;
-    rows = at.row_begin(block + 1) - begin;
-    cols = std::min(kGroupColumns, at.cols - c);
-    x = sample + begin * at.cols + c, stride = at.cols;
-    if (cols < kGroupColumns) {
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < kGroupColumns; j++) padded[i * kGroupColumns + j] = j < cols ? x[i * stride + j] : 0.f;
-      x = padded, stride = kGroupColumns;
-    }
-    for (int64_t j = 0; j < kGroupColumns; j++)
-      mean[j] = means && j < cols ? from_bf16(means[block * at.cols + c + j]) : 0.f;
-  }
-  float residual(int64_t row, int64_t column) const { return x[row * stride + column] - mean[column]; }
-
-  // word[column] bit `row` = test(magnitudes of the residuals). A vector holds the same row of kLanes columns, so that
-  // words grow without any transposition.
-  template <class Test>
-  void mask(uint64_t* word, Test&& test) const {
-    VecF m[kGroupVectors];
-    for (int v = 0; v < kGroupVectors; v++) m[v] = load(mean + v * kLanes);
-    uint32_t half[2][kGroupColumns];
-    for (int h = 0; h < 2; h++) {
-      VecI w[kGroupVectors] = {};
-      const int64_t end = std::min<int64_t>(rows - h * 32, 32);
-      const float* row = x + h * 32 * stride;
-      for (int64_t i = 0; i < end; i++, row += stride) {
-        const int32_t bit = static_cast<int32_t>(1u << i);
-        for (int v = 0; v < kGroupVectors; v++) w[v] |= test(bits(abs(load(row + v * kLanes) - m[v])), v) & bit;
-      }
-      for (int v = 0; v < kGroupVectors; v++) std::memcpy(half[h] + v * kLanes, &w[v], sizeof(VecI));
-    }
-    for (int64_t j = 0; j < kGroupColumns; j++) word[j] = half[0][j] | static_cast<uint64_t>(half[1][j]) << 32;
-  }
-
-  // Writes the residuals of the set bits in the order (column, row). Up to kAtOnce − 1 floats beyond may be written.
-  static constexpr int kAtOnce = 4;
-  void extract(const uint64_t* word, float* out) const {
-    const uint64_t last = uint64_t{1} << (rows - 1);  // keeps an empty word inside the block
-    int64_t n = 0;
-    for (int64_t j = 0; j < cols; j++) {
-      const float* column = x + j;
-      const float m = mean[j];
-      uint64_t w = word[j];
-      const int64_t count = __builtin_popcountll(w);
-      // Always kAtOnce at a time: most words have fewer bits, and a branch on their number is guessed wrong too often.
-      int64_t i = 0;
-      do {
-        for (int at = 0; at < kAtOnce; at++, w &= w - 1)
-          out[n + i + at] = column[__builtin_ctzll(w | last) * stride] - m;
-        i += kAtOnce;
-      } while (i < count);
-      n += count;
-    }
-  }
-  // The same where all bits are set.
-  __attribute__((noinline)) void extract_all(float* out) const {
-    for (int v = 0; v < kGroupVectors; v++) {
-      const VecF m = load(mean + v * kLanes);
-      for (int64_t row = 0; row < rows; row += kLanes) {
-        VecF square[kLanes];
-        for (int64_t i = 0; i < kLanes; i++)
-          square[i] = row + i < rows ? load(x + (row + i) * stride + v * kLanes) - m : VecF{};
-        transpose(square);
-        for (int64_t j = v * kLanes; j < std::min<int64_t>(cols, (v + 1) * kLanes); j++)
-          store_upto(out + j * rows + row, square[j - v * kLanes], rows - row);
-      }
-    }
-  }
-};
-
-// The bracket [low, top] in which the k-th largest magnitude is sought, in bins of 2^shift.
-struct Bracket {
-  int32_t low = 1, top = INT_MAX;
-  int shift() const {
-    int s = 0;
-    while ((top - low) >> s >= kBins) s++;
-    return s;
-  }
-};
-
-// A range of a sample's blocks, the share of one thread.
-struct Part {
-  int64_t begin, end;
-  uint32_t* histogram;  // [kBins]
-  float* list;          // [list_capacity]: residuals
-  int64_t listed;       // beyond the capacity if there were too many
-  int64_t above;        // magnitudes over the bracket
-  int64_t looked;       // elements in the guess's histogram
-  double over, over2;   // Σ and Σ² over the guess's blocks of the elements that the second look counts
-  double energy;        // Σ r² of all residuals (centered)
-  double kept_energy;   // Σ q² of what is kept, as it is stored
-  int32_t largest;
-  bool finite;
-};
-
-// Which magnitudes are kept: those ≥ `least`, and the first `ties` of those that equal least − 1, which are `tie_bin`
-// of the last histogram.
-struct Threshold {
-  int32_t least = INT_MAX;
-  int64_t ties = 0;
-  int tie_bin = 0;
-};
-
-// Means of columns [c, end) of a block, rows added in order. False if one is not finite.
-bool write_means(const Sample& s, int64_t block, int64_t c, int64_t end) {
-  constexpr int kWide = 4;  // independent sums hide the latency of the addition
-  const int64_t cols = s.at.cols, begin = s.at.row_begin(block), rows = s.at.row_begin(block + 1) - begin;
-  const float* x = s.x + begin * cols;
-  uint16_t* out = s.mean + block * cols;
-  const float length = static_cast<float>(rows);
-  VecI largest{};
-  int32_t most = 0;
-  auto put = [&](int64_t at, VecF total) {
-    const VecF mean = total / broadcast(length);
-    const VecI m = bits(abs(mean));
-    largest = m > largest ? m : largest;
-    const VecH h = to_bf16_vector(mean);
-    std::memcpy(out + at, &h, sizeof h);
-  };
-  for (; c + kWide * kLanes <= end; c += kWide * kLanes) {
-    VecF total[kWide] = {};
-    for (int64_t i = 0; i < rows; i++)
-      for (int v = 0; v < kWide; v++) total[v] += load(x + i * cols + c + v * kLanes);
-    for (int v = 0; v < kWide; v++) put(c + v * kLanes, total[v]);
-  }
-  for (; c + kLanes <= end; c += kLanes) {
-    VecF total = {};
-    for (int64_t i = 0; i < rows; i++) total += load(x + i * cols + c);
-    put(c, total);
-  }
-  for (; c < end; c++) {
-    float total = 0;
-    for (int64_t i = 0; i < rows; i++) total += x[i * cols + c];
-    const float mean = total / length;
-    most = std::max(most, magnitude(mean));
-    out[c] = to_bf16(mean);
-  }
-  for (int j = 0; j < kLanes; j++) most = std::max<int32_t>(most, largest[j]);
-  return most < kBf16Overflow;
-}
-
-// The blocks of a part that the guess looks at.
-int64_t guess_blocks(const Part& part, int n_parts) {
-  return std::min(part.end - part.begin, (kGuessBlocks + n_parts - 1) / n_parts);
-}
-
-// Looks at some rows of some blocks. The first row varies, so that it is not always the same column of an image. The
-// first look (`least` = INT_MAX) takes the means, and a histogram of magnitudes; the second one counts at a quarter of
-// the rows how many of each block are `least` or more.
-__attribute__((noinline)) void look(const Sample& s, int n_parts, int32_t least, Part& part) {
-  const bool first = least == INT_MAX;
-  if (first) std::fill_n(part.histogram, kBins, 0u);
-  part.looked = 0;
-  part.over = part.over2 = 0;
-  const int64_t blocks = guess_blocks(part, n_parts);
-  const int64_t elements = s.at.rows * s.at.cols, wanted = std::max(kGuessElements, elements / 64);
-  const int64_t step = std::clamp<int64_t>(elements / s.at.blocks * blocks * n_parts / wanted, 1, 16) * (first ? 1 : 4);
-  for (int64_t i = 0; i < blocks; i++) {
-    const int64_t b = part.begin + (2 * i + 1) * (part.end - part.begin) / (2 * blocks);
-    if (s.mean && first) part.finite &= write_means(s, b, 0, s.at.cols);
-    int64_t over = 0;
-    for (int64_t g = 0; g < s.at.groups; g++) {
-      const Tile tile(s.at, s.x, s.mean, b, g);
-      for (int64_t row = (3 * b + 5 * g) % step; row < tile.rows; row += step) {
-        if (first)
-          for (int64_t j = 0; j < tile.cols; j++) part.histogram[magnitude(tile.residual(row, j)) >> kGuessShift]++;
-        else
-          for (int64_t j = 0; j < tile.cols; j++) over += magnitude(tile.residual(row, j)) >= least;
-        part.looked += tile.cols;
-      }
-    }
-    part.over += static_cast<double>(over), part.over2 += static_cast<double>(over * over);
-  }
-}
-
-// From the histograms: the bracket of ranks keep − margin and keep + margin among the sample's magnitudes, each of
-// which a looked-at one stands for `each`.
-__attribute__((noinline)) Bracket guess_bracket(const Part* parts, int n_parts, double each, double keep,
-                                                double margin) {
-  Bracket bracket;
-  bool top_found = false;
-  double count = 0;
-  for (int bin = kBins - 1; bin >= 0; bin--) {
-    for (int p = 0; p < n_parts; p++) count += parts[p].histogram[bin] * each;
-    if (!top_found && count >= keep - margin) {
-      top_found = true;
-      bracket.top = bin == kBins - 1 ? INT_MAX : ((bin + 1) << kGuessShift) - 1;
-    }
-    if (count >= keep + margin) {
-      bracket.low = std::max(1, bin << kGuessShift);
-      return bracket;
-    }
-  }
-  return bracket;
-}
 
 // Keeps of each column the first `ties` bits of tie[], adds them to word[].
 void add_ties(const Tile& tile, int32_t tie_magnitude, int64_t* ties, uint64_t* word) {
@@ -250,16 +42,23 @@ int32_t make_room(const Sample& s, int64_t groups, int32_t least, Part& part);
 // Means, masks and the list of the residuals that are kept by a threshold. Where the list becomes full, `least` grows;
 // the pass ends early if that is of no use.
 void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
-  const int64_t capacity = list_capacity(s.at) - Tile::kAtOnce;
+  const int64_t capacity = list_capacity(s.at) - Tile::kMostAtOnce;
+  const RowSteps step(s.at.cols), padded_step(kGroupColumns);
   part.listed = 0, part.energy = 0;
-  for (int64_t b = part.begin; b < part.end; b++)
+  int64_t guessed = 0;
+  for (int64_t b = part.begin; b < part.end; b++) {
+    const Block block(s.at, b);
+    bool means = s.mean && !part.all_means;
+    if (guessed < part.guess_blocks && b == guess_block(part, part.guess_blocks, guessed)) guessed++, means = false;
     for (int64_t chunk = 0; chunk < s.at.groups; chunk += kChunkGroups) {
       const int64_t groups_end = std::min(s.at.groups, chunk + kChunkGroups);
-      if (s.mean)
-        part.finite &= write_means(s, b, chunk * kGroupColumns, std::min(s.at.cols, groups_end * kGroupColumns));
+      if (means)
+        part.finite &= write_means(s, block, chunk * kGroupColumns, std::min(s.at.cols, groups_end * kGroupColumns));
       VecF squares[kGroupVectors] = {};
       for (int64_t g = chunk; g < groups_end; g++) {
-        const Tile tile(s.at, s.x, s.mean, b, g);
+        Tile tile(s.at, s.x, s.mean, block, g);
+        tile.ahead =
+            groups_end < s.at.groups ? kChunkGroups * kGroupColumns : block.rows * s.at.cols - chunk * kGroupColumns;
         uint64_t word[kGroupColumns];
         const VecI bound = broadcast(least);
         tile.mask(word, [&squares, bound](VecI m, int v) {
@@ -277,12 +76,15 @@ void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
         std::memcpy(s.mask + b * s.at.cols + g * kGroupColumns, word, tile.cols * sizeof(uint64_t));
         if (n == tile.rows * tile.cols)
           tile.extract_all(part.list + part.listed);
+        else if (n <= kGroupColumns * 5 / 2)
+          tile.extract<4>(word, tile.stride == kGroupColumns ? padded_step : step, part.list + part.listed);
         else
-          tile.extract(word, part.list + part.listed);
+          tile.extract<8>(word, tile.stride == kGroupColumns ? padded_step : step, part.list + part.listed);
         part.listed += n;
       }
       for (const VecF& v : squares) part.energy += static_cast<double>(sum(v));
     }
+  }
   pad_list(part);
 }
 
@@ -297,98 +99,9 @@ void find_largest(Part& part) {
   for (int j = 0; j < kLanes; j++) part.largest = std::max<int32_t>(part.largest, largest[j]);
 }
 
-// Histogram of the list's magnitudes inside the bracket, and their number above it.
-__attribute__((noinline)) void list_histogram(const Bracket& bracket, Part& part) {
-  std::fill_n(part.histogram, kBins, 0u);
-  const int shift = bracket.shift();
-  VecI above{};
-  for (int64_t i = 0; i < part.listed; i += kLanes) {
-    const VecI m = bits(abs(load(part.list + i)));
-    const VecI over = m > bracket.top;
-    above -= over;
-    for (uint32_t w = mask_bits((m >= bracket.low) & ~over); w; w &= w - 1)
-      part.histogram[(magnitude(part.list[i + __builtin_ctz(w)]) - bracket.low) >> shift]++;
-  }
-  part.above = 0;
-  for (int j = 0; j < kLanes; j++) part.above += above[j];
-}
-
-// The same of the whole part.
-void data_histogram(const Sample& s, const Bracket& bracket, Part& part) {
-  std::fill_n(part.histogram, kBins, 0u);
-  const int shift = bracket.shift();
-  VecI above[kGroupVectors] = {};
-  for (int64_t b = part.begin; b < part.end; b++)
-    for (int64_t g = 0; g < s.at.groups; g++) {
-      const Tile tile(s.at, s.x, s.mean, b, g);
-      uint64_t word[kGroupColumns];
-      tile.mask(word, [&](VecI m, int v) {
-        const VecI over = m > bracket.top;
-        above[v] -= over;
-        return (m >= bracket.low) & ~over;
-      });
-      for (int64_t j = 0; j < tile.cols; j++)
-        for (uint64_t w = word[j]; w; w &= w - 1)
-          part.histogram[(magnitude(tile.residual(__builtin_ctzll(w), j)) - bracket.low) >> shift]++;
-    }
-  part.above = 0;
-  for (int v = 0; v < kGroupVectors; v++)
-    for (int j = 0; j < kLanes; j++) part.above += above[v][j];
-}
-
-// Narrows the bracket by the histogram of its inside until the threshold is exact: true, and *threshold.
-bool narrow(const Part* parts, int n_parts, int64_t keep, Bracket* bracket, Threshold* threshold) {
-  *threshold = {};
-  int64_t count = 0;
-  for (int p = 0; p < n_parts; p++) count += parts[p].above;
-  if (count > keep) {
-    *bracket = {bracket->top + 1, INT_MAX};
-    return false;
-  }
-  const int shift = bracket->shift();
-  for (int bin = (bracket->top - bracket->low) >> shift; bin >= 0; bin--) {
-    int64_t here = 0;
-    for (int p = 0; p < n_parts; p++) here += parts[p].histogram[bin];
-    if (count + here < keep) {
-      count += here;
-      continue;
-    }
-    const int32_t least = bracket->low + (bin << shift);
-    if (count + here == keep) {
-      *threshold = {least, 0, 0};
-      return true;
-    }
-    if (shift == 0) {
-      *threshold = {least + 1, keep - count, bin};
-      return true;
-    }
-    *bracket = {least, static_cast<int32_t>(std::min<int64_t>(bracket->top, least + (INT64_C(1) << shift) - 1))};
-    return false;
-  }
-  if (bracket->low == 1) {  // fewer values than `keep` differ from zero: all are kept
-    *threshold = {1, 0, 0};
-    return true;
-  }
-  *bracket = {1, bracket->low - 1};
-  return false;
-}
-
 // Ties of a part that a threshold keeps if `left` are still to be kept, from the histogram that settled it.
 int64_t ties_of(const Part& part, const Threshold& threshold, int64_t left) {
   return left ? std::min<int64_t>(left, part.histogram[threshold.tie_bin]) : 0;
-}
-
-// Moves the lanes with set bits to `out` in order and returns their number; nothing beyond them is written.
-inline int64_t compress(VecF v, uint32_t keep, float* out) {
-#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  const int n = __builtin_popcount(keep);
-  store_partial(out, (VecF)_mm512_maskz_compress_ps(static_cast<__mmask16>(keep), (__m512)v), n);
-  return n;
-#else
-  int64_t n = 0;
-  for (; keep; keep &= keep - 1) out[n++] = v[__builtin_ctz(keep)];
-  return n;
-#endif
 }
 
 // The set bits of `word` whose turn (lowest first) is set in `keep`.
@@ -408,17 +121,21 @@ inline uint64_t deposit(uint64_t keep, uint64_t word) {
 // at or before list + begin.
 int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t* ties, float* out, uint64_t* kept) {
   int64_t total = 0;
-  std::fill_n(kept, n / 64 + 2, uint64_t{0});
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF v = load_upto(list + i, n - i);
-    const VecI m = bits(abs(v));
-    const uint32_t inside = n - i >= kLanes ? UINT32_MAX : (1u << (n - i)) - 1;
-    uint32_t keep = mask_bits(m >= threshold.least) & inside;
-    if (*ties)
-      for (uint32_t w = mask_bits(m == threshold.least - 1) & inside; w && *ties; w &= w - 1, --*ties) keep |= w & -w;
-    total += compress(v, keep, out + total);
-    kept[i / 64] |= static_cast<uint64_t>(keep) << (i % 64);
+  for (int64_t first = 0; first <= n; first += 64) {
+    uint64_t word = 0;
+    for (int64_t i = first; i < std::min(n, first + 64); i += kLanes) {
+      const VecF v = load_upto(list + i, n - i);
+      const VecI m = bits(abs(v));
+      const uint32_t inside = n - i >= kLanes ? UINT32_MAX : (1u << (n - i)) - 1;
+      uint32_t keep = mask_bits(m >= threshold.least) & inside;
+      if (*ties)
+        for (uint32_t w = mask_bits(m == threshold.least - 1) & inside; w && *ties; w &= w - 1, --*ties) keep |= w & -w;
+      total += compress(v, keep, out + total);
+      word |= static_cast<uint64_t>(keep) << (i % 64);
+    }
+    kept[first / 64] = word;
   }
+  kept[n / 64 + 1] = 0;
   return total;
 }
 
@@ -427,8 +144,9 @@ __attribute__((noinline)) void drop_below(const Sample& s, const Threshold& thre
                                           Part& part) {
   const float* list = part.list;
   float* out = part.list;
-  for (int64_t i = 0; i < groups; i++) {
-    const int64_t b = part.begin + i / s.at.groups, g = i % s.at.groups;
+  int64_t b = part.begin, g = 0;
+  for (int64_t i = 0; i < groups; i++, g++) {
+    if (g == s.at.groups) b++, g = 0;
     uint64_t* word = s.mask + b * s.at.cols + g * kGroupColumns;
     const int64_t cols = std::min(kGroupColumns, s.at.cols - g * kGroupColumns);
     int64_t n = 0;
@@ -458,9 +176,8 @@ __attribute__((noinline)) int32_t make_room(const Sample& s, int64_t groups, int
   const Bracket listed{least, INT_MAX};
   list_histogram(listed, part);
   const int shift = listed.shift();
-  int bin = (listed.top - listed.low) >> shift;
-  for (int64_t count = part.histogram[bin]; count < s.at.keep && bin > 0; count += part.histogram[bin]) bin--;
-  least += bin << shift;
+  int64_t count = 0;
+  least += std::max(0, find_bin(&part, 1, (listed.top - listed.low) >> shift, s.at.keep, &count)) << shift;
   drop_below(s, {least, 0, 0}, 0, groups, part);
   return least;
 }
@@ -528,51 +245,9 @@ void round_to_bf16(const float* x, int64_t n, uint8_t* out) {
   }
 }
 
-// Who packs the parts of a sample: the threads of a pool, or the calling one its only part.
-struct Packers {
-  ThreadPool* pool;
-  int n_parts;
-
-  // f(part) for every part.
-  template <class F>
-  void each(F&& f) const {
-    if (!pool) return f(0);
-    pool->run([&](int thread) {
-      if (thread < n_parts) f(thread);
-    });
-  }
-};
-
-// A bracket that very likely holds the keep-th largest magnitude.
-Bracket guess(const Sample& s, Part* parts, const Packers& packers) {
-  const int n_parts = packers.n_parts;
-  packers.each([&](int p) { look(s, n_parts, INT_MAX, parts[p]); });
-  const double elements = static_cast<double>(s.at.rows * s.at.cols), keep = static_cast<double>(s.at.keep);
-  auto scale = [&] {  // elements that each of those looked at stands for
-    int64_t looked = 0;
-    for (int p = 0; p < n_parts; p++) looked += parts[p].looked;
-    return looked ? elements / static_cast<double>(looked) : 1;
-  };
-  const double each = scale();
-  int64_t blocks = 0;
-  for (int p = 0; p < n_parts; p++) blocks += guess_blocks(parts[p], n_parts);
-  double margin = each == 1 ? 0 : keep / 8 + 16 * each;
-  if (blocks < s.at.blocks) {
-    // How far the number above a threshold may be off by its differences from block to block, beyond those by chance.
-    const int32_t middle = guess_bracket(parts, n_parts, each, keep, 0).low;
-    packers.each([&](int p) { look(s, n_parts, middle, parts[p]); });
-    double sum = 0, squares = 0;
-    for (int p = 0; p < n_parts; p++) sum += parts[p].over, squares += parts[p].over2;
-    const double n = static_cast<double>(blocks), all = static_cast<double>(s.at.blocks);
-    const double variance = squares - sum * sum / n - sum;
-    if (variance > 0) margin = std::max(margin, kGuessErrors * scale() * std::sqrt(variance * (1 - n / all)));
-  }
-  return guess_bracket(parts, n_parts, each, keep, margin);
-}
-
 bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
   const int n_parts = packers.n_parts;
-  const int64_t keep = s.at.keep, capacity = list_capacity(s.at) - Tile::kAtOnce;
+  const int64_t keep = s.at.keep, capacity = list_capacity(s.at) - Tile::kMostAtOnce;
   const int32_t overflow = s.at.form == kPlain ? kBf16Overflow : kInfinity;
   for (int p = 0; p < n_parts; p++) {
     parts[p].begin = s.at.blocks * p / n_parts, parts[p].end = s.at.blocks * (p + 1) / n_parts;
@@ -604,7 +279,9 @@ bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
   if (!guessed) {
     if (s.mean) {  // a full list ended the pass early
       packers.each([&](int p) {
-        for (int64_t b = parts[p].begin; b < parts[p].end; b++) parts[p].finite &= write_means(s, b, 0, s.at.cols);
+        for (int64_t b = parts[p].begin; b < parts[p].end; b++)
+          parts[p].finite &= write_means(s, Block(s.at, b), 0, s.at.cols);
+        parts[p].all_means = true;
       });
       if (!all_finite()) return false;
     }
@@ -646,6 +323,43 @@ bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
 }
 
 }  // namespace
+
+bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) {
+  constexpr int kWide = 4;  // independent sums hide the latency of the addition
+  const int64_t cols = s.at.cols, rows = block.rows;
+  const float* x = s.x + block.begin * cols;
+  uint16_t* out = s.mean + block.index * cols;
+  const float length = static_cast<float>(rows);
+  VecI largest{};
+  int32_t most = 0;
+  auto put = [&](int64_t at, VecF total) {
+    const VecF mean = total / broadcast(length);
+    const VecI m = bits(abs(mean));
+    largest = m > largest ? m : largest;
+    const VecH h = to_bf16_vector(mean);
+    std::memcpy(out + at, &h, sizeof h);
+  };
+  for (; c + kWide * kLanes <= end; c += kWide * kLanes) {
+    VecF total[kWide] = {};
+    for (int64_t i = 0; i < rows; i++)
+      for (int v = 0; v < kWide; v++) total[v] += load(x + i * cols + c + v * kLanes);
+    for (int v = 0; v < kWide; v++) put(c + v * kLanes, total[v]);
+  }
+  for (; c + kLanes <= end; c += kLanes) {
+    VecF total = {};
+    for (int64_t i = 0; i < rows; i++) total += load(x + i * cols + c);
+    put(c, total);
+  }
+  for (; c < end; c++) {
+    float total = 0;
+    for (int64_t i = 0; i < rows; i++) total += x[i * cols + c];
+    const float mean = total / length;
+    most = std::max(most, magnitude(mean));
+    out[c] = to_bf16(mean);
+  }
+  for (int j = 0; j < kLanes; j++) most = std::max<int32_t>(most, largest[j]);
+  return most < kBf16Overflow;
+}
 
 bool pack_sample(const Sample& sample, const PackScratch& scratch) {
   Part part{};
