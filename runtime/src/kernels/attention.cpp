@@ -73,7 +73,7 @@ bool run_attention(const Call& call) {
     int64_t packed = -1;
     for (int64_t unit = begin; unit < stop; unit++) {
       const int64_t sample = unit / (a.heads * a.tiles()), head = unit / a.tiles() % a.heads;
-      const int64_t first = unit % a.tiles() * kTile, rows = std::min(kTile, a.t - first);
+      const int64_t tile = unit % a.tiles(), first = a.tile_begin(tile), rows = a.tile_begin(tile + 1) - first;
       const int64_t end = a.reach(first + rows - 1);
       const int64_t query = (sample * a.t + first) * a.q_row() + head * a.d;
       const int64_t key = sample * a.s * a.kv_row() + head / group * a.d;
@@ -254,8 +254,8 @@ struct HeadGradient {
         for (int64_t j = 0; j < a.s; j++) std::fill_n(out + key() + j * a.kv_row(), a.d, 0.f);
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); head++) {
       if (q.at.razor() && !copy_rows(q, sample, 0, a.t, head * a.d, a.d, width(), work.group, work.q)) return false;
-      for (int64_t first = 0; first < a.t; first += kTile) {
-        const int64_t rows = std::min(kTile, a.t - first), end = a.reach(first + rows - 1);
+      for (int64_t tile = 0; tile < a.tiles(); tile++) {
+        const int64_t first = a.tile_begin(tile), rows = a.tile_begin(tile + 1) - first, end = a.reach(first + rows - 1);
         HeadRows queries{work.q + (q.at.razor() ? first * width() : 0), width()};
         if (q.at.form == kDense)
           queries = {q.dense_row(sample * a.t + first) + head * a.d, a.q_row()};

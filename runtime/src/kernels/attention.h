@@ -12,7 +12,7 @@
 
 namespace er::ER_ISA {
 
-constexpr int64_t kTile = 48;                   // queries at once: whole tiles of 6 and of 8 rows
+constexpr int64_t kTile = 66;                   // queries at once at most: sums over them are long enough
 constexpr int64_t kMaxSize = int64_t{1} << 30;  // no product of two overflows
 constexpr uint32_t kAttentionInts = 9;          // that both kernels begin with
 
@@ -29,6 +29,7 @@ struct Attention {
   int64_t p_row() const { return (s + 15) / 16 * 16; }  // floats between two rows of a tile of probabilities
   int64_t reach(int64_t query) const { return causal ? std::min(s, query + 1) : s; }
   int64_t tiles() const { return (t + kTile - 1) / kTile; }
+  int64_t tile_begin(int64_t i) const { return t * i / tiles(); }  // tiles are as even as rows are
 };
 
 inline Attention parse_sizes(const Call& call) {
