@@ -307,6 +307,7 @@ class PlanReader {
       check(step);
       if (step.kernel->scratch) scratch_apart(step);
       indices_apart(step);
+      if (kernel == "attention_grad") gradients_apart(step);
       step.spill = spill_of(kernel);
       step.looks_up = kernel == "embedding" && step.ints[3] == 0;
       for (size_t o = 0; o < step.operands.size(); o++)
@@ -373,6 +374,23 @@ class PlanReader {
             overlap(step.operands[i], step.operands[o]))
           ER_BAD("step '%.200s' (%s): operand %zu would overwrite the indices in operand %zu", step.label.c_str(),
                  step.kernel->name, o, i);
+  }
+
+  // dQ, dK and dV may be columns of one matrix, which several threads write at once: different ones of the same rows.
+  static void gradients_apart(const PlanStep& step) {
+    constexpr size_t kFirst = 7, kColumns = 22;  // operand and integer of dQ
+    for (size_t i = 0; i < 3; i++)
+      for (size_t j = i + 1; j < 3; j++) {
+        const PlanOperand &a = step.operands[kFirst + i], &b = step.operands[kFirst + j];
+        if (a.region == kNone || !overlap(a, b)) continue;
+        bool apart = step.ints.size() > kColumns && a.offset == b.offset && a.bytes == b.bytes;
+        if (apart) {
+          const int64_t *at_a = &step.ints[kColumns + 2 * i], *at_b = &step.ints[kColumns + 2 * j];
+          const int64_t width_a = step.ints[i ? 4 : 3] * step.ints[5], width_b = step.ints[4] * step.ints[5];
+          apart = at_a[0] == at_b[0] && (at_a[1] + width_a <= at_b[1] || at_b[1] + width_b <= at_a[1]);
+        }
+        if (!apart) ER_BAD("step '%.200s' (attention_grad): its gradients overlap", step.label.c_str());
+      }
   }
 
   // A training plan has a loss, and an int32 target gets the class count that its values are checked against from the

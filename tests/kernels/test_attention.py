@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edge_razor.errors import EdgeRazorError
-from edge_razor.runtime import kernel_run, packed_bytes
+from edge_razor.runtime import kernel_run, kernel_scratch, packed_bytes
 from tests.kernels.harness import Out, Scratch, assert_close, normal, run
 from tests.reference.attention import as_kept, keep_rows, pruned_gradients, unpack_rows
 from tests.reference.dropout import mask as dropout_mask
@@ -313,6 +313,132 @@ def test_a_mask_that_points_outside_is_refused() -> None:
         operands = [*tensors, None, None, dy, packed, *outputs, scratch]
         with pytest.raises(EdgeRazorError, match="attention_grad"):
             kernel_run("attention_grad", case.backward(keep=2), [0.5, 0.0], operands)
+
+
+class Columns:
+    """Q, K and V as columns of one matrix (of two where Q has other rows), in another order, with gaps of NaN."""
+
+    def __init__(self, case: Case, shapes: list[tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        together = [(2, 0, 1)] if case.t == case.s else [(0,), (2, 1)]
+        self.matrix = [next(m for m, parts in enumerate(together) if i in parts) for i in range(3)]
+        self.first, rows = [0] * 3, []
+        for parts in together:
+            end = 1
+            for part in parts:
+                self.first[part] = end
+                end += shapes[part][2] + (part == 2)
+            rows.append(end + 2)
+        self.rows = rows
+        self.ints = [value for i in range(3) for value in (rows[self.matrix[i]], self.first[i])]
+
+    def empty(self) -> list[np.ndarray]:
+        """The matrices, without the parts."""
+        return [
+            np.full((*self.shapes[self.matrix.index(m)][:2], row), np.nan, np.float32)
+            for m, row in enumerate(self.rows)
+        ]
+
+    def part(self, matrices: list[np.ndarray], i: int) -> np.ndarray:
+        return matrices[self.matrix[i]][:, :, self.first[i] : self.first[i] + self.shapes[i][2]]
+
+    def operands(self, matrices: list[np.ndarray]) -> list[np.ndarray]:
+        return [matrices[m] for m in self.matrix]
+
+    def filled(self, parts: list[np.ndarray]) -> list[np.ndarray]:
+        matrices = self.empty()
+        for i, part in enumerate(parts):
+            self.part(matrices, i)[...] = part
+        return matrices
+
+
+def gradients_in_columns(
+    columns: Columns, ints: list[int], floats: list[float], operands: list[np.ndarray | None], threads: int
+) -> list[np.ndarray]:
+    """dQ, dK and dV, written into shared matrices. Nothing is written between them."""
+    out = columns.empty()
+    scratch = np.full(kernel_scratch("attention_grad", ints, floats, threads), 0xFF, np.uint8)
+    kernel_run("attention_grad", ints, floats, [*operands, *columns.operands(out), scratch], threads, **CONTEXT)
+    found = [columns.part(out, i).copy() for i in range(3)]
+    for i in range(3):
+        columns.part(out, i)[...] = np.nan
+    assert all(np.isnan(matrix).all() for matrix in out)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_columns_of_one_matrix_give_the_same_bits(case: Case) -> None:
+    tensors, mask, bias = case.operands()
+    shape, floats, dy = (case.n, case.t, case.heads * case.d), [case.scale, case.ratio], normal(6, *tensors[0].shape)
+    columns = Columns(case, [x.shape for x in tensors])
+    wide = columns.operands(columns.filled(tensors))
+    for keep in (0, (case.s + 2) // 3):  # probabilities that are made again, and kept ones
+        kept = Out((packed_bytes(4, case.n * case.heads, case.t, case.s, keep),), np.uint8) if keep else None
+        tail = [mask, bias, Out(shape), kept, Scratch()]
+        expected, _ = run("attention", case.forward(keep), floats, [*tensors, *tail], **CONTEXT)
+        found, _ = run("attention", [*case.forward(keep), *columns.ints], floats, [*wide, *tail], **CONTEXT)
+        for a, b in zip(found, expected, strict=True):
+            assert a.tobytes() == b.tobytes()
+        masks = [None, None] if keep else [mask, bias]
+        middle = [*masks, dy, expected[1] if keep else None]
+        outputs = [Out(x.shape) for x in tensors]
+        for form in ("dense", "bf16", "centered"):
+            read, places, keeps = wide, columns.ints, (0, 0, 0)
+            operands = tensors
+            if form != "dense":
+                keeps = tuple(keep_count(x[0].size, 0.5) if form == "centered" else 0 for x in tensors)
+                operands = read = [pack(x, FORMS[form], k) for x, k in zip(tensors, keeps, strict=True)]
+                places = [value for x in tensors for value in (x.shape[2], 0)]
+            ints = case.backward((FORMS[form],) * 3, keeps, keep)
+            expected, _ = run("attention_grad", ints, floats, [*operands, *middle, *outputs, Scratch()], **CONTEXT)
+            for threads in (1, 3):
+                all_ints = [*ints, *places, *columns.ints]
+                ours = gradients_in_columns(columns, all_ints, floats, [*read, *middle], threads)
+                for a, b in zip(ours, expected, strict=True):
+                    assert a.tobytes() == b.tobytes(), (keep, form, threads)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, 11, "row must be 12 to"),  # shorter than Q's 12 columns
+        (0, 2**31 + 1, "row must be 12 to"),
+        (0, 2**62, "row must be 12 to"),
+        (0, 40, "bytes, needs"),
+        (1, -1, "column must be 0 to 12"),
+        (1, 13, "column must be 0 to 12"),
+        (1, 2**63 - 1, "column must be 0 to 12"),
+        (2, 5, "row must be 6 to"),
+        (3, 19, "column must be 0 to 18"),
+        (7, 13, "column must be 0 to 12"),
+        (9, 19, "column must be 0 to 18"),
+        (11, -(2**63), "column must be 0 to 18"),
+        (10, 48, "bytes, needs"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(at: int, value: int, message: str) -> None:
+    case = Case(2, 3, 3, 4, 2, 3)
+    columns = [24, 0, 24, 12, 24, 18]
+    wide, y, scratch = np.zeros((2, 3, 24), np.float32), np.zeros((2, 3, 12), np.float32), np.zeros(1 << 16, np.uint8)
+    changed = [*columns, *columns]
+    changed[at] = value
+    ints, floats = [*case.backward(), *changed], [0.5, 0.0]
+    with pytest.raises(EdgeRazorError, match=message):
+        kernel_run("attention_grad", ints, floats, [wide, wide, wide, None, None, y, None, *[wide.copy()] * 3, scratch])
+    if at < 6:
+        ints = [*case.forward(), *changed[:6]]
+        with pytest.raises(EdgeRazorError, match=message):
+            kernel_run("attention", ints, floats, [wide, wide, wide, None, None, y, None, scratch])
+
+
+def test_a_packed_tensor_has_no_columns() -> None:
+    case = Case(2, 3, 3, 4, 2, 3)
+    wide, y, scratch = np.zeros((2, 3, 24), np.float32), np.zeros((2, 3, 12), np.float32), np.zeros(1 << 16, np.uint8)
+    ints = [*case.backward((1, 0, 0)), *[24, 0, 24, 12, 24, 18] * 2]
+    with pytest.raises(EdgeRazorError, match="a packed tensor has no columns"):
+        kernel_run(
+            "attention_grad", ints, [0.5, 0.0], [wide, wide, wide, None, None, y, None, *[wide.copy()] * 3, scratch]
+        )
 
 
 def test_large_scores_do_not_overflow() -> None:

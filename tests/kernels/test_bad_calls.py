@@ -67,6 +67,22 @@ CALLS = {
         [0, 1, 2, 5, 6],
         scratch=True,
     ),
+    "attention columns": Valid(
+        [2, 3, 3, 4, 2, 6, 1, 1, 0, 2, 50, 1, 50, 26, 50, 38],
+        [0.5, 0],
+        [1200, 1200, 1200, 24, 36, 576, 288],
+        [0, 1, 2, 3, 4, 5, 9, 10, 12, 14],
+        [0, 1, 2, 4, 5, 6],
+        scratch=True,
+    ),
+    "attention_grad columns": Valid(
+        [2, 3, 3, 4, 2, 6, 1, 1, 0, 0, 1, 0, 0, 0, 0, 2, 50, 1, 12, 0, 50, 38, 48, 0, 48, 24, 48, 36],
+        [0.5, 0],
+        [1200, 144, 1200, 24, 36, 576, 288, 1152, 1152, 1152],
+        [0, 1, 2, 3, 4, 5, 15, 16, 18, 20, 22, 24, 26],
+        [0, 1, 2, 5, 6],
+        scratch=True,
+    ),
     "select_position": Valid([2, 3, 5, 0, 7, 1], [], [120, 24, 40], [0, 1, 2], [0, 1, 2]),
     "select_position_grad": Valid([2, 3, 5, 1, 0, 0], [], [40, 24, 120], [0, 1, 2], [0, 1, 2]),
     "embedding": Valid([3, 7, 5, 0], [], [12, 140, 60], [0, 1, 2], [0, 1, 2]),
@@ -87,12 +103,13 @@ def buffers(sizes: list[int | None]) -> list[np.ndarray | None]:
 
 
 def call(name: str, ints: list[int], floats: list[float], sizes: list[int | None]) -> None:
+    kernel, spec = name.partition(" ")[0], CALLS[name]
     scratch: list[np.ndarray | None] = []
-    if CALLS[name].scratch:
+    if spec.scratch:
         # As large as the valid call needs: what is wrong must be found without its help.
-        scratch = [np.zeros(kernel_scratch(name, CALLS[name].ints) or 64, np.uint8)]
+        scratch = [np.zeros(kernel_scratch(kernel, spec.ints) or 64, np.uint8)]
     operands = buffers(sizes)
-    kernel_run(name, ints, floats, [*operands, *scratch], valid_batch=2, valid_micro=2, learning_rate=0.1)
+    kernel_run(kernel, ints, floats, [*operands, *scratch], valid_batch=2, valid_micro=2, learning_rate=0.1)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -277,6 +277,31 @@ def test_overflow_is_reported() -> None:
         check(np.array([1.0, *tail], np.float32).reshape(1, -1, 1) * np.float32(0.9) * largest, "centered", 2)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("form", ["bf16", "plain", "centered"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_columns_of_wider_rows_are_packed_alike(shape: tuple[int, int, int], form: str, threads: int) -> None:
+    x = values(shape, "normal")
+    keep = 0 if form == "bf16" else keep_count(x[0].size, 0.8)
+    expected = pack(x, form, keep)
+    for before, after in ((0, 1), (3, 0), (16, 5)):
+        wide = np.full((*shape[:2], before + shape[2] + after), np.nan, np.float32)
+        wide[:, :, before : before + shape[2]] = x
+        ints = [FORMS[form], *shape, keep, wide.shape[2], before]
+        packed = np.full(packed_bytes(*ints[:5]), 0xA5, np.uint8)
+        scratch = np.full(kernel_scratch("pack", ints, threads=threads), 0xA5, np.uint8)
+        kernel_run("pack", ints, [], [wide, packed, scratch if scratch.size else None], threads=threads)
+        assert packed.tobytes() == expected.tobytes()
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    wide, out = np.zeros((2, 20, 5), np.float32), np.zeros(packed_bytes(1, 2, 20, 3, 0), np.uint8)
+    kernel_run("pack", [1, 2, 20, 3, 0, 5, 2], [], [wide, out, None])
+    for row, column in ((2, 0), (5, 3), (5, -1), (6, 0), (-5, 0), (1 << 40, 0), (5, 1 << 62), (1 << 62, 1 << 62)):
+        with pytest.raises(UsageError):
+            kernel_run("pack", [1, 2, 20, 3, 0, row, column], [], [wide, out, None])
+
+
 def test_wrong_calls_are_refused() -> None:
     x, out = values((2, 20, 3), "normal"), np.zeros(packed_bytes(3, 2, 20, 3, 6), np.uint8)
     scratch = np.zeros(kernel_scratch("pack", [3, 2, 20, 3, 6]), np.uint8)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from edge_razor.errors import EdgeRazorError, PlanError
-from edge_razor.runtime import Session
+from edge_razor.runtime import Session, kernel_scratch
 
 from .frozen_plans import rows_plan
-from .plan_writer import ABSENT, encode, linear_plan, seal
+from .plan_writer import ABSENT, encode, linear_plan, seal, up64
 
 Plan = dict[str, Any]
 
@@ -143,6 +143,46 @@ def test_a_step_cannot_overwrite_its_own_indices(kernel: str, indices: int, writ
     plan["arena_bytes"] = plan["params_bytes"] = plan["arena_bytes"] + plan["params_bytes"] + 4096
     step["operands"][written] = (region, offset + size // 4 // 64 * 64, step["operands"][written][2])
     refuse(encode(plan), f"operand {written} would overwrite the indices in operand {indices}")
+
+
+def attention_gradient(places: list[list[int]], columns: list[int]) -> Plan:
+    """A plan whose first step makes dQ, dK and dV of [2, 3, 4] in the arena `places` (offset, bytes)."""
+    plan = linear_plan()
+    ints, floats = [2, 3, 3, 2, 2, 2, 0, 0, 0, *[0] * 7, *columns], [0.5, 0.0]
+    scratch = kernel_scratch("attention_grad", ints, floats, plan["threads"])
+    begin = plan["arena_bytes"] = up64(plan["arena_bytes"])
+    read, none = (1, begin + 1024, 96), (0, 0, 0)
+    gradients = [(1, begin + offset, size) for offset, size in places]
+    operands = [read, read, read, none, none, read, none, *gradients, (1, begin + 2048, scratch)]
+    plan["arena_bytes"] += 2048 + up64(scratch)
+    plan["train"].insert(
+        0, {"kernel": "attention_grad", "label": "a:b", "ints": ints, "floats": floats, "operands": operands}
+    )
+    return plan
+
+
+TOGETHER, APART = [[0, 312]] * 3, [[0, 96], [128, 96], [256, 96]]
+
+
+def test_gradients_that_are_columns_of_one_matrix_must_not_overlap() -> None:
+    read = [4, 0] * 3
+    for places, columns in (
+        (APART, []),
+        (APART, [*read, *read]),
+        (TOGETHER, [*read, 13, 0, 13, 4, 13, 9]),
+        (TOGETHER, [*read, 12, 8, 12, 0, 12, 4]),
+    ):
+        Session(encode(attention_gradient(places, columns))).close()
+    for places, columns in (
+        ([[0, 96]] * 3, []),
+        ([[0, 96], [64, 96], [256, 96]], []),
+        (TOGETHER, [*read, 12, 0, 12, 3, 12, 8]),
+        (TOGETHER, [*read, 12, 0, 12, 8, 12, 8]),
+        (TOGETHER, [*read, 12, 0, 13, 4, 12, 8]),  # other rows
+        ([[0, 384], [64, 384], [128, 384]], [*read, 12, 0, 12, 4, 12, 8]),  # rows that begin elsewhere
+        ([[0, 384], [0, 320], [0, 384]], [*read, 12, 0, 12, 4, 12, 8]),
+    ):
+        refuse(encode(attention_gradient(places, columns)), "its gradients overlap")
 
 
 def test_header() -> None:

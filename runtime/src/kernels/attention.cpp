@@ -15,7 +15,10 @@
 namespace er::ER_ISA {
 namespace {
 
+// Without row and column of Q, K and V, and of dQ, dK and dV, which may follow.
 constexpr uint32_t kForwardInts = kAttentionInts + 1, kBackwardInts = kAttentionInts + 7;
+
+constexpr const char* kNames[] = {"Q", "K", "V", "dQ", "dK", "dV"};
 
 // Layout of the kept probabilities, if any are kept; false if `keep` is no number of keys.
 bool rows_of(const Attention& a, int64_t keep, RowsLayout* at) {
@@ -30,16 +33,15 @@ void check_rows(CallCheck& check, const Call& call, const Attention& a, uint32_t
 }
 
 // attention: Q, K, V, key_mask?, bias?, Y, probabilities?, scratch; ints n, t, s, heads, kv_heads, d, causal,
-// bias_heads, stream, keep (of each query's probabilities; 0: none are kept); floats scale, ratio.
+// bias_heads, stream, keep (of each query's probabilities; 0: none are kept), row and column of Q, K and V; floats
+// scale, ratio.
 std::string check_attention(const Call& call) {
-  CallCheck check(call, 8, kForwardInts, 2);
+  CallCheck check(call, 8, ints_with_columns(call, kForwardInts, 3), 2);
   check_attributes(check, call);
   if (!check.ok()) return check.error();
   const Attention a = parse(call);
   const int64_t keep = check.integer(kAttentionInts, "keep", 0, a.s);
-  check.present(0, "Q", query_bytes(a));
-  check.present(1, "K", key_bytes(a));
-  check.present(2, "V", key_bytes(a));
+  for (uint32_t i = 0; i < 3; i++) check.present(i, kNames[i], check_columns(check, call, a, kForwardInts, i));
   check_masks(check, call, a);
   check.present(5, "Y", query_bytes(a));
   if (check.ok()) check_rows(check, call, a, 6, keep);
@@ -47,15 +49,15 @@ std::string check_attention(const Call& call) {
 }
 
 // Scratch is asked for before check() has seen the call.
-bool sizes_valid(const Call& call, uint32_t ints) {
-  if (call.n_ints != ints) return false;
+bool sizes_valid(const Call& call, uint32_t ints, uint32_t columns) {
+  if (call.n_ints != ints_with_columns(call, ints, columns)) return false;
   for (int i = 0; i < 6; i++)
     if (call.ints[i] < 1 || call.ints[i] > kMaxSize) return false;
   return true;
 }
 
 uint64_t scratch_attention(const Call& call, int threads) {
-  if (!sizes_valid(call, kForwardInts)) return UINT64_MAX;
+  if (!sizes_valid(call, kForwardInts, 3)) return UINT64_MAX;
   const Attention a = parse_sizes(call);
   return byte_size({threads, kTile + a.d, a.p_row()});
 }
@@ -67,6 +69,10 @@ bool run_attention(const Call& call) {
   const int64_t group = a.heads / a.kv_heads, keep = call.ints[kAttentionInts];
   RowsLayout kept{};
   if (keep) rows_of(a, keep, &kept);
+  Columns in[3];
+  read_columns(call, kForwardInts, 3, a.q_row(), a.kv_row(), in);
+  const float *q = call.as<const float>(0) + in[0].column, *k = call.as<const float>(1) + in[1].column,
+              *v = call.as<const float>(2) + in[2].column;
   call.pool->split(a.n * a.heads * a.tiles(), 1, [&](int64_t begin, int64_t stop, int thread) {
     float* p = call.as<float>(7) + thread * (kTile + a.d) * a.p_row();
     ProductColumns keys{};
@@ -75,12 +81,11 @@ bool run_attention(const Call& call) {
       const int64_t sample = unit / (a.heads * a.tiles()), head = unit / a.tiles() % a.heads;
       const int64_t tile = unit % a.tiles(), first = a.tile_begin(tile), rows = a.tile_begin(tile + 1) - first;
       const int64_t end = a.reach(first + rows - 1);
-      const int64_t query = (sample * a.t + first) * a.q_row() + head * a.d;
-      const int64_t key = sample * a.s * a.kv_row() + head / group * a.d;
+      const int64_t query = sample * a.t + first, column = head / group * a.d, key = sample * a.kv_heads + head / group;
       if (packed != key)
-        keys = pack_transposed(call.as<const float>(1) + key, a.kv_row(), a.s, a.d, p + kTile * a.p_row());
+        keys = pack_transposed(k + sample * a.s * in[1].row + column, in[1].row, a.s, a.d, p + kTile * a.p_row());
       packed = key;
-      probabilities(a, sample, head, first, rows, end, call.as<const float>(0) + query, a.q_row(), keys, p);
+      probabilities(a, sample, head, first, rows, end, q + query * in[0].row + head * a.d, in[0].row, keys, p);
       const int64_t row = (sample * a.heads + head) * a.t + first;
       uint64_t* bits = keep ? call.as<uint64_t>(6) + row * kept.words : nullptr;
       uint16_t* values = keep ? reinterpret_cast<uint16_t*>(call.as<uint8_t>(6) + kept.value) + row * keep : nullptr;
@@ -91,40 +96,40 @@ bool run_attention(const Call& call) {
       if (keep && a.ratio > 0)
         for (int64_t i = 0; i < rows; i++)
           mark_dropped(p + i * a.p_row(), kept.words, bits + i * kept.words, values + i * keep);
-      product(rows, a.d, end, p, a.p_row(), 1, {call.as<const float>(2) + key, a.kv_row(), 0}, false,
-              call.as<float>(5) + query, a.q_row());
+      product(rows, a.d, end, p, a.p_row(), 1, {v + sample * a.s * in[2].row + column, in[2].row, 0}, false,
+              call.as<float>(5) + query * a.q_row() + head * a.d, a.q_row());
     }
   });
   return true;
 }
 
 // attention_grad: Q, K, V, key_mask?, bias?, dY, probabilities?, dQ?, dK?, dV?, scratch; ints as attention without
-// keep, then the forms of Q, K and V, the values that they keep a sample, and keep; floats as attention.
+// keep, then the forms of Q, K and V, the values that they keep a sample, keep, and row and column of Q, K, V (which
+// only dense ones may have), dQ, dK and dV; floats as attention.
 bool kept_layout(const Call& call, const Attention& a, uint32_t operand, PackedLayout* at) {
   const int64_t form = call.ints[kAttentionInts + operand], keep = call.ints[kAttentionInts + 3 + operand];
   return packed_layout(form, a.n, operand ? a.s : a.t, operand ? a.kv_row() : a.q_row(), keep, at);
 }
 
 std::string check_attention_grad(const Call& call) {
-  CallCheck check(call, 11, kBackwardInts, 2);
+  CallCheck check(call, 11, ints_with_columns(call, kBackwardInts, 6), 2);
   check_attributes(check, call);
   if (!check.ok()) return check.error();
   const Attention a = parse(call);
-  static const char* const names[] = {"Q", "K", "V"};
   for (uint32_t i = 0; i < 3; i++) {
     PackedLayout at;
-    check.integer(kAttentionInts + i, "form", kDense, kCentered);
+    const int64_t form = check.integer(kAttentionInts + i, "form", kDense, kCentered);
     if (check.ok() && (query_bytes(a) == UINT64_MAX || key_bytes(a) == UINT64_MAX || !kept_layout(call, a, i, &at)))
-      check.fail(std::string("no kept tensor has the form and number of values of ") + names[i]);
-    if (check.ok()) check.present(i, names[i], at.bytes);
+      check.fail(std::string("no kept tensor has the form and number of values of ") + kNames[i]);
+    const uint64_t bytes = check_columns(check, call, a, kBackwardInts, i);
+    check.require(form == kDense || bytes == (i ? key_bytes(a) : query_bytes(a)), "a packed tensor has no columns");
+    if (check.ok()) check.present(i, kNames[i], form == kDense ? bytes : at.bytes);
   }
   const int64_t keep = check.integer(kAttentionInts + 6, "keep", 0, a.s);
   check_masks(check, call, a, keep == 0);  // what is masked was never kept
   check.present(5, "dY", query_bytes(a));
   if (check.ok()) check_rows(check, call, a, 6, keep);
-  check.optional(7, "dQ", query_bytes(a));
-  check.optional(8, "dK", key_bytes(a));
-  check.optional(9, "dV", key_bytes(a));
+  for (uint32_t i = 3; i < 6; i++) check.optional(i + 4, kNames[i], check_columns(check, call, a, kBackwardInts, i));
   return check.error();
 }
 
@@ -161,7 +166,7 @@ struct Work {
 };
 
 uint64_t scratch_attention_grad(const Call& call, int threads) {
-  if (!sizes_valid(call, kBackwardInts)) return UINT64_MAX;
+  if (!sizes_valid(call, kBackwardInts, 6)) return UINT64_MAX;
   const Attention a = parse_sizes(call);
   const int64_t keep = call.ints[kAttentionInts + 6];
   constexpr int64_t kLimit = int64_t{1} << 40;  // floats
@@ -227,18 +232,24 @@ struct HeadGradient {
   const Call& call;
   const Attention& a;
   const KeptReader &q, &k, &v;
+  const Columns* out;  // of dQ, dK and dV
   Work work;
   int64_t sample, kv_head;
 
   int64_t width() const { return copy_row(a); }
   int64_t group() const { return a.heads / a.kv_heads; }
-  int64_t key() const { return sample * a.s * a.kv_row() + kv_head * a.d; }
+  // dQ (0), dK or dV of a sample's row in a head; null if it is not wanted.
+  float* gradient(int which, int64_t row, int64_t head) const {
+    float* data = call.as<float>(7 + which);
+    if (!data) return nullptr;
+    return data + (sample * (which ? a.s : a.t) + row) * out[which].row + out[which].column + head * a.d;
+  }
 
   bool head(const KeptReader& in, float* copy, HeadRows* rows) const {
     const int64_t column = kv_head * a.d;
     *rows = {copy, width()};
     if (in.at.form != kDense) return copy_rows(in, sample, 0, a.s, column, a.d, width(), work.group, copy);
-    *rows = {in.dense_row(sample * a.s) + column, a.kv_row()};
+    *rows = {in.dense_row(sample * a.s) + column, in.row};
     return true;
   }
 
@@ -248,17 +259,18 @@ struct HeadGradient {
     if (!head(k, work.k, &keys) || !head(v, work.v, &values)) return false;
     const ProductColumns packed_keys = pack_transposed(keys.data, keys.stride, a.s, a.d, work.kt);
     const ProductColumns packed_values = pack_transposed(values.data, values.stride, a.s, a.d, work.vt);
-    float *dk = call.as<float>(8), *dv = call.as<float>(9), *p = work.p, *dp = work.dp;
-    for (float* out : {dk, dv})
-      if (out)
-        for (int64_t j = 0; j < a.s; j++) std::fill_n(out + key() + j * a.kv_row(), a.d, 0.f);
+    float *dk = gradient(1, 0, kv_head), *dv = gradient(2, 0, kv_head), *p = work.p, *dp = work.dp;
+    for (int64_t j = 0; j < a.s; j++) {
+      if (dk) std::fill_n(dk + j * out[1].row, a.d, 0.f);
+      if (dv) std::fill_n(dv + j * out[2].row, a.d, 0.f);
+    }
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); head++) {
       if (q.at.razor() && !copy_rows(q, sample, 0, a.t, head * a.d, a.d, width(), work.group, work.q)) return false;
       for (int64_t tile = 0; tile < a.tiles(); tile++) {
         const int64_t first = a.tile_begin(tile), rows = a.tile_begin(tile + 1) - first, end = a.reach(first + rows - 1);
         HeadRows queries{work.q + (q.at.razor() ? first * width() : 0), width()};
         if (q.at.form == kDense)
-          queries = {q.dense_row(sample * a.t + first) + head * a.d, a.q_row()};
+          queries = {q.dense_row(sample * a.t + first) + head * a.d, q.row};
         else if (q.at.form == kBf16)
           copy_rows(q, sample, first, rows, head * a.d, a.d, width(), work.group, work.q);
         const int64_t query = (sample * a.t + first) * a.q_row() + head * a.d;
@@ -267,13 +279,12 @@ struct HeadGradient {
         product(rows, end, a.d, dy, a.q_row(), 1, packed_values, false, dp, a.p_row());
         if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, dp);
         score_gradient(a, rows, end, p, dp);
-        if (float* dq = call.as<float>(7))
-          product(rows, a.d, end, dp, a.p_row(), 1, {keys.data, keys.stride, 0}, false, dq + query, a.q_row());
-        if (dk)
-          product(end, a.d, rows, dp, 1, a.p_row(), {queries.data, queries.stride, 0}, true, dk + key(), a.kv_row());
+        if (float* dq = gradient(0, first, head))
+          product(rows, a.d, end, dp, a.p_row(), 1, {keys.data, keys.stride, 0}, false, dq, out[0].row);
+        if (dk) product(end, a.d, rows, dp, 1, a.p_row(), {queries.data, queries.stride, 0}, true, dk, out[1].row);
         if (dv) {
           if (a.ratio > 0) apply_dropout(a, mask, sample, head, first, rows, end, p);
-          product(end, a.d, rows, p, 1, a.p_row(), {dy, a.q_row(), 0}, true, dv + key(), a.kv_row());
+          product(end, a.d, rows, p, 1, a.p_row(), {dy, a.q_row(), 0}, true, dv, out[2].row);
         }
       }
     }
@@ -285,7 +296,7 @@ struct HeadGradient {
     const int64_t column = kv_head * a.d, w = width();
     if (!copy_rows(k, sample, 0, a.s, column, a.d, w, work.group, work.k)) return false;
     if (!copy_rows(v, sample, 0, a.s, column, a.d, w, work.group, work.v)) return false;
-    float *dq = call.as<float>(7), *dk = call.as<float>(8), *dv = call.as<float>(9);
+    float *dk = gradient(1, 0, kv_head), *dv = gradient(2, 0, kv_head);
     std::fill_n(work.dk, a.s * w, 0.f);
     std::fill_n(work.dv, a.s * w, 0.f);
     std::fill_n(work.dy, w, 0.f);
@@ -294,6 +305,7 @@ struct HeadGradient {
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); head++) {
       if (!copy_rows(q, sample, 0, a.t, head * a.d, a.d, w, work.group, work.q)) return false;
       for (int64_t i = 0; i < a.t; i++) {
+        float* dq = gradient(0, i, head);
         const int64_t index = (sample * a.heads + head) * a.t + i;
         const int64_t query = (sample * a.t + i) * a.q_row() + head * a.d;
         const auto* data = call.as<const uint8_t>(6);
@@ -303,12 +315,12 @@ struct HeadGradient {
         std::copy_n(call.as<const float>(5) + query, a.d, work.dy);
         row_gradient(row, a.scale, kept_scale, w, work.q + i * w, work.k, work.v, work.dy, dq ? work.dq : nullptr,
                      dk ? work.dk : nullptr, dv ? work.dv : nullptr);
-        if (dq) std::copy_n(work.dq, a.d, dq + query);
+        if (dq) std::copy_n(work.dq, a.d, dq);
       }
     }
     for (int64_t j = 0; j < a.s; j++) {
-      if (dk) std::copy_n(work.dk + j * w, a.d, dk + key() + j * a.kv_row());
-      if (dv) std::copy_n(work.dv + j * w, a.d, dv + key() + j * a.kv_row());
+      if (dk) std::copy_n(work.dk + j * w, a.d, dk + j * out[1].row);
+      if (dv) std::copy_n(work.dv + j * w, a.d, dv + j * out[2].row);
     }
     return true;
   }
@@ -321,8 +333,10 @@ bool run_attention_grad(const Call& call) {
   const int64_t keep = call.ints[kAttentionInts + 6];
   PackedLayout layouts[3];
   for (uint32_t i = 0; i < 3; i++) kept_layout(call, a, i, &layouts[i]);
-  const KeptReader q(layouts[0], call.operands[0].data), k(layouts[1], call.operands[1].data),
-      v(layouts[2], call.operands[2].data);
+  Columns places[6];
+  read_columns(call, kBackwardInts, 6, a.q_row(), a.kv_row(), places);
+  const KeptReader q(layouts[0], call.operands[0].data, places[0]), k(layouts[1], call.operands[1].data, places[1]),
+      v(layouts[2], call.operands[2].data, places[2]);
   RowsLayout at{};
   if (keep) rows_of(a, keep, &at);
   const float kept_scale = a.ratio < 1 ? static_cast<float>(1.0 / (1.0 - double{a.ratio})) : 0.f;
@@ -331,7 +345,7 @@ bool run_attention_grad(const Call& call) {
   call.pool->split(a.n * a.kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
     const Work work(a, keep, call.as<float>(10) + thread * floats);
     for (int64_t unit = begin; unit < end; unit++) {
-      const HeadGradient gradient{call, a, q, k, v, work, unit / a.kv_heads, unit % a.kv_heads};
+      const HeadGradient gradient{call, a, q, k, v, places + 3, work, unit / a.kv_heads, unit % a.kv_heads};
       if (!(keep ? gradient.kept(at, kept_scale) : gradient.recompute(mask))) good = false;
     }
   });

@@ -66,6 +66,13 @@ inline uint64_t key_bytes(const Attention& a, uint64_t each = 4) {
   return byte_size({a.n, a.s, a.kv_heads, a.d}, each);
 }
 
+// Bytes of the rows that one of Q, K, V, dQ, dK and dV has columns of.
+ER_COLD inline uint64_t check_columns(CallCheck& check, const Call& call, const Attention& a, uint32_t at,
+                                      uint32_t index) {
+  const int64_t row = check_columns(check, call, at, index, index % 3 ? a.kv_row() : a.q_row());
+  return byte_size({a.n, index % 3 ? a.s : a.t, row});
+}
+
 inline void check_masks(CallCheck& check, const Call& call, const Attention& a, bool needed = true) {
   check.optional(3, "key_mask", byte_size({a.n, a.s}));
   if (a.bias_heads && !needed)

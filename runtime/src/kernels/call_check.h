@@ -5,7 +5,7 @@
 #include <initializer_list>
 #include <string>
 
-#include "../kernel.h"
+#include "../columns.h"
 
 namespace er::ER_ISA {
 
@@ -76,6 +76,14 @@ class CallCheck {
   const Call& call_;
   std::string error_;
 };
+
+// Checks the columns (columns.h) of operand `index`; returns their rows' length.
+ER_COLD inline int64_t check_columns(CallCheck& check, const Call& call, uint32_t at, uint32_t index, int64_t width) {
+  if (call.n_ints <= at) return width;
+  const int64_t row = check.integer(at + 2 * index, "row", width, kMaxDim);
+  check.integer(at + 2 * index + 1, "column", 0, row - width);
+  return row;
+}
 
 // Below this many floats a thread gains less than waking it costs (about 2 µs).
 constexpr int64_t kFloatsPerThread = 8192;

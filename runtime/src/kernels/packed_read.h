@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../columns.h"
 #include "../packed.h"
 #include "../simd.h"
 #include "bytes.h"
@@ -16,13 +17,17 @@ static_assert(kGroupColumns % kLanes == 0, "a vector crosses no column group");
 // those of a packed tensor: what they point to is checked.
 class KeptReader {
  public:
-  KeptReader(const PackedLayout& layout, const void* kept)
+  KeptReader(const PackedLayout& layout, const void* kept) : KeptReader(layout, kept, {layout.cols, 0}) {}
+  // A tensor in form 0 may be columns of wider rows.
+  KeptReader(const PackedLayout& layout, const void* kept, Columns columns)
       : at(layout),
-        dense_(static_cast<const float*>(kept)),
+        row(columns.row),
+        dense_(static_cast<const float*>(kept) + columns.column),
         half_(static_cast<const uint16_t*>(kept)),
         in_(layout, const_cast<void*>(kept)) {}
 
   const PackedLayout at;
+  const int64_t row;  // floats between two rows in form 0
 
   // First mask word and mean of a block; add the column.
   const uint64_t* mask(int64_t sample, int64_t block) const {
@@ -32,8 +37,8 @@ class KeptReader {
     return in_.mean + (sample * at.blocks + block) * at.cols;
   }
   // First element of a row of a tensor in form 0 or 1, rows counted over all samples.
-  const float* dense_row(int64_t row) const { return dense_ + row * at.cols; }
-  const uint16_t* half_row(int64_t row) const { return half_ + row * at.cols; }
+  const float* dense_row(int64_t index) const { return dense_ + index * row; }
+  const uint16_t* half_row(int64_t index) const { return half_ + index * at.cols; }
 
   // Forms 2 and 3: the values of a block and column group as floats, in packed order (column, row), at most 1024;
   // centered: the residuals. Writes up to kLanes − 1 floats more. False if the group's mask and offset point outside
@@ -61,12 +66,12 @@ class KeptReader {
     const int64_t first = at.row_begin(block), rows = at.row_begin(block + 1) - first;
     if (at.form == kDense || at.form == kBf16) {
       for (int64_t i = 0; i < rows; i++) {
-        const int64_t row = sample * at.rows + first + i;
+        const int64_t index = sample * at.rows + first + i;
         float* to = out + i * stride;
         if (at.form == kBf16)
-          to_floats(half_row(row) + begin, count, to);
+          to_floats(half_row(index) + begin, count, to);
         else
-          for (int64_t c = 0; c < count; c += kLanes) store(to + c, load_upto(dense_row(row) + begin + c, count - c));
+          for (int64_t c = 0; c < count; c += kLanes) store(to + c, load_upto(dense_row(index) + begin + c, count - c));
       }
       return true;
     }

@@ -18,12 +18,15 @@ bool call_layout(const Call& call, PackedLayout* at) {
 
 constexpr const char* kNoLayout = "no kept tensor has this form, these sizes and this many values a sample";
 
+constexpr uint32_t kPackInts = 5;  // without row and column of X, which may follow
+
 std::string pack_check(const Call& call) {
-  CallCheck check(call, 3, 5, 0);
+  CallCheck check(call, 3, ints_with_columns(call, kPackInts, 1), 0);
   PackedLayout at{};
   check.require(check.ok() && call_layout(call, &at), kNoLayout);
   check.require(at.form != kDense, "form must be 1, 2 or 3");
-  check.present(0, "X", byte_size({at.samples, at.rows, at.cols}));
+  if (!check.ok()) return check.error();
+  check.present(0, "X", byte_size({at.samples, at.rows, check_columns(check, call, kPackInts, 0, at.cols)}));
   check.present(1, "out", at.bytes);
   return check.error();
 }
@@ -35,22 +38,25 @@ uint64_t pack_scratch(const Call& call, int threads) {
   return static_cast<uint64_t>(threads) * pack_scratch_bytes(at);
 }
 
-bool pack_bf16(const Call& call, const PackedLayout& at) {
-  const float* x = call.as<const float>(0);
+bool pack_bf16(const Call& call, const PackedLayout& at, const float* all, int64_t row) {
+  const int64_t elements = at.samples * at.rows * at.cols, width = row == at.cols ? elements : at.cols;
   uint16_t* out = call.as<uint16_t>(1);
   std::atomic<bool> finite{true};
-  parallel_elements(call, at.samples * at.rows * at.cols, [&](int64_t begin, int64_t end) {
+  parallel_elements(call, elements, [&](int64_t begin, int64_t last) {
     VecI largest = {};
     int32_t most = 0;
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      const VecF v = load(x + i);
-      const VecI m = bits(abs(v));
-      largest = m > largest ? m : largest;
-      const VecH h = to_bf16_vector(v);
-      std::memcpy(out + i, &h, sizeof h);
+    for (int64_t i = begin; i < last;) {  // row by row, if there is more than one
+      const int64_t index = i / width, end = std::min(last, (index + 1) * width);
+      const float* x = all + index * (row - width);
+      for (; i + kLanes <= end; i += kLanes) {
+        const VecF v = load(x + i);
+        const VecI m = bits(abs(v));
+        largest = m > largest ? m : largest;
+        const VecH h = to_bf16_vector(v);
+        std::memcpy(out + i, &h, sizeof h);
+      }
+      for (; i < end; i++) most = std::max(most, magnitude(x[i])), out[i] = to_bf16(x[i]);
     }
-    for (; i < end; i++) most = std::max(most, magnitude(x[i])), out[i] = to_bf16(x[i]);
     for (int j = 0; j < kLanes; j++) most = std::max<int32_t>(most, largest[j]);
     if (most >= kBf16Overflow) finite.store(false, std::memory_order_relaxed);
   });
@@ -60,14 +66,17 @@ bool pack_bf16(const Call& call, const PackedLayout& at) {
 bool pack_run(const Call& call) {
   PackedLayout at;
   call_layout(call, &at);
-  if (!at.razor()) return pack_bf16(call, at);
-  const float* x = call.as<const float>(0);
+  Columns in;
+  read_columns(call, kPackInts, 1, at.cols, 0, &in);
+  const float* x = call.as<const float>(0) + in.column;
+  if (!at.razor()) return pack_bf16(call, at, x, in.row);
   const PackedSections out(at, call.operands[1].data);
   const int64_t words = at.blocks * at.cols;
   const bool centered = at.form == kCentered;
   auto sample = [&](int64_t i) {
     return Sample{at,
-                  x + i * at.rows * at.cols,
+                  x + i * at.rows * in.row,
+                  in.row,
                   centered ? out.mean + i * words : nullptr,
                   out.mask + i * words,
                   out.offset + i * at.blocks * at.groups,

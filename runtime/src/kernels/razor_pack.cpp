@@ -43,7 +43,7 @@ int32_t make_room(const Sample& s, int64_t groups, int32_t least, Part& part);
 // the pass ends early if that is of no use.
 void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
   const int64_t capacity = list_capacity(s.at) - Tile::kMostAtOnce;
-  const RowSteps step(s.at.cols), padded_step(kGroupColumns);
+  const RowSteps step(s.row), padded_step(kGroupColumns);
   part.listed = 0, part.energy = 0;
   int64_t guessed = 0;
   for (int64_t b = part.begin; b < part.end; b++) {
@@ -56,9 +56,9 @@ void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
         part.finite &= write_means(s, block, chunk * kGroupColumns, std::min(s.at.cols, groups_end * kGroupColumns));
       VecF squares[kGroupVectors] = {};
       for (int64_t g = chunk; g < groups_end; g++) {
-        Tile tile(s.at, s.x, s.mean, block, g);
+        Tile tile(s, s.mean, block, g);
         tile.ahead =
-            groups_end < s.at.groups ? kChunkGroups * kGroupColumns : block.rows * s.at.cols - chunk * kGroupColumns;
+            groups_end < s.at.groups ? kChunkGroups * kGroupColumns : block.rows * s.row - chunk * kGroupColumns;
         uint64_t word[kGroupColumns];
         const VecI bound = broadcast(least);
         tile.mask(word, [&squares, bound](VecI m, int v) {
@@ -326,9 +326,9 @@ bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
 
 bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) {
   constexpr int kWide = 4;  // independent sums hide the latency of the addition
-  const int64_t cols = s.at.cols, rows = block.rows;
-  const float* x = s.x + block.begin * cols;
-  uint16_t* out = s.mean + block.index * cols;
+  const int64_t rows = block.rows;
+  const float* x = s.x + block.begin * s.row;
+  uint16_t* out = s.mean + block.index * s.at.cols;
   const float length = static_cast<float>(rows);
   VecI largest{};
   int32_t most = 0;
@@ -342,17 +342,17 @@ bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) {
   for (; c + kWide * kLanes <= end; c += kWide * kLanes) {
     VecF total[kWide] = {};
     for (int64_t i = 0; i < rows; i++)
-      for (int v = 0; v < kWide; v++) total[v] += load(x + i * cols + c + v * kLanes);
+      for (int v = 0; v < kWide; v++) total[v] += load(x + i * s.row + c + v * kLanes);
     for (int v = 0; v < kWide; v++) put(c + v * kLanes, total[v]);
   }
   for (; c + kLanes <= end; c += kLanes) {
     VecF total = {};
-    for (int64_t i = 0; i < rows; i++) total += load(x + i * cols + c);
+    for (int64_t i = 0; i < rows; i++) total += load(x + i * s.row + c);
     put(c, total);
   }
   for (; c < end; c++) {
     float total = 0;
-    for (int64_t i = 0; i < rows; i++) total += x[i * cols + c];
+    for (int64_t i = 0; i < rows; i++) total += x[i * s.row + c];
     const float mean = total / length;
     most = std::max(most, magnitude(mean));
     out[c] = to_bf16(mean);

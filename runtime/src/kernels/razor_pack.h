@@ -33,7 +33,8 @@ inline VecH to_bf16_vector(VecF x) {
 // The sections of one sample.
 struct Sample {
   const PackedLayout& at;
-  const float* x;    // [rows][cols]
+  const float* x;  // [rows][cols], rows `row` floats apart
+  int64_t row;
   uint16_t* mean;    // [blocks][cols] or null
   uint64_t* mask;    // [blocks][cols]
   uint32_t* offset;  // [blocks][groups]

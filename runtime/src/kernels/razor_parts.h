@@ -29,11 +29,12 @@ struct Tile {
   float mean[kGroupColumns];
   float padded[kBlockRows * kGroupColumns];
 
-  Tile(const PackedLayout& at, const float* sample, const uint16_t* means, const Block& block, int64_t group) {
+  Tile(const Sample& sample, const uint16_t* means, const Block& block, int64_t group) {
+    const PackedLayout& at = sample.at;
     const int64_t c = group * kGroupColumns;
     rows = block.rows;
     cols = std::min(kGroupColumns, at.cols - c);
-    x = sample + block.begin * at.cols + c, stride = at.cols;
+    x = sample.x + block.begin * sample.row + c, stride = sample.row;
     if (cols < kGroupColumns) {
       for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < kGroupColumns; j++) padded[i * kGroupColumns + j] = j < cols ? x[i * stride + j] : 0.f;

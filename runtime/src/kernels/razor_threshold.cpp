@@ -31,7 +31,7 @@ __attribute__((noinline)) void look(const Sample& s, int n_parts, int32_t least,
     if (s.mean && first) part.finite &= write_means(s, block, 0, s.at.cols);
     VecI over{};
     for (int64_t g = 0; g < s.at.groups; g++) {
-      const Tile tile(s.at, s.x, s.mean, block, g);
+      const Tile tile(s, s.mean, block, g);
       for (int64_t row = (3 * block.index + 5 * g) % step; row < tile.rows; row += step) {
         int32_t bin[kGroupColumns];
         for (int64_t j = 0; j < kGroupColumns; j += kLanes) {
@@ -138,7 +138,7 @@ void data_histogram(const Sample& s, const Bracket& bracket, Part& part) {
   VecI above[kGroupVectors] = {};
   for (int64_t b = part.begin; b < part.end; b++)
     for (int64_t g = 0; g < s.at.groups; g++) {
-      const Tile tile(s.at, s.x, s.mean, Block(s.at, b), g);
+      const Tile tile(s, s.mean, Block(s.at, b), g);
       uint64_t word[kGroupColumns];
       tile.mask(word, [&](VecI m, int v) {
         const VecI over = m > bracket.top;
