@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from edge_razor.errors import BundleError, PlanError, UsageError
 
@@ -14,7 +15,17 @@ from .graph import Graph, Node
 from .program import KERNELS, Buffer, Step
 from .storage import Storage
 
-__all__ = ["CONV_PERM", "LINEAR_PERM", "Lowering", "ParamForm", "Tensor", "collapse", "parameter_perms", "row_major"]
+__all__ = [
+    "CONV_PERM",
+    "LINEAR_PERM",
+    "Columns",
+    "Lowering",
+    "ParamForm",
+    "Tensor",
+    "collapse",
+    "parameter_perms",
+    "row_major",
+]
 
 # Runtime dimension d of a parameter is torch dimension perm[d]: OIHW is stored HWIO, Linear [out, in] as [in, out].
 CONV_PERM = (2, 3, 1, 0)
@@ -33,13 +44,21 @@ class ParamForm(IntEnum):
     INT8 = 3
 
 
+class Columns(NamedTuple):
+    """Columns [first, first + width) of a matrix whose rows have `row` elements."""
+
+    row: int
+    first: int
+    width: int
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A float tensor: `shape` as the graph states it (torch layout for parameters and their gradients).
 
     `perm` is None for row-major storage in that shape, else the stored order of the dimensions. A gradient with
     `row_capacity` is a row set of so many rows at most (docs/plan-format.md), 0: an ordinary tensor. `form` is a
-    parameter's.
+    parameter's. `columns`: of the matrix in `buffer`, of which the tensor is these, row by row.
     """
 
     buffer: Buffer
@@ -47,6 +66,7 @@ class Tensor:
     perm: tuple[int, ...] | None = None
     row_capacity: int = 0
     form: ParamForm = ParamForm.FLOAT
+    columns: Columns | None = None
 
     @property
     def elements(self) -> int:
@@ -119,18 +139,32 @@ class Lowering:
         self.steps: list[Step] = []
         self.tensors: dict[str, Tensor] = dict(params)
         self.kept: dict[str, Buffer] = {}
+        self.kept_columns: dict[str, Columns] = {}
+        """Of kept values that are columns of a buffer which is kept whole."""
 
     def bind_input(self, name: str) -> None:
         """Creates the buffer of a graph input; class indices are int32, as wide as float32."""
         shape = self.graph.shapes[name].at(self.samples)
         self.tensors[name] = Tensor(Buffer(name, 4 * prod(shape)), shape)
 
-    def tensor(self, node: Node, index: int) -> Tensor:
-        """Input `index` of the node."""
+    def stored(self, node: Node, index: int) -> Tensor:
+        """Input `index` of the node, however it lies."""
         name = node.input(index)
         if name not in self.tensors:
             node.fail(f"input {index} ({name!r}) is missing or no float tensor")
         return self.tensors[name]
+
+    def tensor(self, node: Node, index: int) -> Tensor:
+        """Input `index` of the node; a copy if it is columns of a wider matrix."""
+        tensor = self.stored(node, index)
+        if tensor.columns is None:
+            return tensor
+        name, (row, first, width) = node.input(index), tensor.columns
+        copy = Tensor(Buffer(name, 4 * tensor.elements), tensor.shape)
+        walk, (src, dst) = collapse([tensor.elements // width, width], [row, 1], [width, 1])
+        self.emit(node, "copy", [len(walk), *walk, *src, *dst, first, 0], [], [tensor.buffer, copy.buffer])
+        self.tensors[name] = copy
+        return copy
 
     def plain(self, node: Node, index: int) -> Tensor:
         """Input `index`, which must be stored in the order of its shape."""
@@ -140,6 +174,11 @@ class Lowering:
         if tensor.form in (ParamForm.BF16, ParamForm.INT8):
             node.fail(f"input {node.input(index)!r} is stored in {tensor.form.name}, which this operator cannot read")
         return tensor
+
+    def columns(self, node: Node, index: int) -> Tensor:
+        """Input `index` as `plain`, or columns of a wider matrix."""
+        tensor = self.stored(node, index)
+        return self.plain(node, index) if tensor.columns is None else tensor
 
     def optional(self, node: Node, index: int) -> Buffer | None:
         return self.plain(node, index).buffer if node.input(index) else None
@@ -170,7 +209,7 @@ class Lowering:
             node.fail(f"cannot view a parameter that is stored in {source.form.name}")
         if prod(shape) != source.elements or source.perm is not None and shape != source.shape:
             node.fail(f"cannot view shape {list(source.shape)}, stored as {source.perm}, as {list(shape)}")
-        self.tensors[node.output(0)] = Tensor(source.buffer, shape, source.perm)
+        self.tensors[node.output(0)] = Tensor(source.buffer, shape, source.perm, columns=source.columns)
 
     def keep(self, node: Node, index: int) -> Buffer | None:
         """The buffer for kept output `index`, if anything consumes it."""

@@ -20,6 +20,7 @@ __all__ = [
     "Rates",
     "attention_probabilities",
     "moved_bytes",
+    "packed_from",
     "program_seconds",
     "shape_class",
     "step_bytes",
@@ -92,7 +93,7 @@ def step_multiply_adds(step: Step) -> int:
         n, t, s, heads, _, d = step.ints[:6]
         if step.kernel == "attention":
             return 2 * n * heads * t * s * d
-        keep = step.ints[-1]
+        keep = step.ints[15]
         return 4 * n * heads * t * keep * d if keep else 5 * n * heads * t * s * d  # QKᵀ again among the five
     if not step.kernel.startswith("conv"):
         return 0
@@ -120,11 +121,10 @@ def step_seconds(step: Step, rates: Rates) -> float:
     rate = rates.rates
     seconds = OVERHEAD
     if step.kernel == "pack":
-        source = step.operands[0]
-        assert source is not None
+        size = packed_from(step)
         if step.ints[0] == Form.BF16:
-            return seconds + 1.5 * source.bytes / rate["bytes"]
-        return seconds + source.bytes / rate["pack bytes"] + step.ints[1] * step.ints[4] / rate["pack values"]
+            return seconds + 1.5 * size / rate["bytes"]
+        return seconds + size / rate["pack bytes"] + step.ints[1] * step.ints[4] / rate["pack values"]
     if step.kernel == "conv_grad_weight":
         dense = replace_form(step, Form.DENSE, 0)
         shape = shape_class(step)
@@ -147,6 +147,11 @@ def step_seconds(step: Step, rates: Rates) -> float:
     if step.kernel == "spill_wait":
         return seconds
     return seconds + step_bytes(step) / rate["bytes"]
+
+
+def packed_from(step: Step) -> int:
+    """Bytes of what a `pack` packs, which may be a part of its operand."""
+    return 4 * prod(step.ints[1:4])
 
 
 def program_seconds(steps: Iterable[Step], rates: Rates) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .context import scratch_bytes
-from .cost import Rates, as_kept, program_seconds, step_seconds
+from .cost import Rates, as_kept, packed_from, program_seconds, step_seconds
 from .place import lifetimes, live_bytes
 from .program import ALIGNMENT, Buffer, Program, Region, Step, touches
 from .schedule import share_buffers
@@ -109,7 +109,7 @@ class LiveModel:
                     assert source is not None
                     if storage.form == Form.DENSE:
                         replacement = source
-                        alone += _stays(source, touched, roots, successors, last)
+                        alone += _stays(source, packed_from(maker), touched, roots, successors, last)
                     else:
                         replacement = Buffer(name, storage.bytes)
                         packing = _pack(maker, storage)
@@ -159,24 +159,25 @@ def _aligned(size: int) -> int:
 
 def _stays(
     source: Buffer,
+    size: int,
     touched: Mapping[Buffer, list[int]],
     roots: Mapping[Buffer, Buffer],
     successors: Mapping[tuple[Buffer, int], Buffer],
     last: int,
 ) -> list[tuple[int, int, int]]:
-    """(first step, last step, bytes) that `source` takes beyond what the shared program holds anyway, if it is read
-    until `last`."""
+    """(first step, last step, bytes) that `size` bytes of `source` take beyond what the shared program holds anyway, if
+    they are read until `last`. Of columns of a wider matrix each part takes its own."""
     if source.region != Region.ARENA:
         return []
     end = touched[source][-1]
     successor = successors.get((roots[source], end))
     overwritten = successor is not None and successor is not source
     start = end if overwritten else end + 1
-    return [(start, last, _aligned(source.bytes))] if start <= last else []
+    return [(start, last, _aligned(size))] if start <= last else []
 
 
 def _pack(step: Step, storage: Storage) -> Step:
-    ints = [int(storage.form or 0), storage.samples, storage.rows, storage.cols, storage.keep]
+    ints = [int(storage.form or 0), storage.samples, storage.rows, storage.cols, storage.keep, *step.ints[5:]]
     return Step("pack", step.label, ints, [], step.operands[:1])
 
 

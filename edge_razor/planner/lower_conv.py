@@ -7,6 +7,7 @@ from math import prod
 
 from .context import Lowering, ParamForm, Tensor, weight_perm
 from .graph import Node
+from .lower_columns import column_ints
 from .program import Buffer
 from .storage import ACTIVATIONS, ActivationKeep, Form, Storage
 
@@ -128,15 +129,18 @@ def _grad_weight(lowering: Lowering, node: Node) -> None:
 
 
 def _pack(lowering: Lowering, node: Node) -> None:
-    x = lowering.plain(node, 0)
+    x = lowering.columns(node, 0)
     storage = lowering.storage.get(node.output(0))
     if storage is None:
         return
     if storage.form == Form.DENSE:
         lowering.kept[node.output(0)] = x.buffer
+        if x.columns is not None:
+            lowering.kept_columns[node.output(0)] = x.columns
         return
     out = lowering.keep(node, 0)
     ints = [int(storage.form or 0), storage.samples, storage.rows, storage.cols, storage.keep]
+    ints += column_ints([x.columns], [storage.cols])
     lowering.emit(node, "pack", ints, [], [x.buffer, out])
 
 

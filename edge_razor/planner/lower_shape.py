@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from .context import Lowering, Tensor, collapse, row_major
+from math import prod
+
+from .context import Columns, Lowering, Tensor, collapse, row_major
 from .graph import Node
+from .lower_columns import split_columns
 from .lower_math import axis_in
 from .program import Buffer
 
@@ -24,7 +27,7 @@ def _copy(
 
 
 def _reshape(lowering: Lowering, node: Node) -> None:
-    lowering.alias(node, lowering.tensor(node, 0))
+    lowering.alias(node, lowering.stored(node, 0))
 
 
 def _transpose(lowering: Lowering, node: Node) -> None:
@@ -52,6 +55,8 @@ def _fits(node: Node, part: Tensor, whole: Tensor, axis: int, start: int) -> Non
 def _concat(lowering: Lowering, node: Node) -> None:
     y = lowering.output(node)
     axis = axis_in(node, node.integer("axis"), len(y.shape))
+    if _lies_there(lowering, node, y, axis):
+        return
     strides, start = row_major(y.shape), 0
     for index in range(len(node.inputs)):
         x = lowering.plain(node, index)
@@ -64,9 +69,25 @@ def _concat(lowering: Lowering, node: Node) -> None:
         node.fail(f"inputs cover {start} of {y.shape[axis]} along axis {axis}")
 
 
+def _lies_there(lowering: Lowering, node: Node, y: Tensor, axis: int) -> bool:
+    """Whether the inputs of a Concat are the columns of one buffer that it would make; its output is that, then."""
+    inputs = [lowering.columns(node, index) for index in range(len(node.inputs))]
+    row, first = prod(y.shape[axis:]), 0
+    for x in inputs:
+        width = prod(x.shape[axis:])
+        if x.columns != Columns(row, first, width) or x.buffer is not inputs[0].buffer:
+            return False
+        first += width
+    if first != row or inputs[0].buffer.bytes != y.buffer.bytes:
+        return False
+    lowering.tensors[node.output(0)] = Tensor(inputs[0].buffer, y.shape)
+    return True
+
+
 def _split(lowering: Lowering, node: Node) -> None:
     x = lowering.plain(node, 0)
     axis = axis_in(node, node.integer("axis", 0), len(x.shape))
+    columns = split_columns(lowering, node, x, axis)
     strides, start = row_major(x.shape), 0
     for index, name in enumerate(node.outputs):
         shape = lowering.graph.shape(name, node).at(lowering.samples)
@@ -77,13 +98,16 @@ def _split(lowering: Lowering, node: Node) -> None:
         ):
             y = lowering.output(node, index)
             _fits(node, y, x, axis, start)
-            _copy(
-                lowering,
-                node,
-                list(y.shape),
-                (x.buffer, strides, start * strides[axis]),
-                (y.buffer, row_major(y.shape), 0),
-            )
+            if columns is not None:
+                lowering.tensors[name] = Tensor(x.buffer, y.shape, columns=columns[index])
+            else:
+                _copy(
+                    lowering,
+                    node,
+                    list(y.shape),
+                    (x.buffer, strides, start * strides[axis]),
+                    (y.buffer, row_major(y.shape), 0),
+                )
         start += shape[axis]
     if start != x.shape[axis]:
         node.fail(f"outputs cover {start} of {x.shape[axis]} along axis {axis}")

@@ -6,6 +6,7 @@ from math import inf, isfinite, prod
 
 from .context import LINEAR_PERM, Lowering, ParamForm, Tensor, collapse
 from .graph import Node
+from .lower_columns import column_ints, gradient_columns
 from .lower_math import broadcast_strides
 from .optimizer import row_set_bytes
 from .program import Buffer
@@ -116,14 +117,16 @@ def _sizes(node: Node, tensor: Tensor) -> tuple[int, int, int]:
 
 
 def _attention(lowering: Lowering, node: Node) -> None:
-    q, k, v = (lowering.plain(node, i) for i in range(3))
+    q, k, v = (lowering.columns(node, i) for i in range(3))
     ints, floats, mask, bias = _attention_ints(lowering, node, *(_sizes(node, x) for x in (q, k, v)))
     y = lowering.output(node)
     if y.elements != q.elements:
         node.fail(f"Y {list(y.shape)} must have Q's shape {list(q.shape)}")
     kept = lowering.keep(node, 1)
     keep = lowering.storage[node.output(1)].keep if kept is not None else 0
-    lowering.emit(node, "attention", [*ints, keep], floats, [q.buffer, k.buffer, v.buffer, mask, bias, y.buffer, kept])
+    columns = column_ints([x.columns for x in (q, k, v)], [x.shape[2] for x in (q, k, v)])
+    operands = [q.buffer, k.buffer, v.buffer, mask, bias, y.buffer, kept]
+    lowering.emit(node, "attention", [*ints, keep, *columns], floats, operands)
 
 
 def _attention_grad(lowering: Lowering, node: Node) -> None:
@@ -132,7 +135,8 @@ def _attention_grad(lowering: Lowering, node: Node) -> None:
     sizes = [(layout[1], layout[2], layout[3]) for _, layout in operands]
     ints, floats, mask, bias = _attention_ints(lowering, node, sizes[0], sizes[1], sizes[2])
     dy = lowering.plain(node, 5)
-    outputs = [_used(lowering, node, index) for index in range(3)]
+    together = gradient_columns(lowering, node)
+    outputs = [together[index] if index in together else _used(lowering, node, index) for index in range(3)]
     for tensor, size in zip([dy, *outputs], [sizes[0], *sizes], strict=True):
         if tensor is not None and tensor.elements != prod(size):
             node.fail(f"a gradient has shape {list(tensor.shape)}, expected {list(size)}")
@@ -144,7 +148,10 @@ def _attention_grad(lowering: Lowering, node: Node) -> None:
             node.fail("its probabilities are kept for something else")
         keep, mask, bias, ints[7] = storage.keep, None, None, 0  # what is masked was never kept
     buffers = [*(buffer for buffer, _ in operands), mask, bias, dy.buffer, kept, *map(_buffer, outputs)]
-    lowering.emit(node, "attention_grad", [*ints, *forms, *keeps, keep], floats, buffers)
+    columns = [lowering.kept_columns.get(node.input(index)) for index in range(3)]
+    columns += [None if tensor is None else tensor.columns for tensor in outputs]
+    more = column_ints(columns, [size[2] for size in (*sizes, *sizes)])
+    lowering.emit(node, "attention_grad", [*ints, *forms, *keeps, keep, *more], floats, buffers)
 
 
 def _expand_batch(lowering: Lowering, node: Node) -> None:

@@ -35,7 +35,7 @@ def spill(steps: list[Step], spilled: Collection[Buffer]) -> list[Step]:
     if not uses:
         return steps
     backward = next(i for i, step in enumerate(steps) if step.backward)
-    passed = [0, *accumulate(sum(b.bytes for b in step.operands if b is not None) for step in steps)]
+    passed = [0, *accumulate(sum(b.bytes for b in {*step.operands} if b is not None) for step in steps)]
     inserted: list[tuple[tuple[int, int, int, int], Step]] = []
     written: dict[Buffer, int] = {}
     slots: dict[Buffer, tuple[int, int]] = {}  # number and place in the file

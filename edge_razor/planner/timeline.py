@@ -102,6 +102,7 @@ class _Arena:
             kind = "kept"
         names = KERNELS[step.kernel].names
         scratch = step.scratch
+        written: set[tuple[int, int]] = set()  # several results may be columns of one matrix
         for position, operand in enumerate(step.operands):
             if operand is None or operand.region != Region.ARENA:
                 continue
@@ -109,7 +110,9 @@ class _Arena:
                 self._write(index, operand, f"{step.label} scratch", "scratch")
             elif position in KERNELS[step.kernel].writes:
                 continued = reads.get(id(operand))
-                if continued is None or continued.kind != kind:
+                place = operand.offset, operand.bytes
+                if place not in written and (continued is None or continued.kind != kind):
+                    written.add(place)
                     self._write(index, operand, f"{step.label} {names[position]}", kind)
 
     def _read(self, index: int, operand: Buffer) -> Stay:

@@ -266,6 +266,16 @@ class Network:
         shape[axis] = sum(dims(p)[axis] for p in parts)
         return self.node("Concat", list(parts), shape, lambda *v: torch.cat(v, axis), {"axis": axis})
 
+    def split(self, x: ir.Value, axis: int, sizes: Sequence[int]) -> list[ir.Value]:
+        shapes = [tuple(size if i == axis else d for i, d in enumerate(dims(x))) for size in sizes]
+        names = [f"v{self.count + 1}/{part}" for part in range(len(sizes))]
+        made = make_node("Split", [x, self.ints(sizes)], {"axis": axis}, shapes=shapes, like=None, names=names)
+        made.metadata_props["layer"] = f"layer{self.count}"
+        self.graph.append(made)
+        for part, out in enumerate(made.outputs):
+            self.calls.append((out, lambda v, part=part: v.split(list(sizes), axis)[part], [x]))
+        return list(made.outputs)
+
     def slice(self, x: ir.Value, axis: int, start: int, end: int) -> ir.Value:
         shape = list(dims(x))
         shape[axis] = end - start

@@ -84,6 +84,21 @@ def transformer(net: Network) -> Built:
     return net.build(net.linear(net.reshape(net.slice(x, 1, 0, 1), (16,)), 5))
 
 
+def fused(net: Network) -> Built:
+    """One projection makes Q, K and V: alike as in a ViT (cut between two dimensions), then with fewer heads of K and V
+    (causal), then K and V alone."""
+    x = net.linear(net.reshape(net.input, (63, 3)), 15)
+    qkv = net.reshape(net.linear(net.layer_norm(x), 45), (63, 3, 3, 5))
+    q, k, v = (net.reshape(part, (63, 15)) for part in net.split(qkv, 2, (1, 1, 1)))
+    x = net.binary("Add", x, net.linear(net.attention(q, k, v, 3, 5), 15))
+    q, k, v = net.split(net.linear(net.layer_norm(x), 25), 2, (15, 5, 5))
+    x = net.binary("Add", x, net.linear(net.attention(q, k, v, 1, 5, True), 15))
+    y = net.layer_norm(x)
+    k, v = net.split(net.linear(y, 6, bias=False), 2, (3, 3))
+    x = net.binary("Add", x, net.linear(net.attention(net.linear(y, 12), k, v, 1, 3), 15))
+    return net.build(net.linear(net.reshape(net.slice(net.layer_norm(x), 1, 0, 1), (15,)), 5))
+
+
 NETWORKS: dict[str, Callable[[Network], Built]] = {
     "residual": residual(True),
     "residual_bias": residual(False),
@@ -92,6 +107,7 @@ NETWORKS: dict[str, Callable[[Network], Built]] = {
     "perceptron": perceptron,
     "tokens": tokens,
     "transformer": transformer,
+    "fused": fused,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from edge_razor.planner.search import Search, Structure
 
 from .conftest import graph_of, settings
 from .networks import Built, Network
-from .test_execution import transformer
+from .test_execution import fused, transformer
 from .test_placement import networks
 
 
@@ -39,8 +41,9 @@ def test_the_smallest_forms_are_modelled_to_the_byte(mobile: tuple[Network, Buil
     assert modelled == needed
 
 
-def test_a_transformers_selections_are_modelled_closely() -> None:
-    search = Search(graph_of(transformer(Network((9, 7, 3)))), settings(batch_size=4))
+@pytest.mark.parametrize("made", [transformer, fused])
+def test_a_transformers_selections_are_modelled_closely(made: Callable[[Network], Built]) -> None:
+    search = Search(graph_of(made(Network((9, 7, 3)))), settings(batch_size=4))
     for level in range(len(search.levels)):
         structure = Structure(4, level)
         for index in selections(search, structure, 6, level):

@@ -47,15 +47,19 @@ def convolutional(depth: int = 3) -> Built:
     return net.build(net.linear(net.dropout(net.mean(x, (1, 2)), 0.2), 5))
 
 
-def transformer(norm_first: bool, depth: int = 3) -> Built:
-    """ViT-like (pre-norm, class token) or BERT-like (post-norm), with dropout in attention, MLP and residuals."""
+def transformer(norm_first: bool, depth: int = 3, fused: bool = False) -> Built:
+    """ViT-like (pre-norm, class token) or BERT-like (post-norm), with dropout in attention, MLP and residuals; `fused`:
+    Q, K and V by one projection, K and V with half the heads."""
     net = Network((9, 7, 3), seed=1)
     x = net.linear(net.reshape(net.input, (63, 3)), 16)
     x = net.dropout(net.concat([net.expand_batch(net.parameter("token", (1, 1, 16))), x], 1), 0.1)
     for _ in range(depth):
         y = net.layer_norm(x) if norm_first else x
-        q, k, v = (net.linear(y, 16) for _ in range(3))
-        y = net.dropout(net.linear(net.attention(q, k, v, 4, 4, ratio=0.1), 16), 0.1)
+        if fused:
+            q, k, v = net.split(net.linear(y, 32), 2, (16, 8, 8))
+        else:
+            q, k, v = (net.linear(y, 16) for _ in range(3))
+        y = net.dropout(net.linear(net.attention(q, k, v, 2 if fused else 4, 4, ratio=0.1), 16), 0.1)
         x = net.binary("Add", x, y)
         y = x = net.layer_norm(x) if not norm_first else x
         y = net.layer_norm(x) if norm_first else y
@@ -69,6 +73,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "convolutional": convolutional,
     "vit": lambda: transformer(True),
     "bert": lambda: transformer(False),
+    "fused": lambda: transformer(True, fused=True),
 }
 
 
