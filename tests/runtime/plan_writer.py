@@ -213,3 +213,35 @@ def spilled(plan: dict[str, Any]) -> dict[str, Any]:
     ]
     train.insert(1, step("spill_write", x, 0, 0))
     return plan
+
+
+def attention_gradient(places: list[list[int]], columns: list[int]) -> dict[str, Any]:
+    """A plan whose first step makes dQ, dK and dV of [2, 3, 4] in the arena `places` (offset, bytes)."""
+    plan = linear_plan()
+    ints, floats = [2, 3, 3, 2, 2, 2, 0, 0, 0, *[0] * 7, *columns], [0.5, 0.0]
+    scratch = kernel_scratch("attention_grad", ints, floats, plan["threads"])
+    begin = up64(plan["arena_bytes"])
+    read, none = (ARENA, begin + 1024, 96), (0, 0, 0)
+    gradients = [(ARENA, begin + offset, size) for offset, size in places]
+    operands = [read, read, read, none, none, read, none, *gradients, (ARENA, begin + 2048, scratch)]
+    plan["arena_bytes"] = begin + 2048 + up64(scratch)
+    step = {"kernel": "attention_grad", "label": "a:b", "ints": ints, "floats": floats, "operands": operands}
+    plan["train"].insert(0, step)
+    return plan
+
+
+def columns_plan() -> dict[str, Any]:
+    """A plan with steps that read and write columns of a wider matrix."""
+    plan = attention_gradient([[0, 312]] * 3, [4, 0, 4, 0, 4, 0, 13, 0, 13, 4, 13, 9])
+    begin = plan["train"][0]["operands"][7][1]
+    wide, none = (ARENA, begin, 312), (0, 0, 0)
+    ints, floats = [2, 3, 3, 2, 2, 2, 1, 0, 0, 0, 13, 0, 13, 4, 13, 9], [0.5, 0.0]
+    scratch = kernel_scratch("attention", ints, floats, plan["threads"])
+    end = plan["arena_bytes"]
+    plan["arena_bytes"] = end + up64(scratch)
+    operands = [wide, wide, wide, none, none, (ARENA, begin + 512, 96), none, (ARENA, end, scratch)]
+    attention = {"kernel": "attention", "label": "a:b", "ints": ints, "floats": floats, "operands": operands}
+    packed = [wide, (ARENA, begin + 640, 48), none]
+    pack = {"kernel": "pack", "label": "a:b", "ints": [1, 2, 3, 4, 0, 13, 9], "floats": [], "operands": packed}
+    plan["train"][:0] = [attention, pack]
+    return plan

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from edge_razor.errors import EdgeRazorError, PlanError
-from edge_razor.runtime import Session, kernel_scratch
+from edge_razor.runtime import Session
 
 from .frozen_plans import rows_plan
-from .plan_writer import ABSENT, encode, linear_plan, seal, up64
+from .plan_writer import ABSENT, attention_gradient, encode, linear_plan, seal
 
 Plan = dict[str, Any]
 
@@ -143,22 +143,6 @@ def test_a_step_cannot_overwrite_its_own_indices(kernel: str, indices: int, writ
     plan["arena_bytes"] = plan["params_bytes"] = plan["arena_bytes"] + plan["params_bytes"] + 4096
     step["operands"][written] = (region, offset + size // 4 // 64 * 64, step["operands"][written][2])
     refuse(encode(plan), f"operand {written} would overwrite the indices in operand {indices}")
-
-
-def attention_gradient(places: list[list[int]], columns: list[int]) -> Plan:
-    """A plan whose first step makes dQ, dK and dV of [2, 3, 4] in the arena `places` (offset, bytes)."""
-    plan = linear_plan()
-    ints, floats = [2, 3, 3, 2, 2, 2, 0, 0, 0, *[0] * 7, *columns], [0.5, 0.0]
-    scratch = kernel_scratch("attention_grad", ints, floats, plan["threads"])
-    begin = plan["arena_bytes"] = up64(plan["arena_bytes"])
-    read, none = (1, begin + 1024, 96), (0, 0, 0)
-    gradients = [(1, begin + offset, size) for offset, size in places]
-    operands = [read, read, read, none, none, read, none, *gradients, (1, begin + 2048, scratch)]
-    plan["arena_bytes"] += 2048 + up64(scratch)
-    plan["train"].insert(
-        0, {"kernel": "attention_grad", "label": "a:b", "ints": ints, "floats": floats, "operands": operands}
-    )
-    return plan
 
 
 TOGETHER, APART = [[0, 312]] * 3, [[0, 96], [128, 96], [256, 96]]

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from edge_razor.runtime import Session
 
 from .frozen_plans import FORMS, frozen_plan, rows_plan
-from .plan_writer import encode, linear_plan
+from .plan_writer import columns_plan, encode, linear_plan
 from .write_plans import write_plans
 
 __all__ = ["TARGETS", "write_fuzz_seeds"]
@@ -26,7 +26,7 @@ def write_fuzz_seeds(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_plans(folder / "plan_fuzz")
     frozen = {name: encode(frozen_plan(form, micro=2)) for name, form in FORMS.items()}
-    for name, plan in {**frozen, "rows": encode(rows_plan())}.items():
+    for name, plan in {**frozen, "rows": encode(rows_plan()), "columns": encode(columns_plan())}.items():
         (folder / "plan_fuzz" / f"{name}.plan").write_bytes(plan)
     plans = {"weights_fuzz": {"linear": encode(linear_plan()), **frozen}}
     plans["checkpoint_fuzz"] = {"linear": encode(linear_plan(momentum=0.9)), "int8": frozen["int8"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .plan_writer import encode, linear_plan, spilled
+from .plan_writer import columns_plan, encode, linear_plan, spilled
 
 
 def write_plans(folder: Path) -> list[Path]:
@@ -14,6 +14,7 @@ def write_plans(folder: Path) -> list[Path]:
         "linear": linear_plan(),
         "momentum": linear_plan(threads=2, momentum=0.9, pixels=(3, 5), outputs=17),
         "classes": linear_plan(threads=3, loss="cross_entropy", batch=5, micro=2),
+        "columns": columns_plan(),
         "spilled": spilled(linear_plan(threads=2, pixels=(9, 20), outputs=40)),
     }
     paths = {folder / f"{name}.plan": plan for name, plan in plans.items()}
