@@ -267,7 +267,8 @@ struct HeadGradient {
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); head++) {
       if (q.at.razor() && !copy_rows(q, sample, 0, a.t, head * a.d, a.d, width(), work.group, work.q)) return false;
       for (int64_t tile = 0; tile < a.tiles(); tile++) {
-        const int64_t first = a.tile_begin(tile), rows = a.tile_begin(tile + 1) - first, end = a.reach(first + rows - 1);
+        const int64_t first = a.tile_begin(tile), rows = a.tile_begin(tile + 1) - first,
+                      end = a.reach(first + rows - 1);
         HeadRows queries{work.q + (q.at.razor() ? first * width() : 0), width()};
         if (q.at.form == kDense)
           queries = {q.dense_row(sample * a.t + first) + head * a.d, q.row};
