@@ -64,6 +64,7 @@ GEOMETRIES = {
     "wide output": Geometry(n=1, ih=70, iw=1, ic=20, oc=331),
     "many tiles and chunks": Geometry(n=1, ih=8, iw=8, ic=784, oc=208),
     "gradient shared by input channels": Geometry(n=2, ih=5, iw=1, ic=700, oc=100),
+    "more columns than are taken at once": Geometry(n=1, ih=60, iw=1, ic=1100, oc=20),
     "3x3": Geometry(ih=12, iw=10, ic=18, oc=20, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "3x3 stride 2": Geometry(ih=13, iw=15, ic=18, oc=9, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
     "3x3 without padding": Geometry(ih=9, iw=9, ic=6, oc=9, kh=3, kw=3),
