@@ -67,7 +67,7 @@ def test_columns_change_no_bit_and_need_no_more_memory(
     assert len(copies(candidate)) == 3  # the first position is cut out, here, in evaluation and backward
     assert len(copies(copying)) == 3 + 3 * (3 + 3 + 2)
     assert candidate.peak_live <= copying.peak_live
-    assert candidate.accounting.arena <= copying.accounting.arena
+    assert candidate.accounting.arena <= 1.05 * candidate.peak_live  # what placement promises
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
