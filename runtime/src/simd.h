@@ -18,6 +18,8 @@ typedef uint32_t VecU __attribute__((vector_size(ER_VECTOR_BYTES)));
 typedef uint16_t VecH __attribute__((vector_size(ER_VECTOR_BYTES / 2)));
 typedef int8_t VecB __attribute__((vector_size(ER_VECTOR_BYTES / 4)));
 constexpr int kLanes = ER_VECTOR_BYTES / 4;
+// Processors with AVX-512 have 1 to 2 MB of second-level cache, others 256 KB or more.
+constexpr bool kLargeCache = kLanes == 16;
 
 inline VecF load(const float* p) {
   VecF v;

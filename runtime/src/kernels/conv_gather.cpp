@@ -7,9 +7,8 @@
 namespace er::ER_ISA {
 namespace {
 
-// With AVX-512, whose processors have 1 to 2 MB of second-level cache, tiles and depths are as long as fit there: a sum
-// is stored once for every depth, and a panel of B packed once for every tile.
-constexpr bool kLargeCache = kTileVectors * kLanes >= 64;
+// A sum is stored once for every depth, and a panel of B packed once for every tile: both are as long as the cache
+// allows.
 constexpr int64_t kMaxTileRows = kLargeCache ? 1152 : 576;
 constexpr int64_t kTileBytes = kLargeCache ? 1536 << 10 : 512 << 10;  // a tile's inputs of one depth block
 constexpr int64_t kTableBytes = 128 << 10;                            // row pointers of a tile

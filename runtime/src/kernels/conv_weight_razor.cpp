@@ -20,8 +20,8 @@ namespace er::ER_ISA {
 namespace {
 
 constexpr int kMaxVectors = 6;  // as in the prototype: with the broadcast value they leave registers free on every ISA
-// Of G in scratch: a part of the L2 cache, which is of 1 to 2 MB where there is AVX-512, and of 256 KB in small cores.
-constexpr int64_t kGradientBytes = (kLanes == 16 ? 640 : 256) << 10;
+// Of G in scratch: a part of the second-level cache, of which small cores have 256 KB.
+constexpr int64_t kGradientBytes = (kLargeCache ? 640 : 256) << 10;
 constexpr int64_t kSharedBytes = 256 << 10;  // of G that every thread sums up
 constexpr int64_t kMostColumns = 1024;       // of X at once
 
@@ -64,8 +64,8 @@ struct BlockColumns {
 
 // Reads columns of [first, end) from the first on, as many groups as `values` has room for. Returns the column behind
 // them, or 0 if they point outside the sample's values.
-int64_t read_columns(const KeptReader& x, int64_t sample, int64_t block, int64_t first, int64_t end, float* values,
-                     BlockColumns* out) {
+int64_t read_block(const KeptReader& x, int64_t sample, int64_t block, int64_t first, int64_t end, float* values,
+                   BlockColumns* out) {
   const uint64_t* words = x.mask(sample, block);
   out->rows = x.at.row_begin(block + 1) - x.at.row_begin(block);
   out->inside = out->rows == kBlockRows ? ~uint64_t{0} : (uint64_t{1} << out->rows) - 1;
@@ -152,7 +152,7 @@ bool tiles_gradient(const WeightGradient& call, const KeptReader& x, const Weigh
     const float* dy = call.dy + (sample * x.at.rows + x.at.row_begin(block)) * s.oc + output;
     BlockColumns read;
     for (int64_t c = column, next; c < column + range.c1 - range.c0; c = next) {
-      next = read_columns(x, sample, block, c, column + range.c1 - range.c0, work.values, &read);
+      next = read_block(x, sample, block, c, column + range.c1 - range.c0, work.values, &read);
       if (!next) return false;
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = tiles.begin(t), v1 = tiles.begin(t + 1), k0 = v0 * kLanes, width = (v1 - v0) * kLanes;

@@ -106,9 +106,9 @@ class TransposedProduct {
 
  private:
   // Products a sum at once: a wide panel of B stays in the second-level cache, a narrow one in the first.
-  static constexpr int64_t kDepth = kPanelColumns < 64 ? 256 : 512;
-  static constexpr int64_t kRows = kPanelColumns < 64 ? 258 : 384;  // of C at once: A's columns stay there
-  static constexpr int64_t kSmall = 64 << 10;                       // elements of C
+  static constexpr int64_t kDepth = kLargeCache ? 512 : 256;
+  static constexpr int64_t kRows = kLargeCache ? 384 : 258;  // of C at once: A's columns stay there
+  static constexpr int64_t kSmall = 64 << 10;                // elements of C
   static constexpr int64_t kNear = 256;
 
   // Floats between two packed rows of A: an odd number of lines, so that a column spreads over the cache's sets.

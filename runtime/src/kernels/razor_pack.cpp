@@ -1,8 +1,7 @@
 // Packing finds the k-th largest magnitude of a sample exactly, without sorting, in one pass over the sample:
 //
 // 1. A histogram of a few rows brackets the threshold; it only guesses (razor_threshold.cpp). How much its blocks
-// differ says how far off the
-//    guess may be: activations of pictures differ from place to place.
+//    differ says how far off the guess may be: activations of pictures differ from place to place.
 // 2. The pass takes each block's means and, while its columns are in cache, lists the residuals at or above the
 //    bracket's low end (a fifth more than will be kept, as a rule) and sets their mask bits.
 // 3. Histograms over the list settle the threshold to the last bit.
@@ -23,6 +22,7 @@ namespace er::ER_ISA {
 namespace {
 
 constexpr int kMaxParts = 64;
+constexpr int kChunkGroups = 4;  // column groups that are in the first-level cache at once
 
 // Keeps of each column the first `ties` bits of tie[], adds them to word[].
 void add_ties(const Tile& tile, int32_t tie_magnitude, int64_t* ties, uint64_t* word) {
@@ -116,9 +116,8 @@ inline uint64_t deposit(uint64_t keep, uint64_t word) {
 #endif
 }
 
-// Takes what a threshold does not keep from the list, keeps the first `ties` ties. bits[i / 64] bit i % 64 says whether
-// element i of the list was kept, for elements [begin, begin + n). Returns the number kept, moved to `out`, which lies
-// at or before list + begin.
+// Takes what a threshold does not keep from `n` elements of the list, keeps the first `ties` ties. kept[i / 64] bit
+// i % 64 says whether element i was kept. Returns the number kept, moved to `out`, which lies at or before them.
 int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t* ties, float* out, uint64_t* kept) {
   int64_t total = 0;
   for (int64_t first = 0; first <= n; first += 64) {

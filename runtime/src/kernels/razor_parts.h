@@ -6,8 +6,6 @@
 
 namespace er::ER_ISA {
 
-constexpr int kChunkGroups = 4;  // column groups that are in the first-level cache at once
-
 struct Block {
   int64_t index, begin, rows;
   Block(const PackedLayout& at, int64_t i) : index(i), begin(at.row_begin(i)), rows(at.row_begin(i + 1) - begin) {}
