@@ -1,14 +1,17 @@
 // The contract between the executor and the kernels. Kernel files are compiled once per instruction set, each time with
 // another ER_ISA (namespace) and ER_VECTOR_BYTES; registry.cpp collects the tables.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "edge_razor.h"
 
 namespace er {
 
-// A fixed pool; the caller is thread 0. Work is split statically, so the same thread count gives the same bits.
+// A fixed pool; the caller is thread 0. How work is cut depends on the number of threads alone, so the same number
+// gives the same bits; which thread does a piece may change, so what is added up is added up by piece, not by thread.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
@@ -31,12 +34,32 @@ class ThreadPool {
         [](void* f, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(f))(begin, end, thread); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
+  // The same where it does not matter who does what: a thread that is done takes over from another, so that none waits
+  // for one that was interrupted. body(begin, end, thread) may be called several times by a thread.
+  template <class F>
+  void share(int64_t items, int64_t grain, F&& body, bool alone = false) {
+    share_ranges(
+        items, grain, alone,
+        [](void* f, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(f))(begin, end, thread); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+  // share() by hand: before run(), cuts [0, units) into one contiguous part a thread; `units` are below 2^32.
+  void cut(int64_t units) noexcept;
+  // Inside run(): the first half of what is left of the thread's part, or else of the last half of what is left of
+  // another's, unless the thread is to do its `own` part only. False if nothing is left.
+  bool next(int thread, int64_t* begin, int64_t* end, bool own = false) noexcept;
 
  private:
+  struct alignas(64) Part {
+    std::atomic<uint64_t> range;  // begin << 32 | end
+  };
   void dispatch(void (*call)(void*, int), void* f) noexcept;
   void split_ranges(int64_t items, int64_t grain, bool alone, void (*call)(void*, int64_t, int64_t, int),
                     void* f) noexcept;
+  void share_ranges(int64_t items, int64_t grain, bool alone, void (*call)(void*, int64_t, int64_t, int),
+                    void* f) noexcept;
   int threads_;
+  std::unique_ptr<Part[]> parts_;  // [threads]
   struct Impl;
   Impl* impl_;
 };

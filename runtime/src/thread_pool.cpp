@@ -87,7 +87,7 @@ struct ThreadPool::Impl {
   }
 };
 
-ThreadPool::ThreadPool(int threads) : threads_(threads), impl_(nullptr) {
+ThreadPool::ThreadPool(int threads) : threads_(threads), parts_(new Part[threads]), impl_(nullptr) {
   if (threads_ <= 1) return;
   impl_ = new Impl;
   try {
@@ -108,6 +108,49 @@ void ThreadPool::split_ranges(int64_t items, int64_t grain, bool alone, void (*c
     const int64_t chunks = (items + grain - 1) / grain, n = threads_;
     const int64_t begin = chunks * t / n * grain, end = std::min(items, chunks * (t + 1) / n * grain);
     if (begin < end) call(f, begin, end, t);
+  });
+}
+
+void ThreadPool::cut(int64_t units) noexcept {
+  for (int64_t t = 0; t < threads_; t++) {
+    const uint64_t begin = units * t / threads_, end = units * (t + 1) / threads_;
+    parts_[t].range.store(begin << 32 | end, std::memory_order_relaxed);  // run() publishes it
+  }
+}
+
+bool ThreadPool::next(int thread, int64_t* begin, int64_t* end, bool own) noexcept {
+  for (int i = 0; i < (own ? 1 : threads_); i++) {
+    std::atomic<uint64_t>& range = parts_[(thread + i) % threads_].range;
+    uint64_t left = range.load();
+    for (;;) {
+      const uint64_t first = left >> 32, last = left & UINT32_MAX;
+      if (first == last) break;
+      const uint64_t half = threads_ == 1 ? last - first : (last - first + 1) / 2;
+      const uint64_t cut = i == 0 ? first + half : last - half;
+      if (!range.compare_exchange_weak(left, i == 0 ? cut << 32 | last : first << 32 | cut)) continue;
+      if (i > 0 && half > 1) {  // taken over: the first half of it now, and others may take of the rest
+        const uint64_t some = cut + (half + 1) / 2;
+        parts_[thread].range.store(some << 32 | last);
+        *begin = cut, *end = some;
+        return true;
+      }
+      *begin = i == 0 ? first : cut, *end = i == 0 ? cut : last;
+      return true;
+    }
+  }
+  return false;
+}
+
+void ThreadPool::share_ranges(int64_t items, int64_t grain, bool alone, void (*call)(void*, int64_t, int64_t, int),
+                              void* f) noexcept {
+  constexpr int64_t kUnits = 32;  // a thread
+  if (alone || threads_ == 1) return call(f, 0, items, 0);
+  const int64_t chunks = (items + grain - 1) / grain, most = kUnits * threads_;
+  const int64_t step = (chunks + most - 1) / most * grain;
+  if (!step) return;
+  cut((items + step - 1) / step);
+  run([&](int thread) {
+    for (int64_t begin, end; next(thread, &begin, &end);) call(f, begin * step, std::min(items, end * step), thread);
   });
 }
 

@@ -129,13 +129,35 @@ def test_finish_drops_gradients_that_are_not_finite_where_relu_is_off(name: str)
     assert sums is not None and not sums.any()
 
 
-def test_finish_scratch_is_two_rows_of_sums_a_thread() -> None:
+def test_finish_scratch_is_two_rows_of_sums_for_each_part_of_the_rows() -> None:
     for case in (CASES["k3"], CASES["depthwise_3"]):
         for threads in (1, 3):
             without, with_sums = (
                 kernel_scratch("conv_grad_input", [*case.ints, 0, 0, s, 0], [0.0, 0.0], threads) for s in (0, 1)
             )
-            assert with_sums - without == threads * 2 * 4 * (-(-case.ic // 16) * 16)
+            parts, rest = divmod(with_sums - without, 2 * 4 * (-(-case.ic // 16) * 16))
+            assert rest == 0
+            assert parts == 1 if threads == 1 else 1 <= parts <= 24 * threads
+
+
+def _large(ic: int, oc: int, kernel: int, stride: int, pad: int, group: int = 1) -> Case:
+    return Case(4, 37, 31, ic, oc, (kernel, kernel), (stride, stride), (pad,) * 4, (1, 1), group)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [_large(40, 200, 1, 1, 0), _large(200, 40, 1, 1, 0), _large(24, 48, 5, 1, 2), _large(48, 64, 3, 1, 1),
+     _large(48, 32, 3, 2, 1), _large(40, 40, 3, 1, 1, 40), _large(40, 40, 5, 2, 2, 40), _large(48, 72, 3, 1, 1, 3)],
+)  # fmt: skip
+def test_the_same_bits_whichever_thread_takes_what(case: Case) -> None:
+    """More threads than processors: they take over from one another, never twice in the same way."""
+    _, w, dy = case.tensors(7)
+    kept = kept_slopes(2, case.n * case.ih * case.iw, case.ic)
+    results = [finished(case, dy, w, "silu", kept, None, True, 5) for _ in range(12)]
+    for dx, sums in results[1:]:
+        np.testing.assert_array_equal(dx, results[0][0])
+        np.testing.assert_array_equal(sums, results[0][1])
+    assert_sums(results[0][1], results[0][0])
 
 
 @pytest.mark.parametrize(

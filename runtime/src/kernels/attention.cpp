@@ -73,7 +73,7 @@ bool run_attention(const Call& call) {
   read_columns(call, kForwardInts, 3, a.q_row(), a.kv_row(), in);
   const float *q = call.as<const float>(0) + in[0].column, *k = call.as<const float>(1) + in[1].column,
               *v = call.as<const float>(2) + in[2].column;
-  call.pool->split(a.n * a.heads * a.tiles(), 1, [&](int64_t begin, int64_t stop, int thread) {
+  call.pool->share(a.n * a.heads * a.tiles(), 1, [&](int64_t begin, int64_t stop, int thread) {
     float* p = call.as<float>(7) + thread * (kTile + a.d) * a.p_row();
     ProductColumns keys{};
     int64_t packed = -1;
@@ -343,7 +343,7 @@ bool run_attention_grad(const Call& call) {
   const float kept_scale = a.ratio < 1 ? static_cast<float>(1.0 / (1.0 - double{a.ratio})) : 0.f;
   const int64_t floats = Work(a, keep, nullptr).floats;
   std::atomic<bool> good{true};
-  call.pool->split(a.n * a.kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
+  call.pool->share(a.n * a.kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
     const Work work(a, keep, call.as<float>(10) + thread * floats);
     for (int64_t unit = begin; unit < end; unit++) {
       const HeadGradient gradient{call, a, q, k, v, places + 3, work, unit / a.kv_heads, unit % a.kv_heads};

@@ -91,7 +91,7 @@ constexpr int64_t kFloatsPerThread = 8192;
 // body(begin, end) over [0, items), in parallel if there is work for it. `floats` is how many floats an item touches.
 template <class F>
 void parallel(const Call& call, int64_t items, int64_t floats, F&& body) {
-  call.pool->split(
+  call.pool->share(
       items, 1, [&](int64_t begin, int64_t end, int) { body(begin, end); },
       items < 2 || items * floats < 2 * kFloatsPerThread);
 }
@@ -99,7 +99,7 @@ void parallel(const Call& call, int64_t items, int64_t floats, F&& body) {
 // The same for contiguous elements; ranges begin at multiples of 64 floats.
 template <class F>
 void parallel_elements(const Call& call, int64_t n, F&& body) {
-  call.pool->split(n, 64, [&](int64_t begin, int64_t end, int) { body(begin, end); }, n < 2 * kFloatsPerThread);
+  call.pool->share(n, 64, [&](int64_t begin, int64_t end, int) { body(begin, end); }, n < 2 * kFloatsPerThread);
 }
 
 }  // namespace er::ER_ISA

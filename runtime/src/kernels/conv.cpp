@@ -138,11 +138,19 @@ enum GradInputInt : uint32_t { kGradKeep = kConvInts + 1, kGradSum, kGradAccumul
 // Floats between the two running sums of a thread, so that threads share no line of cache.
 int64_t sums_stride(const ConvShape& s) { return (s.ic + 15) / 16 * 16; }
 
-// The running sums of all threads, if any, come first.
-uint64_t sums_bytes(const Call& call, const ConvShape& s, int threads) {
-  return call.ints[kGradSum]
-             ? static_cast<uint64_t>(sums_stride(s)) * 2 * sizeof(float) * static_cast<uint64_t>(threads)
-             : 0;
+bool one_phase(const ConvShape& s) { return std::min(s.sh, s.ih) == 1 && std::min(s.sw, s.iw) == 1; }
+
+// Parts of the rows of dX that have running sums of their own.
+int64_t sum_parts(const ConvShape& s, int64_t form, int threads) {
+  if (is_depthwise(s)) return depthwise_parts(s, threads);
+  if (winograd_wins(s, true, threads)) return winograd_parts(winograd_of(s, true), threads);
+  return one_phase(s) ? gather_gemm_parts(gradient_gemm(s, form, 0, 0), threads) : threads;
+}
+
+// The running sums of all parts, if any, come first.
+uint64_t sums_bytes(const Call& call, const ConvShape& s, int64_t form, int threads) {
+  return call.ints[kGradSum] ? static_cast<uint64_t>(sums_stride(s) * 2 * sum_parts(s, form, threads)) * sizeof(float)
+                             : 0;
 }
 
 uint64_t engine_scratch(const ConvShape& s, int64_t form, bool gradient, int threads) {
@@ -163,7 +171,7 @@ uint64_t grad_input_scratch(const Call& call, int threads) {
   const ConvShape s = conv_shape(call.ints);
   const int64_t form = weight_form(call, kGradForm);
   if (!weight_form_error(s, form).empty()) return UINT64_MAX;
-  return sums_bytes(call, s, threads) + engine_scratch(s, form, true, threads);
+  return sums_bytes(call, s, form, threads) + engine_scratch(s, form, true, threads);
 }
 
 // "" if operand `index` has `bytes` bytes, or is absent and may be.
@@ -211,7 +219,7 @@ bool conv_run(const Call& call) {
   const int threads = call.pool->threads();
   if (is_depthwise(s)) {
     const Depthwise d{s, false, call.as<const float>(0), call.as<const float>(1), call.as<float>(4), finish};
-    call.pool->run([&](int thread) { depthwise(d, thread, threads); });
+    depthwise(d, call.pool);
     return true;
   }
   if (winograd_wins(s, false, threads)) {
@@ -233,8 +241,10 @@ bool conv_run(const Call& call) {
   float* zeros = call.as<float>(6);
   std::fill_n(zeros, s.ic, 0.0f);
   char* parts = call.as<char>(6) + aligned(static_cast<uint64_t>(s.ic) * 4);
-  call.pool->run(
-      [&](int thread) { gather_gemm(g, thread, threads, parts + part * static_cast<uint64_t>(thread), zeros); });
+  call.pool->cut(gather_gemm_units(g, threads));
+  call.pool->run([&](int thread) {
+    gather_gemm(g, call.pool, thread, true, parts + part * static_cast<uint64_t>(thread), zeros);
+  });
   return true;
 }
 
@@ -266,12 +276,12 @@ std::string conv_grad_input_check(const Call& call) {
                       operand_error(call, 5, "sums", s.ic * 4, !sum)});
 }
 
-// sums[c] = Σ over threads of what they added up.
-void add_up(const Finish& finish, int threads, int64_t cols, float* sums) {
+// sums[c] = Σ over the parts.
+void add_up(const Finish& finish, int64_t parts, int64_t cols, float* sums) {
   for (int64_t c = 0; c < cols; c++) {
     double total = 0;
-    for (int thread = 0; thread < threads; thread++) {
-      const RunningSums part = finish.running_sums(thread);
+    for (int64_t i = 0; i < parts; i++) {
+      const RunningSums part = finish.running_sums(i);
       total += static_cast<double>(part.sum[c]) - part.lost[c];
     }
     sums[c] = static_cast<float>(total);
@@ -283,7 +293,7 @@ bool conv_grad_input_run(const Call& call) {
   const float* scale = call.as<const float>(2);
   const WeightView weight = weight_view(s, weight_form(call, kGradForm), call.operands[1].data);
   const int threads = call.pool->threads();
-  const uint64_t sums = sums_bytes(call, s, threads);
+  const uint64_t sums = sums_bytes(call, s, weight.form, threads);
   Finish finish{};
   finish.accumulate = call.ints[kGradAccumulate] == 1;
   finish.slope = Slope::of(activation_of(call), call.ints[kGradKeep], call.as<const uint8_t>(4), s.ic);
@@ -293,7 +303,7 @@ bool conv_grad_input_run(const Call& call) {
   if (is_depthwise(s)) {
     finish.scale = scale;  // its channel is the input's channel
     const Depthwise d{s, true, call.as<const float>(0), call.as<const float>(1), call.as<float>(3), finish};
-    call.pool->run([&](int thread) { depthwise(d, thread, threads); });
+    depthwise(d, call.pool);
   } else if (winograd_wins(s, true, threads)) {
     Winograd w = winograd_of(s, true);
     w.source = call.as<const float>(0);
@@ -309,6 +319,8 @@ bool conv_grad_input_run(const Call& call) {
     float* zeros = reinterpret_cast<float*>(scratch);
     std::fill_n(zeros, s.oc, 0.0f);
     char* parts = scratch + aligned(static_cast<uint64_t>(s.oc) * 4);
+    const bool shared = one_phase(s);  // phases follow one another without a barrier
+    if (shared) call.pool->cut(gather_gemm_units(gradient_gemm(s, weight.form, 0, 0), threads));
     call.pool->run([&](int thread) {
       each_phase(s, [&](int64_t y, int64_t x) {
         GatherGemm g = gradient_gemm(s, weight.form, y, x);
@@ -317,11 +329,11 @@ bool conv_grad_input_run(const Call& call) {
         g.weight_scale = scale;
         g.out = call.as<float>(3);
         g.finish = finish;
-        gather_gemm(g, thread, threads, parts + part * static_cast<uint64_t>(thread), zeros);
+        gather_gemm(g, call.pool, thread, shared, parts + part * static_cast<uint64_t>(thread), zeros);
       });
     });
   }
-  if (finish.sums) add_up(finish, threads, s.ic, call.as<float>(5));
+  if (finish.sums) add_up(finish, sum_parts(s, weight.form, threads), s.ic, call.as<float>(5));
   return true;
 }
 

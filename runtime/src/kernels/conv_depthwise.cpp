@@ -208,51 +208,44 @@ void row_pixels(const Row& row) {
   const Axis& a = *row.axis;
   const bool adjacent = a.taps == 1 || a.tap_step == 1;
   if (adjacent && a.src_step == 1) switch (a.taps) {
+      case 3:
+        return fixed_pixels<3, 1>(row);
+      case 5:
+        return fixed_pixels<5, 1>(row);
+#if !defined(__OPTIMIZE_SIZE__)
       case 1:
         return fixed_pixels<1, 1>(row);
       case 2:
         return fixed_pixels<2, 1>(row);
-      case 3:
-        return fixed_pixels<3, 1>(row);
       case 4:
         return fixed_pixels<4, 1>(row);
-      case 5:
-        return fixed_pixels<5, 1>(row);
       case 7:
         return fixed_pixels<7, 1>(row);
+#endif
     }
   if (adjacent && a.src_step == 2) switch (a.taps) {
       case 3:
         return fixed_pixels<3, 2>(row);
       case 5:
         return fixed_pixels<5, 2>(row);
+#if !defined(__OPTIMIZE_SIZE__)
       case 7:
         return fixed_pixels<7, 2>(row);
+#endif
     }
   any_pixels(row, 0, a.count);
 }
 
 }  // namespace
 
-void depthwise(const Depthwise& d, int thread, int threads) {
+namespace {
+
+// Lines [line_begin, line_end) of channels [begin, end).
+void some_lines(const Depthwise& d, int64_t line_begin, int64_t line_end, int64_t begin, int64_t end,
+                const RunningSums& sums) {
   const ConvShape& s = d.shape;
   const Finish& f = d.finish;
   const int64_t channels = s.ic, out_h = d.gradient ? s.ih : s.oh, out_w = d.gradient ? s.iw : s.ow;
-  const int64_t lines = s.n * out_h;
-  int64_t line_begin = 0, line_end = lines, begin = 0, end = channels;
-  // Few rows: split channels, in multiples of 8 (whole bytes of kept bits) and of a vector.
-  constexpr int64_t unit = kLanes < 8 ? 8 : kLanes;
-  if (lines >= 16 * threads || channels < 2 * unit * threads) {
-    line_begin = lines * thread / threads;
-    line_end = lines * (thread + 1) / threads;
-  } else {
-    int64_t units = (channels + unit - 1) / unit;
-    begin = units * thread / threads * unit;
-    end = std::min(channels, units * (thread + 1) / threads * unit);
-  }
-  if (begin >= end) return;
-  const RunningSums sums = f.running_sums(thread);
-
   const bool far = (s.ih * s.iw + s.oh * s.ow) * channels * int64_t{sizeof(float)} > kCacheBytes;
   // The gradient's rows and columns fall into phases of the stride, each with its own taps; the forward pass has one
   // phase.
@@ -293,6 +286,41 @@ void depthwise(const Depthwise& d, int thread, int threads) {
       row_pixels(row);
     }
     if (f.second_pass()) f.run(d.out, channels, line * out_w, out_w, begin, end);
+  }
+}
+
+constexpr int64_t kChannelUnit = kLanes < 8 ? 8 : kLanes;  // whole bytes of kept bits, and vectors
+
+int64_t output_lines(const ConvShape& s, bool gradient) { return s.n * (gradient ? s.ih : s.oh); }
+
+// With few lines the threads split the channels.
+bool by_lines(const ConvShape& s, bool gradient, int threads) {
+  return output_lines(s, gradient) >= 16 * threads || s.ic < 2 * kChannelUnit * threads;
+}
+
+int64_t line_units(const ConvShape& s, bool gradient, int threads) {
+  return std::min<int64_t>(output_lines(s, gradient), threads == 1 ? 1 : 16 * threads);
+}
+
+}  // namespace
+
+int64_t depthwise_parts(const ConvShape& s, int threads) {
+  return by_lines(s, true, threads) ? line_units(s, true, threads) : 1;
+}
+
+void depthwise(const Depthwise& d, ThreadPool* pool) {
+  const ConvShape& s = d.shape;
+  const int threads = pool->threads();
+  const int64_t lines = output_lines(s, d.gradient), units = line_units(s, d.gradient, threads);
+  if (by_lines(s, d.gradient, threads)) {
+    pool->share(units, 1, [&](int64_t first, int64_t last, int) {
+      for (int64_t u = first; u < last; u++)
+        some_lines(d, lines * u / units, lines * (u + 1) / units, 0, s.ic, d.finish.running_sums(u));
+    });
+  } else {
+    pool->split(s.ic, kChannelUnit, [&](int64_t begin, int64_t end, int) {
+      some_lines(d, 0, lines, begin, end, d.finish.running_sums(0));
+    });
   }
 }
 

@@ -13,7 +13,8 @@ constexpr int64_t kMaxTileRows = kLargeCache ? 1152 : 576;
 constexpr int64_t kTileBytes = kLargeCache ? 1536 << 10 : 512 << 10;  // a tile's inputs of one depth block
 constexpr int64_t kTableBytes = 128 << 10;                            // row pointers of a tile
 constexpr int64_t kDepth = kLargeCache ? 768 : 512;  // inner products per pass over B: 768 × 64 columns = 192 KB
-constexpr int64_t kResidentBytes = 256 << 10;        // a packed B up to this size is packed once, not once a tile
+// All of B is packed once, not once a tile, up to this size, if it is narrow or leaves the cache room for a tile.
+constexpr int64_t kResidentBytes = kLargeCache ? 768 << 10 : 256 << 10, kNarrowBytes = 256 << 10;
 constexpr int64_t kFewRowsDepth = 16;  // with few rows, all columns of so many weight rows: the weight is read in order
 constexpr int64_t kAhead =
     32;  // weight rows fetched ahead while one is packed: each lies in another page, often of slow memory
@@ -29,7 +30,7 @@ struct Layout {
   int64_t blocks;
   bool few_rows, pack, resident;
 
-  explicit Layout(const GatherGemm& g) {
+  __attribute__((noinline)) explicit Layout(const GatherGemm& g) {
     rows = g.samples * g.rows_axis.count * g.cols_axis.count;
     taps = g.rows_axis.taps * g.cols_axis.taps;
     int64_t fit = kTableBytes / static_cast<int64_t>(sizeof(float*)) / pointers();
@@ -44,7 +45,8 @@ struct Layout {
     const int64_t cached = kTileBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, depth);
     tile_rows = std::max<int64_t>(kTileRowsNarrow, std::min({fit, kMaxTileRows, cached, rows}));
     pack = !as_it_lies(g) || (!few_rows && (panels > 1 || g.n % kLanes));
-    resident = packed_floats(g) * 4 <= kResidentBytes;
+    const int64_t bytes = packed_floats(g) * 4;
+    resident = bytes <= kResidentBytes && (bytes <= kNarrowBytes || bytes + tile_rows * depth * 4 <= kTileBytes);
   }
   // Whether the weight's rows can be rows of B.
   static bool as_it_lies(const GatherGemm& g) { return !g.gradient && g.weight.by_input(); }
@@ -68,6 +70,31 @@ struct Layout {
     constexpr int64_t unit = kLanes < 8 ? 2 : 1;
     return std::min(vectors, ceil_div(vectors, unit) * p / panels * unit);
   }
+};
+
+// How the threads share the work: in units of some rows of a panel. Groups do not start at whole bytes of kept bits, so
+// their units are whole tiles. Few rows: each thread takes all rows of some panels.
+struct Units {
+  bool by_panels, whole;  // whole: a unit is all panels of its rows
+  int64_t tiles, chunks;  // tiles of a thread, row chunks of a tile
+  int64_t panels;         // units of a chunk
+
+  Units(const GatherGemm& g, const Layout& l, int threads) {
+    constexpr int64_t kUnits = 24, kFewestRows = 128;  // of a thread, of a chunk
+    by_panels = l.rows < threads * kSmallRows && g.group == 1 && l.panels >= threads;
+    const int64_t rows = ceil_div(l.rows, by_panels ? 1 : threads);
+    tiles = std::max<int64_t>(1, ceil_div(rows, l.tile_rows));
+    whole = g.group > 1 || (g.finish.second_pass() && (l.resident || !l.pack));
+    panels = whole ? 1 : l.panels;
+    // A panel that is packed in several depths would be packed again for every chunk.
+    const bool cut = g.group == 1 && !by_panels && (l.blocks == 1 || l.resident || !l.pack);
+    const bool hot = g.finish.second_pass() && !whole;  // the second pass finds in the cache what it reads
+    const int64_t most = cut ? std::max<int64_t>(1, rows / tiles / kFewestRows) : 1;
+    chunks = hot ? most : threads == 1 ? 1 : std::clamp<int64_t>(kUnits / (tiles * panels), 1, most);
+  }
+  int64_t a_thread() const { return tiles * chunks * panels; }
+  // Rows that have running sums of their own.
+  int64_t parts(int threads) const { return by_panels || threads == 1 ? threads : threads * tiles * chunks; }
 };
 
 struct DepthBlock {
@@ -174,13 +201,162 @@ void gather(const GatherGemm& g, const Layout& l, int64_t row, int64_t count, co
   }
 }
 
-// The last step of a gradient for the table's rows, a few at a time: sums stay short.
-void finish_rows(const Finish& f, const Table& table, int64_t count, int64_t begin, int64_t end,
+// The last step of a gradient for some of the table's rows, a few at a time: sums stay short.
+void finish_rows(const Finish& f, const Table& table, int64_t first, int64_t last, int64_t begin, int64_t end,
                  const RunningSums& sums) {
-  for (int64_t r = 0; r < count; r += kTileRowsNarrow)
-    f.finish_gradient(table.outputs + r, table.kept + r, std::min<int64_t>(kTileRowsNarrow, count - r), begin, end,
+  for (int64_t r = first; r < last; r += kTileRowsNarrow)
+    f.finish_gradient(table.outputs + r, table.kept + r, std::min<int64_t>(kTileRowsNarrow, last - r), begin, end,
                       sums);
 }
+
+// One thread's part in the product.
+class Multiplier {
+ public:
+  Multiplier(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros)
+      : l(g),
+        units(g, l, threads),
+        g_(g),
+        f_(g.finish),
+        threads_(threads),
+        table_(l, scratch),
+        buffer_(reinterpret_cast<float*>(scratch + l.table_bytes())),
+        zeros_(zeros),
+        sums_(f_.running_sums(thread)) {
+    masks_ = f_.slope.kind == SlopeKind::kMask;
+    later_ = f_.slopes_or_sums() && (g.group > 1 || l.taps == 0 || !(masks_ || f_.slope.kind == SlopeKind::kOne));
+  }
+
+  // All rows of panels [first, last).
+  void panels(int64_t first, int64_t last) {
+    for (int64_t t = 0; t < units.tiles; t++) {
+      take_rows(l.rows * t / units.tiles, l.rows * (t + 1) / units.tiles);
+      run(0, count_, first, last, !l.resident || t == 0);
+    }
+  }
+
+  // Unit u of all threads. `own_sums`: its rows have running sums of their own.
+  void unit(int64_t u, bool own_sums) {
+    const int64_t chunk = u % units.chunks, p = u / units.chunks % units.panels, t = u / units.chunks / units.panels;
+    const int64_t all = g_.group * l.panels;
+    if (l.resident && tile_ < 0)
+      for (int64_t i = 0; i < all; i++)
+        for (int64_t b = 0; b < l.blocks; b++) pack_panel(i, b);
+    if (t != tile_) {
+      const int64_t owner = t / units.tiles, i = t % units.tiles;
+      const int64_t begin = l.rows * owner / threads_, rows = l.rows * (owner + 1) / threads_ - begin;
+      take_rows(begin + rows * i / units.tiles, begin + rows * (i + 1) / units.tiles);
+      tile_ = t;
+    }
+    if (own_sums) sums_ = f_.running_sums(t * units.chunks + chunk);
+    const bool pack_panels = !l.resident && (units.whole || l.blocks > 1 || p != panel_);
+    panel_ = p;
+    run(count_ * chunk / units.chunks, count_ * (chunk + 1) / units.chunks, units.whole ? 0 : p,
+        units.whole ? all : p + 1, pack_panels);
+  }
+
+  const Layout l;
+  const Units units;
+
+ private:
+  struct Panel {
+    int64_t group, start, vectors;  // start: first vector
+  };
+  Panel panel(int64_t p) const {
+    const int64_t start = l.panel_start(p % l.panels);
+    return {p / l.panels, start, l.panel_start(p % l.panels + 1) - start};
+  }
+  float* packed(const Panel& at, const DepthBlock& block) const {
+    if (!l.resident) return buffer_;
+    return buffer_ + ((at.group * l.vectors + at.start) * l.taps + at.vectors * block.tap) * g_.k_tap * kLanes +
+           at.vectors * block.begin * kLanes;
+  }
+
+  void take_rows(int64_t begin, int64_t end) {
+    row_ = begin, count_ = end - begin;
+    gather(g_, l, row_, count_, table_, zeros_);
+  }
+
+  __attribute__((noinline)) void pack_panel(int64_t p, int64_t b) const {
+    const Panel at = panel(p);
+    if (!l.pack || at.vectors == 0) return;
+    const DepthBlock block = depth_block(l, g_.k_tap, b);
+    g_.weight.with_form(
+        [&](auto form) { pack<form>(g_, at.group, block, at.start * kLanes, at.vectors, packed(at, block)); });
+  }
+
+  // Rows [begin, end) of the table by panel p, depth block b.
+  __attribute__((noinline)) void multiply(int64_t begin, int64_t end, int64_t p, int64_t b) const {
+    const Panel at = panel(p);
+    if (at.vectors == 0) return;
+    const int64_t column = at.start * kLanes, left = g_.n - column - (at.vectors - 1) * kLanes;
+    const int64_t to = at.group * g_.n + column;
+    const DepthBlock block = depth_block(l, g_.k_tap, b);
+    GemmTile t{};
+    t.ldb = l.pack ? at.vectors * kLanes : g_.weight.out;
+    t.b = l.pack ? packed(at, block) : g_.weight.hwio(weight_tap(g_, block.tap), block.begin, to);
+    t.a_stride = l.tile_rows;
+    t.a_offset = at.group * g_.k_tap + block.begin;
+    t.taps = block.taps;
+    t.k = block.depth;
+    t.c_offset = to;
+    t.last = static_cast<int>(std::min<int64_t>(left, kLanes));
+    t.partial_b = !l.pack && t.last < kLanes;
+    t.load_c = b > 0 || f_.accumulate;
+    t.finish = b == l.blocks - 1;
+    t.scale = f_.scale ? f_.scale + to : nullptr;
+    t.shift = f_.shift ? f_.shift + to : nullptr;
+    t.low = f_.low();
+    t.high = f_.high();
+    t.column = column;
+    if (!later_) t.sums = sums_;
+    const int64_t count = end - begin, pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(at.vectors)));
+    for (int64_t i = 0; i < pieces; i++) {
+      const int64_t r = begin + count * i / pieces;
+      t.a = table_.sources + block.tap * l.tile_rows + r;
+      t.c = table_.outputs + r;
+      if (!later_ && masks_) t.kept = table_.kept + r;
+      gemm_tile(t, static_cast<int>(begin + count * (i + 1) / pieces - r), static_cast<int>(at.vectors));
+    }
+  }
+
+  // Rows [begin, end) of the table by panels [first, last) of all groups.
+  __attribute__((noinline)) void run(int64_t begin, int64_t end, int64_t first, int64_t last, bool pack_panels) const {
+    const bool all = first == 0 && last == g_.group * l.panels;
+    const int64_t col_begin = all ? 0 : l.panel_start(first) * kLanes;
+    const int64_t col_end = all ? g_.out_cols : std::min(g_.n, l.panel_start(last) * kLanes);
+    if (l.taps == 0) {  // no output position reads these inputs
+      for (int64_t r = begin; r < end && !f_.accumulate; r++)
+        std::fill(table_.outputs[r] + col_begin, table_.outputs[r] + col_end, 0.0f);
+      if (later_ && f_.accumulate) finish_rows(f_, table_, begin, end, col_begin, col_end, sums_);
+      return;
+    }
+    auto block = [&](int64_t p, int64_t b) {
+      if (pack_panels) pack_panel(p, b);
+      multiply(begin, end, p, b);
+    };
+    if (l.few_rows)
+      for (int64_t b = 0; b < l.blocks; b++)
+        for (int64_t p = first; p < last; p++) block(p, b);
+    else
+      for (int64_t p = first; p < last; p++)
+        for (int64_t b = 0; b < l.blocks; b++) block(p, b);
+    if (f_.second_pass()) f_.run(g_.out, g_.out_cols, row_ + begin, end - begin, col_begin, col_end);
+    if (later_) finish_rows(f_, table_, begin, end, col_begin, col_end, sums_);
+  }
+
+  const GatherGemm& g_;
+  const Finish& f_;
+  const int threads_;
+  const Table table_;
+  float* const buffer_;
+  const float* const zeros_;
+  RunningSums sums_;
+  // Masks and sums are made in registers, except where the columns of a group need not start at a vector or a byte of
+  // bits: then, and with other slopes, the rows get them when they are done.
+  bool masks_, later_;
+  int64_t tile_ = -1, row_ = 0, count_ = 0;  // what is in the table
+  int64_t panel_ = -1;                       // what is in the buffer
+};
 
 }  // namespace
 
@@ -189,97 +365,25 @@ uint64_t gather_gemm_scratch(const GatherGemm& g) {
   return static_cast<uint64_t>(l.table_bytes()) + static_cast<uint64_t>(l.buffer_floats(g)) * 4;
 }
 
-void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros) {
-  const Layout l(g);
-  const Finish& f = g.finish;
-  const Table table(l, scratch);
-  float* buffer = reinterpret_cast<float*>(scratch + l.table_bytes());
-  const RunningSums sums = f.running_sums(thread);
+int64_t gather_gemm_units(const GatherGemm& g, int threads) {
+  return Units(g, Layout(g), threads).a_thread() * threads;
+}
 
-  // Few rows: each thread takes all rows of some panels. Groups do not start at whole bytes of kept bits, so they split
-  // by rows.
-  int64_t row_begin = 0, row_end = l.rows, panel_begin = 0, panel_end = g.group * l.panels;
-  if (l.rows >= threads * kSmallRows || g.group > 1 || l.panels < threads) {
-    row_begin = l.rows * thread / threads;
-    row_end = l.rows * (thread + 1) / threads;
-  } else {
-    panel_begin = l.panels * thread / threads;
-    panel_end = l.panels * (thread + 1) / threads;
-  }
-  if (row_begin == row_end || panel_begin == panel_end) return;
-  const bool all = panel_begin == 0 && panel_end == g.group * l.panels;
-  const int64_t col_begin = all ? 0 : l.panel_start(panel_begin) * kLanes;
-  const int64_t col_end = all ? g.out_cols : std::min(g.n, l.panel_start(panel_end) * kLanes);
-  // Masks and sums are made in registers, except where the columns of a group need not start at a vector or a byte of
-  // bits: then, and with other slopes, the rows of a tile get them when they are done.
-  const bool masks = f.slope.kind == SlopeKind::kMask;
-  const bool later = f.slopes_or_sums() && (g.group > 1 || l.taps == 0 || !(masks || f.slope.kind == SlopeKind::kOne));
+int64_t gather_gemm_parts(const GatherGemm& g, int threads) { return Units(g, Layout(g), threads).parts(threads); }
 
-  const int64_t tiles = ceil_div(row_end - row_begin, l.tile_rows);
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    const int64_t row = row_begin + (row_end - row_begin) * tile / tiles;
-    const int64_t count = row_begin + (row_end - row_begin) * (tile + 1) / tiles - row;
-    gather(g, l, row, count, table, zeros);
-    if (l.taps == 0) {  // no output position reads these inputs
-      for (int64_t r = 0; r < count && !f.accumulate; r++)
-        std::fill(table.outputs[r] + col_begin, table.outputs[r] + col_end, 0.0f);
-      if (later && f.accumulate) finish_rows(f, table, count, col_begin, col_end, sums);
-      continue;
-    }
-    auto multiply = [&](int64_t p, int64_t b) {
-      const int64_t group = p / l.panels, start = l.panel_start(p % l.panels);
-      const int64_t vectors = l.panel_start(p % l.panels + 1) - start;
-      if (vectors == 0) return;
-      const int64_t column = start * kLanes, left = g.n - column - (vectors - 1) * kLanes, to = group * g.n + column;
-      const DepthBlock block = depth_block(l, g.k_tap, b);
-      GemmTile t{};
-      if (l.pack) {
-        t.ldb = vectors * kLanes;
-        float* panel = buffer;
-        if (l.resident)
-          panel += ((group * l.vectors + start) * l.taps + vectors * block.tap) * g.k_tap * kLanes +
-                   vectors * block.begin * kLanes;
-        if (!l.resident || tile == 0)
-          g.weight.with_form([&](auto form) { pack<form>(g, group, block, column, vectors, panel); });
-        t.b = panel;
-      } else {
-        t.ldb = g.weight.out;
-        t.b = g.weight.hwio(weight_tap(g, block.tap), block.begin, to);
-      }
-      t.a_stride = l.tile_rows;
-      t.a_offset = group * g.k_tap + block.begin;
-      t.taps = block.taps;
-      t.k = block.depth;
-      t.c_offset = to;
-      t.last = static_cast<int>(std::min<int64_t>(left, kLanes));
-      t.partial_b = !l.pack && t.last < kLanes;
-      t.load_c = b > 0 || f.accumulate;
-      t.finish = b == l.blocks - 1;
-      t.scale = f.scale ? f.scale + to : nullptr;
-      t.shift = f.shift ? f.shift + to : nullptr;
-      t.low = f.low();
-      t.high = f.high();
-      t.column = column;
-      if (!later) t.sums = sums;
-      const int64_t pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(vectors)));
-      for (int64_t i = 0; i < pieces; i++) {
-        const int64_t r = count * i / pieces;
-        const int64_t rows = count * (i + 1) / pieces - r;
-        t.a = table.sources + block.tap * l.tile_rows + r;
-        t.c = table.outputs + r;
-        if (!later && masks) t.kept = table.kept + r;
-        gemm_tile(t, static_cast<int>(rows), static_cast<int>(vectors));
-      }
-    };
-    if (l.few_rows)
-      for (int64_t b = 0; b < l.blocks; b++)
-        for (int64_t p = panel_begin; p < panel_end; p++) multiply(p, b);
-    else
-      for (int64_t p = panel_begin; p < panel_end; p++)
-        for (int64_t b = 0; b < l.blocks; b++) multiply(p, b);
-    if (f.second_pass()) f.run(g.out, g.out_cols, row, count, col_begin, col_end);
-    if (later) finish_rows(f, table, count, col_begin, col_end, sums);
+void gather_gemm(const GatherGemm& g, ThreadPool* pool, int thread, bool shared, char* scratch, const float* zeros) {
+  const int threads = pool->threads();
+  Multiplier multiplier(g, thread, threads, scratch, zeros);
+  const Units& units = multiplier.units;
+  if (units.by_panels) {
+    const int64_t panels = multiplier.l.panels, first = panels * thread / threads,
+                  last = panels * (thread + 1) / threads;
+    if (first < last) multiplier.panels(first, last);
+    return;
   }
+  int64_t u = units.a_thread() * thread, end = u + units.a_thread();
+  for (bool more = !shared || pool->next(thread, &u, &end); more; more = shared && pool->next(thread, &u, &end))
+    for (; u < end; u++) multiplier.unit(u, shared && threads > 1);
 }
 
 }  // namespace er::ER_ISA

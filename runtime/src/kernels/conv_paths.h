@@ -19,14 +19,15 @@ struct Finish {
   uint8_t* kept;
   int64_t kept_row;       // bytes
   Slope slope{};          // of the activation whose value dX is the gradient of
-  float* sums = nullptr;  // [threads][2][sums_stride], zeros at first, or null
+  float* sums = nullptr;  // [parts][2][sums_stride], zeros at first, or null
   int64_t sums_stride = 0;
 
   // Whether a gradient needs more than its store.
   bool slopes_or_sums() const { return slope.kind != SlopeKind::kOne || sums; }
-  RunningSums running_sums(int thread) const {
+  // Of a part of the rows.
+  RunningSums running_sums(int64_t part) const {
     if (!sums) return {};
-    float* own = sums + thread * 2 * sums_stride;
+    float* own = sums + part * 2 * sums_stride;
     return {own, own + sums_stride};
   }
   // The last step of a gradient: columns [begin, end) of `count` rows of dX, which hold z (+ dx) and have just been
@@ -85,8 +86,12 @@ struct GatherGemm {
 };
 // Bytes of scratch that each thread needs.
 uint64_t gather_gemm_scratch(const GatherGemm& g);
-// `scratch` is this thread's, `zeros` has source_cols zeros. Every thread calls it with its number.
-void gather_gemm(const GatherGemm& g, int thread, int threads, char* scratch, const float* zeros);
+// The units that threads share: pool->cut() them. The parts of the rows that have running sums of their own.
+int64_t gather_gemm_units(const GatherGemm& g, int threads);
+int64_t gather_gemm_parts(const GatherGemm& g, int threads);
+// `scratch` is this thread's, `zeros` has source_cols zeros. Every thread calls it with its number. Not `shared`: each
+// does its own units, its number is the part of its sums.
+void gather_gemm(const GatherGemm& g, ThreadPool* pool, int thread, bool shared, char* scratch, const float* zeros);
 
 // 3×3 taps, stride and dilation 1, one group: out[s, y, x, c] = Σ source[s, y − pad_y + ky, x − pad_x + kx, k] · B[ky,
 // kx, k, c]. B is the weight (forward), or turned by half a turn, transposed and scaled (gradient).
@@ -105,6 +110,8 @@ struct Winograd {
 bool winograd_wins(const ConvShape& s, bool gradient, int threads);
 // Bytes of scratch for all threads together.
 uint64_t winograd_scratch(const Winograd& w, int threads);
+// Parts of the rows that have running sums of their own.
+int64_t winograd_parts(const Winograd& w, int threads);
 // Runs on all threads of the pool.
 void winograd(const Winograd& w, ThreadPool* pool, char* scratch);
 
@@ -118,6 +125,8 @@ struct Depthwise {
   float* out;           // Y or dX
   Finish finish;
 };
-void depthwise(const Depthwise& d, int thread, int threads);
+void depthwise(const Depthwise& d, ThreadPool* pool);
+// Parts of the gradient's rows that have running sums of their own.
+int64_t depthwise_parts(const ConvShape& s, int threads);
 
 }  // namespace er::ER_ISA

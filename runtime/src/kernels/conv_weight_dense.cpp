@@ -113,7 +113,7 @@ void share_gradient(const WeightGradient& call, const Shares& how, const Share& 
 // G += partial sums of threads 1 … , in their order.
 void add_partials(const WeightGradient& call, const float* partials) {
   const int64_t elements = call.shape.w_elements();
-  call.pool->split(elements, 256, [&](int64_t begin, int64_t end, int) {
+  call.pool->share(elements, 256, [&](int64_t begin, int64_t end, int) {
     for (int t = 1; t < call.pool->threads(); t++)
       for (int64_t i = begin; i < end; i++) call.g[i] += partials[(t - 1) * elements + i];
   });

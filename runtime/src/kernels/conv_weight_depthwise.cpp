@@ -181,7 +181,7 @@ bool depthwise_weight_run(const WeightGradient& call) {
                      [&](int64_t first, int64_t last, int thread) { gradient(first, last, 0, s.ic, thread); });
     write(0, s.ic, 0, threads);
   } else {
-    call.pool->split(s.ic, kGroupColumns, [&](int64_t begin, int64_t end, int thread) {
+    call.pool->share(s.ic, kGroupColumns, [&](int64_t begin, int64_t end, int thread) {
       gradient(0, blocks, begin, end, thread);
       write(begin, end, thread, 1);
     });

@@ -263,7 +263,7 @@ bool blocks_gradient(const WeightGradient& call, const KeptReader& x) {
   });
   for (int64_t part = 0; part < parts.count; part++) {
     const int64_t first = parts.begin(part), columns = parts.begin(part + 1) - first;
-    call.pool->split(columns, 1, [&](int64_t begin, int64_t end, int) {
+    call.pool->share(columns, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t t = 0; t < tiles.count; t++) {
         const int64_t k0 = tiles.begin(t) * kLanes, width = tiles.begin(t + 1) * kLanes - k0;
         for (int64_t c = begin; c < end; c++)

@@ -158,7 +158,7 @@ void winograd_weight_run(const WeightGradient& call) {
     *in = l.in.block(u / l.out.blocks), *out = l.out.block(u % l.out.blocks);
   };
   if (!l.by_tiles) {
-    call.pool->split(l.units(), 1, [&](int64_t begin, int64_t end, int thread) {
+    call.pool->share(l.units(), 1, [&](int64_t begin, int64_t end, int thread) {
       const Parts parts(l, call.scratch, thread);
       for (int64_t u = begin; u < end; u++) {
         Channels in, out;
@@ -176,7 +176,7 @@ void winograd_weight_run(const WeightGradient& call) {
       sum_windows(call, l, in, out, l.tiles * thread / threads, l.tiles * (thread + 1) / threads,
                   Parts(l, call.scratch, thread));
     });
-    call.pool->split(in.count, 1, [&](int64_t begin, int64_t end, int) {
+    call.pool->share(in.count, 1, [&](int64_t begin, int64_t end, int) {
       transform_sums(call, l, in, out, begin, end, Parts(l, call.scratch, 0).sums, threads);
     });
   }

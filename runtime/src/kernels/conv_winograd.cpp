@@ -30,7 +30,7 @@ struct Layout {
   int64_t k_stride, block, point_stride;  // floats, tiles, floats
   int64_t panel_width;                    // the widest, in vectors
 
-  Layout(const Winograd& w, int threads) {
+  __attribute__((noinline)) Layout(const Winograd& w, int threads) {
     tiles_x = ceil_div(w.out_w, 2);
     tiles = w.samples * ceil_div(w.out_h, 2) * tiles_x;
     vectors = ceil_div(w.n, kLanes);
@@ -236,8 +236,12 @@ void transform_products(const Winograd& w, const Layout& l, int64_t tile, int64_
   }
 }
 
-// This thread's tiles, columns of panels [first, last). Windows of an only block stay from chunk to chunk.
-void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, int thread, int threads,
+// A unit of tiles for threads to share: one block. Where a thread has an only block, it keeps its windows from chunk to
+// chunk, and is not relieved of it.
+int64_t thread_blocks(const Layout& l, int threads) { return ceil_div(ceil_div(l.tiles, threads), l.block); }
+
+// This thread's blocks of tiles, columns of panels [first, last).
+void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, int thread, ThreadPool* pool,
               const float* weight, const float* zeros, char* scratch) {
   float* windows = reinterpret_cast<float*>(scratch);
   float* products = windows + l.window_part();
@@ -247,11 +251,13 @@ void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, i
     sources[i] = windows + i * l.k_stride;
     results[i] = products + i * l.product_stride();
   }
-  const RunningSums sums = w.finish.running_sums(thread);
-  const int64_t begin = l.tiles * thread / threads, end = l.tiles * (thread + 1) / threads;
-  const int64_t blocks = ceil_div(end - begin, l.block);
-  for (int64_t b = 0; b < blocks; b++) {
+  const int threads = pool->threads();
+  const int64_t blocks = thread_blocks(l, threads);
+  auto block = [&](int64_t unit) {
+    const int64_t owner = unit / blocks, b = unit % blocks;
+    const int64_t begin = l.tiles * owner / threads, end = l.tiles * (owner + 1) / threads;
     const int64_t tile = begin + (end - begin) * b / blocks, count = begin + (end - begin) * (b + 1) / blocks - tile;
+    const RunningSums sums = w.finish.running_sums(threads == 1 ? 0 : unit);
     if (first == 0 || blocks > 1) transform_windows(w, l, tile, count, zeros, windows);
     for (int64_t p = first; p < last; p++) {
       const int64_t start = l.panel_start(p), width = l.panel_start(p + 1) - start;
@@ -275,7 +281,9 @@ void multiply(const Winograd& w, const Layout& l, int64_t first, int64_t last, i
       }
       transform_products(w, l, tile, count, start, width, products, sums);
     }
-  }
+  };
+  for (int64_t u, end; pool->next(thread, &u, &end, blocks == 1);)
+    for (; u < end; u++) block(u);
 }
 
 }  // namespace
@@ -296,6 +304,10 @@ uint64_t winograd_scratch(const Winograd& w, int threads) {
   return static_cast<uint64_t>((l.zeros_floats() + l.weight_part(w)) * 4 + l.thread_bytes() * threads);
 }
 
+int64_t winograd_parts(const Winograd& w, int threads) {
+  return threads == 1 ? 1 : thread_blocks(Layout(w, threads), threads) * threads;
+}
+
 void winograd(const Winograd& w, ThreadPool* pool, char* scratch) {
   const int threads = pool->threads();
   const Layout l(w, threads);
@@ -308,8 +320,9 @@ void winograd(const Winograd& w, ThreadPool* pool, char* scratch) {
     w.weight.with_form([&](auto form) {
       pool->run([&](int thread) { transform_weights<form>(w, l, first, last, thread, threads, weight); });
     });
+    pool->cut(thread_blocks(l, threads) * threads);
     pool->run([&](int thread) {
-      multiply(w, l, first, last, thread, threads, weight, zeros, parts + l.thread_bytes() * thread);
+      multiply(w, l, first, last, thread, pool, weight, zeros, parts + l.thread_bytes() * thread);
     });
   }
 }

@@ -177,7 +177,7 @@ bool run_layer_norm_grad(const Call& call) {
   float* scratch = call.as<float>(7);
   float* sums = scratch + call.pool->threads() * thread_floats(at);
   std::atomic<bool> valid{true};
-  call.pool->split(chunks, 1, [&](int64_t begin, int64_t end, int thread) {
+  call.pool->share(chunks, 1, [&](int64_t begin, int64_t end, int thread) {
     float* tile = scratch + thread * thread_floats(at);
     float* values = tile + kBlockRows * width;
     for (int64_t chunk = begin; chunk < end; chunk++) {

@@ -87,7 +87,7 @@ bool pack_run(const Call& call) {
   void* scratch = call.operands[2].data;
   if (threads == 1 || at.samples % threads == 0 || at.samples >= 4 * threads) {
     std::atomic<bool> finite{true};
-    call.pool->split(at.samples, 1, [&](int64_t begin, int64_t end, int thread) {
+    call.pool->share(at.samples, 1, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; i++)
         if (!pack_sample(sample(i), pack_scratch_of(at, scratch, thread)))
           finite.store(false, std::memory_order_relaxed);
