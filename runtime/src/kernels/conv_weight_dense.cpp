@@ -42,7 +42,7 @@ struct Shares {
 };
 
 inline void widen(const float* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i++) out[i] = in[i];
+  for (int64_t i = 0; i < n; i += kLanes) store_upto(out + i, load_upto(in + i, n - i), n - i);
 }
 inline void widen(const uint16_t* in, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i++) out[i] = from_bf16(in[i]);
@@ -55,12 +55,15 @@ void gather(const ConvShape& s, const T* x, int64_t group, int64_t tap, int64_t 
             float* tile) {
   const int64_t channels = s.ic / s.group;
   const int64_t kx0 = tap % s.kw, width = std::min(taps, s.kw - kx0);  // taps of one kernel row
-  const bool adjacent = s.group == 1 && s.dw == 1;                     // a kernel row reads one piece of memory
+  const int64_t ky0 = tap / s.kw, ky1 = ky0 + taps / width;
+  const bool adjacent = s.group == 1 && s.dw == 1;  // a kernel row reads one piece of memory
+  int64_t ox = begin % s.ow, oy = begin / s.ow % s.oh;
+  const T* image = x + begin / (s.ow * s.oh) * s.ih * s.iw * s.ic + group * channels;
   for (int64_t row = begin; row < end; row++) {
-    const int64_t ox = row % s.ow, oy = row / s.ow % s.oh, sample = row / (s.ow * s.oh);
-    for (int64_t t = tap; t < tap + taps; t += width, tile += width * channels) {
-      const int64_t iy = oy * s.sh - s.pt + t / s.kw * s.dh, ix = ox * s.sw - s.pl + kx0 * s.dw;
-      const T* line = x + (sample * s.ih + iy) * s.iw * s.ic + group * channels;
+    const int64_t ix = ox * s.sw - s.pl + kx0 * s.dw;
+    for (int64_t ky = ky0; ky < ky1; ky++, tile += width * channels) {
+      const int64_t iy = oy * s.sh - s.pt + ky * s.dh;
+      const T* line = image + iy * s.iw * s.ic;
       const bool inside = iy >= 0 && iy < s.ih;
       if (inside && adjacent && ix >= 0 && ix + width <= s.iw) {
         widen(line + ix * s.ic, width * channels, tile);
@@ -73,6 +76,10 @@ void gather(const ConvShape& s, const T* x, int64_t group, int64_t tap, int64_t 
         else
           std::fill_n(tile + j * channels, channels, 0.f);
       }
+    }
+    if (++ox == s.ow) {
+      ox = 0;
+      if (++oy == s.oh) oy = 0, image += s.ih * s.iw * s.ic;
     }
   }
 }
