@@ -62,16 +62,20 @@ inline VecF load_bf16(const uint16_t* p, int64_t left) {
 
 // Lane i = p[i] for i < left, else 0. Reads no byte beyond.
 inline VecI load_bytes(const uint8_t* p, int64_t left) {
-  alignas(16) uint8_t bytes[16] = {};
-  std::memcpy(bytes, p, left >= kLanes ? kLanes : static_cast<size_t>(left));
 #if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return (VecI)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-#elif ER_VECTOR_BYTES == 32 && defined(__AVX2__)
-  return (VecI)_mm256_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  const __mmask16 inside = static_cast<__mmask16>(left >= kLanes ? 0xffff : (1u << left) - 1);
+  return (VecI)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8(inside, p));
 #else
-  VecI v;
-  for (int i = 0; i < kLanes; i++) v[i] = bytes[i];
-  return v;
+  VecB bytes{};
+  if (left >= kLanes)
+    std::memcpy(&bytes, p, sizeof bytes);
+  else  // in a register: what was stored in pieces is waited for when it is loaded as one
+    for (int64_t i = 0; i < left; i++) bytes[i] = static_cast<int8_t>(p[i]);
+#if ER_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (VecI)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+#else
+  return __builtin_convertvector(bytes, VecI) & 255;
+#endif
 #endif
 }
 

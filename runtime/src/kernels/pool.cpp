@@ -135,22 +135,36 @@ bool run_max_grad(const Call& call) {
   float* dx = call.as<float>(2);
   parallel_rows(call, s.n * s.ih, s.c, s.iw * 4, [&](int64_t row, int64_t c0, int64_t c1) {
     const int64_t n = row / s.ih, iy = row % s.ih;
+    // The lines of windows that cover this line, and their first taps there.
+    int64_t line[256];
+    int32_t first_tap[256];
+    int lines = 0;
+    for (int64_t ky = 0; ky < s.kh; ky++) {
+      const int64_t down = iy + s.pt - ky * dh, oy = down / s.sh;
+      if (down < 0 || down % s.sh != 0 || oy >= s.oh) continue;
+      line[lines] = (n * s.oh + oy) * s.ow;
+      first_tap[lines++] = static_cast<int32_t>(ky * s.kw);
+    }
+    int64_t quotient = s.pl / s.sw, remainder = s.pl % s.sw;  // of ix + pl, without a division for each position
+    const int64_t step_quotient = dw / s.sw, step_remainder = dw % s.sw;
     for (int64_t ix = 0; ix < s.iw; ix++) {
       float* out = dx + (row * s.iw + ix) * s.c;
       // The windows that cover this position, and as which of their taps they see it.
       int64_t window[256];
       int32_t tap[256];
       int windows = 0;
-      for (int64_t ky = 0; ky < s.kh; ky++) {
-        const int64_t down = iy + s.pt - ky * dh, oy = down / s.sh;
-        if (down < 0 || down % s.sh != 0 || oy >= s.oh) continue;
-        for (int64_t kx = 0; kx < s.kw; kx++) {
-          const int64_t across = ix + s.pl - kx * dw, ox = across / s.sw;
-          if (across < 0 || across % s.sw != 0 || ox >= s.ow) continue;
-          window[windows] = ((n * s.oh + oy) * s.ow + ox) * s.c;
-          tap[windows++] = static_cast<int32_t>(ky * s.kw + kx);
-        }
+      int64_t q = 0, r = 0;  // of kx·dw
+      for (int64_t kx = 0; kx < s.kw; kx++) {
+        const int64_t ox = quotient - q;
+        if (r == remainder && ox >= 0 && ox < s.ow)
+          for (int i = 0; i < lines; i++) {
+            window[windows] = (line[i] + ox) * s.c;
+            tap[windows++] = first_tap[i] + static_cast<int32_t>(kx);
+          }
+        q += step_quotient, r += step_remainder;
+        if (r >= s.sw) r -= s.sw, q++;
       }
+      if (++remainder == s.sw) remainder = 0, quotient++;
       for (int64_t c = c0; c < c1; c += kLanes) {
         const int64_t left = c1 - c;
         VecF total{};
