@@ -57,7 +57,7 @@ def calls(
         kernel_run("attention", [*ints, keep], floats, [q, k, v, None, None, y, rows, spaces[1]], threads)
 
     def run_backward() -> None:
-        operands = [*packed, None, None, dy, rows, *gradients, spaces[2]]
+        operands = [*packed, None, None, dy, rows, *gradients, None, None, None, spaces[2]]
         kernel_run("attention_grad", backward, floats, operands, threads)
 
     run_forward()

@@ -213,11 +213,12 @@ class _Bench:
         self.arrays.clear()
 
     def attention(self, kernel: str, positions: int, heads: int, width: int) -> Step:
-        """Two samples; probabilities are not kept: no values of them, and no operand."""
+        """Two samples; probabilities are not kept, and gradients not summed: no values of them, and no operands."""
         sizes, size = [2, positions, positions, heads, heads, width, 0, 0, 0], 4 * 2 * positions * heads * width
         given = self.buffers(*[size] * (4 if kernel == "attention" else 7))
         ints = [*sizes, 0] if kernel == "attention" else [*sizes, *[0] * 7]
-        return Step(kernel, "", ints, [0.125, 0.0], [*given[:3], None, None, given[3], None, *given[4:]])
+        sums = [None] * (0 if kernel == "attention" else 3)
+        return Step(kernel, "", ints, [0.125, 0.0], [*given[:3], None, None, given[3], None, *given[4:], *sums])
 
     def convolution(self, conv: list[int]) -> Step:
         n, ih, iw, ic, oh, ow, oc, kh, kw, *_, group = conv

@@ -72,7 +72,7 @@ def _layer_norm_grad(lowering: Lowering, node: Node) -> None:
     for tensor, elements in zip(outputs, (dy.elements, cols, cols), strict=True):
         if tensor is not None and tensor.elements != elements:
             node.fail(f"a gradient has shape {list(tensor.shape)}, expected {elements} elements")
-    operands = [xhat, dy.buffer, rstd.buffer, lowering.vector(node, 3, cols), *map(_buffer, outputs)]
+    operands = [xhat, dy.buffer, rstd.buffer, lowering.vector(node, 3, cols), *map(_buffer, outputs), None, None]
     lowering.emit(node, "layer_norm_grad", [form, samples, rows, cols, keep, _rms(node)], [], operands)
 
 
@@ -147,7 +147,7 @@ def _attention_grad(lowering: Lowering, node: Node) -> None:
         if storage.form is not Form.ROWS or (storage.samples, storage.rows, storage.cols) != (n * heads, t, s):
             node.fail("its probabilities are kept for something else")
         keep, mask, bias, ints[7] = storage.keep, None, None, 0  # what is masked was never kept
-    buffers = [*(buffer for buffer, _ in operands), mask, bias, dy.buffer, kept, *map(_buffer, outputs)]
+    buffers = [*(buffer for buffer, _ in operands), mask, bias, dy.buffer, kept, *map(_buffer, outputs), *[None] * 3]
     columns = [lowering.kept_columns.get(node.input(index)) for index in range(3)]
     columns += [None if tensor is None else tensor.columns for tensor in outputs]
     more = column_ints(columns, [size[2] for size in (*sizes, *sizes)])

@@ -81,9 +81,13 @@ KERNELS: dict[str, Signature] = {
     "softmax": _signature("X Y!", (1, 0)),
     "softmax_grad": _signature("dY Y dX!", (2, 0)),
     "layer_norm": _signature("X gamma? beta? Y! xhat?! rstd?!"),
-    "layer_norm_grad": _signature("xhat dY rstd gamma? dX?! dgamma?! dbeta?!", (4, 1), scratch=True),
+    "layer_norm_grad": _signature(
+        "xhat dY rstd gamma? dX?! dgamma?! dbeta?! addend? sums?!", (4, 1), (4, 7), scratch=True
+    ),
     "attention": _signature("Q K V key_mask? bias? Y! probabilities?!", scratch=True),
-    "attention_grad": _signature("Q K V key_mask? bias? dY probabilities? dQ?! dK?! dV?!", scratch=True),
+    "attention_grad": _signature(
+        "Q K V key_mask? bias? dY probabilities? dQ?! dK?! dV?! dQ_sums?! dK_sums?! dV_sums?!", scratch=True
+    ),
     "select_position": _signature("X source Y!"),
     "select_position_grad": _signature("dY source dX!"),
     "embedding": _signature("ids W Y!"),

@@ -56,7 +56,7 @@ constexpr struct {
     {"softmax", 0x1},
     {"softmax_grad", 0x3},
     {"layer_norm", 0x7},
-    {"layer_norm_grad", 0xf},
+    {"layer_norm_grad", 0x8f},
     {"attention", 0x1f},
     {"attention_grad", 0x7f},
     {"select_position", 0x3},

@@ -74,6 +74,7 @@ CASES = [
     Case(2, 65, 65, 4, 2, 4, ratio=0.5, causal=True, key_mask=True),
     Case(1, 5, 130, 2, 1, 3, causal=True),
 ]
+NO_SUMS = (None, None, None)
 CONTEXT = {"seed": 2**40 + 3, "update": 2**33 + 7, "first_sample": 6}
 
 
@@ -127,7 +128,7 @@ def test_forward_and_backward(case: Case) -> None:
     dy = normal(6, *shape)
     expected.backward(torch.from_numpy(dy).double())
     outputs = [Out(x.shape) for x in tensors]
-    operands = [*tensors, mask, bias, dy, None, *outputs, Scratch()]
+    operands = [*tensors, mask, bias, dy, None, *outputs, *NO_SUMS, Scratch()]
     gradients, _ = run("attention_grad", case.backward(), floats, operands, **CONTEXT)
     for ours, leaf in zip(gradients, leaves, strict=True):
         if case.s == 1 and leaf is not leaves[2]:
@@ -136,9 +137,74 @@ def test_forward_and_backward(case: Case) -> None:
             assert_close(ours, leaf.grad, 5e-6)
     for wanted in range(3):  # each gradient alone
         alone = [out if i == wanted else None for i, out in enumerate(outputs)]
-        operands = [*tensors, mask, bias, dy, None, *alone, Scratch()]
+        operands = [*tensors, mask, bias, dy, None, *alone, *NO_SUMS, Scratch()]
         (single,), _ = run("attention_grad", case.backward(), floats, operands, **CONTEXT)
         np.testing.assert_array_equal(single, gradients[wanted])
+
+
+def backward_sums(
+    case: Case, ints: list[int], operands: list[np.ndarray | None], wanted: tuple[int, ...] = (0, 1, 2)
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """dQ, dK and dV, and the sums of those `wanted`."""
+    widths = [case.heads * case.d, case.kv_heads * case.d, case.kv_heads * case.d]
+    outputs = [Out((case.n, rows, width)) for rows, width in zip((case.t, case.s, case.s), widths, strict=True)]
+    sums = [Out((width,)) if i in wanted else None for i, width in enumerate(widths)]
+    floats = [case.scale, case.ratio]
+    found, _ = run("attention_grad", ints, floats, [*operands, *outputs, *sums, Scratch()], **CONTEXT)
+    return found[:3], found[3:]
+
+
+@pytest.mark.parametrize("probabilities", ["made again", "kept"])
+@pytest.mark.parametrize("case", [*CASES, Case(5, 70, 70, 2, 1, 17), Case(3, 150, 67, 2, 2, 33)], ids=str)
+def test_sums_over_samples_and_positions(case: Case, probabilities: str) -> None:
+    """Those of dK cancel: what counts is the size of their terms."""
+    tensors, mask, bias = case.operands()
+    dy = normal(6, case.n, case.t, case.heads * case.d)
+    keep, kept = (0, None) if probabilities == "made again" else ((case.s + 2) // 3, None)
+    if keep:
+        out = Out((packed_bytes(4, case.n * case.heads, case.t, case.s, keep),), np.uint8)
+        operands = [*tensors, mask, bias, Out(dy.shape), out, Scratch()]
+        (_, kept), _ = run("attention", case.forward(keep), [case.scale, case.ratio], operands, **CONTEXT)
+    ints, read = case.backward(keep=keep), [*tensors, mask, bias, dy, kept]
+    gradients, sums = backward_sums(case, ints, read)
+    plain, _ = backward_sums(case, ints, read, ())
+    for found, gradient, alone in zip(sums, gradients, plain, strict=True):
+        assert gradient.tobytes() == alone.tobytes()
+        terms = gradient.astype(np.float64)
+        assert (np.abs(found - terms.sum((0, 1))) <= 5e-7 * np.abs(terms).sum((0, 1))).all()
+    if not keep:
+        leaves = [torch.from_numpy(x).double().requires_grad_() for x in tensors]
+        definition(case, leaves, mask, bias).backward(torch.from_numpy(dy).double())
+        for found, leaf in zip(sums, leaves, strict=True):
+            exact = leaf.grad.numpy()
+            assert np.abs(found - exact.sum((0, 1))).max() <= 5e-6 * np.abs(exact).sum((0, 1)).max() + 1e-6
+    for wanted in ((0,), (1,), (2,), (0, 2)):
+        _, some = backward_sums(case, ints, read, wanted)
+        for index, found in zip(wanted, some, strict=True):
+            assert found.tobytes() == sums[index].tobytes()
+
+
+def test_sums_of_many_rows_do_not_grow_row_by_row() -> None:
+    """4,096 equal rows of dV: one by one they would add up 4e-5 short."""
+    case = Case(1, 1, 4096, 1, 1, 3)
+    tensors = [np.zeros((1, rows, 3), np.float32) for rows in (1, 4096, 4096)]
+    dy = np.full((1, 1, 3), 0.7, np.float32)
+    (_, _, dv), (_, _, sums) = backward_sums(case, case.backward(), [*tensors, None, None, dy, None])
+    exact = dv.astype(np.float64).sum((0, 1))
+    np.testing.assert_allclose(sums, exact, rtol=2e-6)
+
+
+def test_sums_of_a_gradient_that_is_not_there_are_refused() -> None:
+    case = Case(2, 3, 5, 2, 1, 7)
+    tensors, _, _ = case.operands()
+    dy, sums, scratch = normal(6, 2, 3, 14), np.zeros(14, np.float32), np.zeros(1 << 16, np.uint8)
+    for index, name in enumerate(("dQ", "dK", "dV")):
+        operands = [None] * 6
+        operands[3 + index] = sums
+        with pytest.raises(EdgeRazorError, match=f"{name} is absent"):
+            kernel_run(
+                "attention_grad", case.backward(), [0.5, 0.0], [*tensors, None, None, dy, None, *operands, scratch]
+            )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -166,10 +232,18 @@ def test_backward_reads_bf16(forms: tuple[int, int, int]) -> None:
     outputs = [Out(x.shape) for x in tensors]
     floats = [case.scale, 0.0]
     ours, _ = run(
-        "attention_grad", case.backward(forms), floats, [*halves, mask, bias, dy, None, *outputs, Scratch()], **CONTEXT
+        "attention_grad",
+        case.backward(forms),
+        floats,
+        [*halves, mask, bias, dy, None, *outputs, *NO_SUMS, Scratch()],
+        **CONTEXT,
     )
     theirs, _ = run(
-        "attention_grad", case.backward(), floats, [*rounded, mask, bias, dy, None, *outputs, Scratch()], **CONTEXT
+        "attention_grad",
+        case.backward(),
+        floats,
+        [*rounded, mask, bias, dy, None, *outputs, *NO_SUMS, Scratch()],
+        **CONTEXT,
     )
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b, 1e-6)
@@ -188,7 +262,7 @@ def test_backward_reads_razor(case: Case, form: str) -> None:
     packed = [pack(x, FORMS[form], keep) for x, keep in zip(tensors, keeps, strict=True)]
     dy = normal(6, case.n, case.t, case.heads * case.d)
     outputs = [Out(x.shape) for x in tensors]
-    floats, tail = [case.scale, 0.0], [mask, bias, dy, None, *outputs, Scratch()]
+    floats, tail = [case.scale, 0.0], [mask, bias, dy, None, *outputs, *NO_SUMS, Scratch()]
     ours, _ = run("attention_grad", case.backward((FORMS[form],) * 3, keeps), floats, [*packed, *tail], **CONTEXT)
     theirs, _ = run("attention_grad", case.backward(), floats, [*kept, *tail], **CONTEXT)
     for a, b in zip(ours, theirs, strict=True):
@@ -255,7 +329,9 @@ def test_pruned_probabilities(case: Case, keep: int, form: str) -> None:
     heads = [by_head(case, torch.from_numpy(x).double()).numpy() for x in (*seen, dy)]
     wanted = pruned_gradients(*heads, values.astype(np.float64), factor, case.scale)
     ints, outputs = case.backward((FORMS[form],) * 3, keeps, keep), [Out(x.shape) for x in tensors]
-    ours, _ = run("attention_grad", ints, floats, [*operands, None, None, dy, packed, *outputs, Scratch()], **CONTEXT)
+    ours, _ = run(
+        "attention_grad", ints, floats, [*operands, None, None, dy, packed, *outputs, *NO_SUMS, Scratch()], **CONTEXT
+    )
     for x, found, gradient in zip(tensors, ours, wanted, strict=True):
         groups = x.shape[2] // case.d  # K and V are shared by query heads
         summed = gradient.reshape(case.n, groups, -1, x.shape[1], case.d).sum(2).transpose(0, 2, 1, 3).reshape(x.shape)
@@ -266,7 +342,7 @@ def test_pruned_probabilities(case: Case, keep: int, form: str) -> None:
     for index in range(3):  # each gradient alone
         single = [out if i == index else None for i, out in enumerate(outputs)]
         (alone,), _ = run(
-            "attention_grad", ints, floats, [*operands, None, None, dy, packed, *single, Scratch()], **CONTEXT
+            "attention_grad", ints, floats, [*operands, None, None, dy, packed, *single, *NO_SUMS, Scratch()], **CONTEXT
         )
         np.testing.assert_array_equal(alone, ours[index])
 
@@ -283,7 +359,7 @@ def test_pruned_with_every_probability_is_the_exact_gradient() -> None:
     operands = [*tensors, mask, bias, Out(shape), out, Scratch()]
     (_, packed), _ = run("attention", case.forward(case.s), floats, operands, **CONTEXT)
     outputs = [Out(x.shape) for x in tensors]
-    operands = [*tensors, None, None, dy, packed, *outputs, Scratch()]
+    operands = [*tensors, None, None, dy, packed, *outputs, *NO_SUMS, Scratch()]
     ours, _ = run("attention_grad", case.backward(keep=case.s), floats, operands, **CONTEXT)
     for found, leaf in zip(ours, leaves, strict=True):
         assert_close(found, leaf.grad, 2**-8)
@@ -310,7 +386,7 @@ def test_a_mask_that_points_outside_is_refused() -> None:
         packed = np.zeros(packed_bytes(4, 1, 3, 70, 2), np.uint8)
         packed[:48].view(np.uint64)[1] = word
         outputs = [np.empty_like(x) for x in tensors]
-        operands = [*tensors, None, None, dy, packed, *outputs, scratch]
+        operands = [*tensors, None, None, dy, packed, *outputs, *NO_SUMS, scratch]
         with pytest.raises(EdgeRazorError, match="attention_grad"):
             kernel_run("attention_grad", case.backward(keep=2), [0.5, 0.0], operands)
 
@@ -355,14 +431,18 @@ class Columns:
 def gradients_in_columns(
     columns: Columns, ints: list[int], floats: list[float], operands: list[np.ndarray | None], threads: int
 ) -> list[np.ndarray]:
-    """dQ, dK and dV, written into shared matrices. Nothing is written between them."""
-    out = columns.empty()
+    """dQ, dK and dV, written into shared matrices, and their sums, into rows like theirs. Nothing is written between
+    them."""
+    out, sums = columns.empty(), [np.full((1, 1, row), np.nan, np.float32) for row in columns.rows]
     scratch = np.full(kernel_scratch("attention_grad", ints, floats, threads), 0xFF, np.uint8)
-    kernel_run("attention_grad", ints, floats, [*operands, *columns.operands(out), scratch], threads, **CONTEXT)
-    found = [columns.part(out, i).copy() for i in range(3)]
-    for i in range(3):
-        columns.part(out, i)[...] = np.nan
-    assert all(np.isnan(matrix).all() for matrix in out)
+    written = [*columns.operands(out), *columns.operands(sums)]
+    kernel_run("attention_grad", ints, floats, [*operands, *written, scratch], threads, **CONTEXT)
+    found = []
+    for matrices in (out, sums):
+        found += [columns.part(matrices, i).copy() for i in range(3)]
+        for i in range(3):
+            columns.part(matrices, i)[...] = np.nan
+        assert all(np.isnan(matrix).all() for matrix in matrices)
     return found
 
 
@@ -390,7 +470,10 @@ def test_columns_of_one_matrix_give_the_same_bits(case: Case) -> None:
                 operands = read = [pack(x, FORMS[form], k) for x, k in zip(tensors, keeps, strict=True)]
                 places = [value for x in tensors for value in (x.shape[2], 0)]
             ints = case.backward((FORMS[form],) * 3, keeps, keep)
-            expected, _ = run("attention_grad", ints, floats, [*operands, *middle, *outputs, Scratch()], **CONTEXT)
+            sums = [Out((x.shape[2],)) for x in tensors]
+            expected, _ = run(
+                "attention_grad", ints, floats, [*operands, *middle, *outputs, *sums, Scratch()], **CONTEXT
+            )
             for threads in (1, 3):
                 all_ints = [*ints, *places, *columns.ints]
                 ours = gradients_in_columns(columns, all_ints, floats, [*read, *middle], threads)
@@ -424,7 +507,12 @@ def test_columns_that_do_not_fit_are_refused(at: int, value: int, message: str) 
     changed[at] = value
     ints, floats = [*case.backward(), *changed], [0.5, 0.0]
     with pytest.raises(EdgeRazorError, match=message):
-        kernel_run("attention_grad", ints, floats, [wide, wide, wide, None, None, y, None, *[wide.copy()] * 3, scratch])
+        kernel_run(
+            "attention_grad",
+            ints,
+            floats,
+            [wide, wide, wide, None, None, y, None, *[wide.copy()] * 3, *NO_SUMS, scratch],
+        )
     if at < 6:
         ints = [*case.forward(), *changed[:6]]
         with pytest.raises(EdgeRazorError, match=message):
@@ -437,7 +525,10 @@ def test_a_packed_tensor_has_no_columns() -> None:
     ints = [*case.backward((1, 0, 0)), *[24, 0, 24, 12, 24, 18] * 2]
     with pytest.raises(EdgeRazorError, match="a packed tensor has no columns"):
         kernel_run(
-            "attention_grad", ints, [0.5, 0.0], [wide, wide, wide, None, None, y, None, *[wide.copy()] * 3, scratch]
+            "attention_grad",
+            ints,
+            [0.5, 0.0],
+            [wide, wide, wide, None, None, y, None, *[wide.copy()] * 3, *NO_SUMS, scratch],
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edge_razor.errors import UsageError
-from edge_razor.runtime import kernel_run, packed_bytes, unpack
+from edge_razor.runtime import kernel_run, kernel_scratch, packed_bytes, unpack
 from tests.kernels.harness import Out, Scratch, assert_close, normal, run
 from tests.kernels.test_razor import pack
 from tests.reference.razor import FORMS, keep_count
@@ -78,7 +78,7 @@ def test_gradient_from_every_form(shape: tuple[int, int, int], rms: bool, form: 
     kept = normalized if form == "dense" else pack(normalized, form, keep)
     seen = normalized if form == "dense" else unpack(FORMS[form], *shape, keep, kept)
     ints = [FORMS[form], *shape, keep, int(rms)]
-    operands = [kept, dy, rstd, gamma, Out(shape), Out((cols,)), Out((cols,)), Scratch()]
+    operands = [kept, dy, rstd, gamma, Out(shape), Out((cols,)), Out((cols,)), None, None, Scratch()]
     (dx, dgamma, dbeta), _ = run("layer_norm_grad", ints, [], operands)
     seen64, dy64 = seen.astype(np.float64), dy.astype(np.float64)
     scaled = dy64 * gamma
@@ -96,8 +96,76 @@ def test_gradient_from_every_form(shape: tuple[int, int, int], rms: bool, form: 
     for threads in (1, 2):
         same = dy.copy()
         scratch = np.empty(2**20, np.uint8)
-        kernel_run("layer_norm_grad", ints, [], [kept, same, rstd, gamma, same, None, None, scratch], threads=threads)
+        kernel_run("layer_norm_grad", ints, [], [kept, same, rstd, gamma, same, *[None] * 4, scratch], threads=threads)
         np.testing.assert_array_equal(same, dx)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 1, 5), (3, 7, 17), (2, 63, 16), (2, 65, 33), (3, 197, 48), (40, 70, 8), (2, 9, 1000)]
+)
+def test_a_residual_is_added_and_the_sums_are_taken(shape: tuple[int, int, int], rms: bool, form: str) -> None:
+    """Rows < 8, one chunk and more chunks than blocks among the shapes; in place of dY, of the addend and of both."""
+    samples, rows, cols = shape
+    normalized, gamma, dy, addend = (normal(i, *shape) if i != 2 else normal(2, cols) for i in range(1, 5))
+    rstd = np.abs(normal(5, samples, rows)) + np.float32(0.5)
+    keep = keep_count(rows * cols, 0.8) if FORMS[form] >= 2 else 0
+    kept = normalized if form == "dense" else pack(normalized, form, keep)
+    seen = normalized if form == "dense" else unpack(FORMS[form], *shape, keep, kept)
+    ints, read = [FORMS[form], *shape, keep, int(rms)], [kept, dy, rstd, gamma]
+    vector = Out((cols,))
+    (plain, *expected), _ = run("layer_norm_grad", ints, [], [*read, Out(shape), vector, vector, None, None, Scratch()])
+    operands = [*read, Out(shape), vector, vector, addend, vector, Scratch()]
+    (dx, dgamma, dbeta, sums), _ = run("layer_norm_grad", ints, [], operands)
+    scaled = dy.astype(np.float64) * gamma
+    mean = 0 if rms else scaled.mean(-1, keepdims=True)
+    exact = rstd[..., None] * (scaled - mean - seen.astype(np.float64) * (scaled * seen).mean(-1, keepdims=True))
+    assert_close(dx, exact + addend, 3e-6)
+    np.testing.assert_allclose(dx, plain.astype(np.float64) + addend, rtol=2e-7, atol=1e-6 * float(np.abs(plain).max()))
+    for found, wanted in zip((dgamma, dbeta), expected, strict=True):
+        assert found.tobytes() == wanted.tobytes()
+    terms = dx.astype(np.float64)
+    assert (np.abs(sums - terms.sum((0, 1))) <= 5e-7 * np.abs(terms).sum((0, 1))).all()
+    (alone, own), _ = run("layer_norm_grad", ints, [], [*read, Out(shape), *[None] * 3, vector, Scratch()])
+    assert alone.tobytes() == plain.tobytes()
+    terms = plain.astype(np.float64)
+    assert (np.abs(own - terms.sum((0, 1))) <= 5e-7 * np.abs(terms).sum((0, 1))).all()
+    for threads in (1, 2):
+        scratch = np.empty(kernel_scratch("layer_norm_grad", ints, [], threads), np.uint8)
+        for aliased in ("dY", "addend"):
+            d, a, out = dy.copy(), addend.copy(), np.empty(cols, np.float32)
+            same = d if aliased == "dY" else a
+            kernel_run(
+                "layer_norm_grad", ints, [], [kept, d, rstd, gamma, same, None, None, a, out, scratch], threads=threads
+            )
+            assert same.tobytes() == dx.tobytes() and out.tobytes() == sums.tobytes(), (threads, aliased)
+    (twice,), _ = run("layer_norm_grad", ints, [], [*read, Out(shape), None, None, dy, None, Scratch()])
+    same = dy.copy()
+    scratch = np.empty(kernel_scratch("layer_norm_grad", ints, [], 2), np.uint8)
+    kernel_run("layer_norm_grad", ints, [], [kept, same, rstd, gamma, same, None, None, same, None, scratch], threads=2)
+    assert same.tobytes() == twice.tobytes()
+
+
+def test_sums_of_many_rows_do_not_grow_row_by_row() -> None:
+    """128 samples of 2,048 equal rows, whose xhat is 0 and whose mean is not taken off: dX is dY. Those of a chunk, one
+    by one, would add up 4e-5 short."""
+    shape = (128, 2048, 3)
+    ones, value = np.ones(shape[:2], np.float32), np.float32(0.7)
+    dy, zeros = np.full(shape, value), np.zeros(shape, np.float32)
+    operands = [zeros, dy, ones, None, Out(shape), None, Out((3,)), None, Out((3,)), Scratch()]
+    (dx, dbeta, sums), _ = run("layer_norm_grad", [0, *shape, 0, 1], [], operands)
+    np.testing.assert_array_equal(dx, dy)
+    for found in (dbeta, sums):
+        np.testing.assert_allclose(found, float(value) * 128 * 2048, rtol=2e-6)
+
+
+def test_sums_of_a_gradient_that_is_not_there_are_refused() -> None:
+    shape = (2, 3, 5)
+    dy, rstd, sums, scratch = normal(1, *shape), normal(2, 2, 3), np.zeros(5, np.float32), np.zeros(1 << 16, np.uint8)
+    operands = [dy, dy, rstd, None, None, None, None, None, sums, scratch]
+    with pytest.raises(UsageError, match="dX is absent"):
+        kernel_run("layer_norm_grad", [0, *shape, 0, 0], [], operands)
 
 
 def test_gradient_without_gamma_and_of_gamma_alone() -> None:
@@ -109,9 +177,9 @@ def test_gradient_without_gamma_and_of_gamma_alone() -> None:
     rstd = (x.astype(np.float64).var(-1) + EPSILON) ** -0.5
     operands = [normalized, dy, rstd.astype(np.float32), None]
     ints = [0, *shape, 0, 0]
-    (dx,), _ = run("layer_norm_grad", ints, [], [*operands, Out(shape), None, None, Scratch()])
+    (dx,), _ = run("layer_norm_grad", ints, [], [*operands, Out(shape), *[None] * 4, Scratch()])
     assert_close(dx, z.grad, 3e-6)
-    (dgamma,), _ = run("layer_norm_grad", ints, [], [*operands, None, Out((24,)), None, Scratch()])
+    (dgamma,), _ = run("layer_norm_grad", ints, [], [*operands, None, Out((24,)), *[None] * 3, Scratch()])
     assert_close(dgamma, (dy.astype(np.float64) * normalized).sum((0, 1)), 3e-6)
 
 
@@ -124,6 +192,6 @@ def test_a_kept_tensor_whose_offsets_point_outside_is_refused() -> None:
     scratch = np.empty(2**20, np.uint8)
     with pytest.raises(Exception, match="NaN or infinite") as caught:
         kernel_run(
-            "layer_norm_grad", [3, *shape, keep, 0], [], [kept, dy, dy[0, :, 0].copy(), None, dy, None, None, scratch]
+            "layer_norm_grad", [3, *shape, keep, 0], [], [kept, dy, dy[0, :, 0].copy(), None, dy, *[None] * 4, scratch]
         )
     assert not isinstance(caught.value, UsageError)

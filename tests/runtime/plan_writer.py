@@ -223,7 +223,7 @@ def attention_gradient(places: list[list[int]], columns: list[int]) -> dict[str,
     begin = up64(plan["arena_bytes"])
     read, none = (ARENA, begin + 1024, 96), (0, 0, 0)
     gradients = [(ARENA, begin + offset, size) for offset, size in places]
-    operands = [read, read, read, none, none, read, none, *gradients, (ARENA, begin + 2048, scratch)]
+    operands = [read, read, read, none, none, read, none, *gradients, none, none, none, (ARENA, begin + 2048, scratch)]
     plan["arena_bytes"] = begin + 2048 + up64(scratch)
     step = {"kernel": "attention_grad", "label": "a:b", "ints": ints, "floats": floats, "operands": operands}
     plan["train"].insert(0, step)

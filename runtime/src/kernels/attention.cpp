@@ -103,16 +103,17 @@ bool run_attention(const Call& call) {
   return true;
 }
 
-// attention_grad: Q, K, V, key_mask?, bias?, dY, probabilities?, dQ?, dK?, dV?, scratch; ints as attention without
-// keep, then the forms of Q, K and V, the values that they keep a sample, keep, and row and column of Q, K, V (which
-// only dense ones may have), dQ, dK and dV; floats as attention.
+// attention_grad: Q, K, V, key_mask?, bias?, dY, probabilities?, dQ?, dK?, dV?, sums of dQ?, of dK?, of dV?, scratch;
+// ints as attention without keep, then the forms of Q, K and V, the values that they keep a sample, keep, and row and
+// column of Q, K, V (which only dense ones may have), dQ, dK and dV; floats as attention. Sums over all samples and
+// positions lie as one row of the gradient does.
 bool kept_layout(const Call& call, const Attention& a, uint32_t operand, PackedLayout* at) {
   const int64_t form = call.ints[kAttentionInts + operand], keep = call.ints[kAttentionInts + 3 + operand];
   return packed_layout(form, a.n, operand ? a.s : a.t, operand ? a.kv_row() : a.q_row(), keep, at);
 }
 
 std::string check_attention_grad(const Call& call) {
-  CallCheck check(call, 11, ints_with_columns(call, kBackwardInts, 6), 2);
+  CallCheck check(call, 14, ints_with_columns(call, kBackwardInts, 6), 2);
   check_attributes(check, call);
   if (!check.ok()) return check.error();
   const Attention a = parse(call);
@@ -129,7 +130,13 @@ std::string check_attention_grad(const Call& call) {
   check_masks(check, call, a, keep == 0);  // what is masked was never kept
   check.present(5, "dY", query_bytes(a));
   if (check.ok()) check_rows(check, call, a, 6, keep);
-  for (uint32_t i = 3; i < 6; i++) check.optional(i + 4, kNames[i], check_columns(check, call, a, kBackwardInts, i));
+  for (uint32_t i = 3; i < 6; i++) {
+    const uint64_t bytes = check_columns(check, call, a, kBackwardInts, i);
+    check.optional(i + 4, kNames[i], bytes);
+    if (!check.ok() || !call.operands[i + 7].data) continue;
+    check.present(i + 4, kNames[i], bytes);
+    check.present(i + 7, "sums", bytes / static_cast<uint64_t>(a.n * (i > 3 ? a.s : a.t)));
+  }
   return check.error();
 }
 
@@ -165,15 +172,29 @@ struct Work {
   }
 };
 
+// Floats of a sample's sums of dQ, dK and dV, one behind the other.
+int64_t sums_row(const Attention& a) { return a.q_row() + 2 * a.kv_row(); }
+int64_t sums_begin(const Attention& a, int which) { return which ? a.q_row() + (which - 1) * a.kv_row() : 0; }
+
+// out[c] = Σ over rows of x[rows][cols], whose rows lie `row` floats apart: a product with ones, a block at a time so
+// that no long sum grows row by row.
+__attribute__((noinline)) void sum_rows(const float* x, int64_t row, int64_t rows, int64_t cols, float* out) {
+  float ones[kBlockRows];
+  std::fill_n(ones, kBlockRows, 1.f);
+  for (int64_t i = 0; i < rows; i += kBlockRows)
+    product(1, cols, std::min(kBlockRows, rows - i), ones, 0, 1, {x + i * row, row, 0}, i > 0, out, 0);
+}
+
 uint64_t scratch_attention_grad(const Call& call, int threads) {
   if (!sizes_valid(call, kBackwardInts, 6)) return UINT64_MAX;
   const Attention a = parse_sizes(call);
   const int64_t keep = call.ints[kAttentionInts + 6];
-  constexpr int64_t kLimit = int64_t{1} << 40;  // floats
-  if (keep < 0 || keep > a.s || byte_size({a.t + 4 * a.s + 2, a.d + 32}) > kLimit ||
+  constexpr int64_t kLimit = int64_t{1} << 40;  // bytes
+  const uint64_t sums = byte_size({a.n, sums_row(a)});
+  if (keep < 0 || keep > a.s || sums > kLimit || byte_size({a.t + 4 * a.s + 2, a.d + 32}) > kLimit ||
       byte_size({kTile + a.d, 2 * a.p_row()}) > kLimit)
     return UINT64_MAX;
-  return byte_size({threads, Work(a, keep, nullptr).floats});
+  return byte_size({threads, Work(a, keep, nullptr).floats}) + sums;
 }
 
 // Rows of a head, as float32: where they lie, or unpacked into a copy.
@@ -243,6 +264,17 @@ struct HeadGradient {
     float* data = call.as<float>(7 + which);
     if (!data) return nullptr;
     return data + (sample * (which ? a.s : a.t) + row) * out[which].row + out[which].column + head * a.d;
+  }
+
+  // This head's part of its sample's sums.
+  __attribute__((noinline)) void column_sums(float* sums) const {
+#pragma GCC unroll 1
+    for (int which = 0; which < 3; which++) {
+      if (!call.operands[10 + which].data) continue;
+      const int64_t heads = which ? 1 : group(), first = kv_head * heads;
+      sum_rows(gradient(which, 0, first), out[which].row, which ? a.s : a.t, heads * a.d,
+               sums + sums_begin(a, which) + first * a.d);
+    }
   }
 
   bool head(const KeptReader& in, float* copy, HeadRows* rows) const {
@@ -327,6 +359,16 @@ struct HeadGradient {
   }
 };
 
+// The samples' sums of dQ, dK and dV, added up in order.
+void add_samples(const Call& call, const Attention& a, const Columns* out, const float* sums) {
+#pragma GCC unroll 1
+  for (int which = 0; which < 3; which++) {
+    float* to = call.as<float>(10 + which);
+    if (!to) continue;
+    sum_rows(sums + sums_begin(a, which), sums_row(a), a.n, which ? a.kv_row() : a.q_row(), to + out[which].column);
+  }
+}
+
 bool run_attention_grad(const Call& call) {
   Attention a = parse(call);
   a.key_mask = call.as<const float>(3), a.bias = call.as<const float>(4);
@@ -342,14 +384,17 @@ bool run_attention_grad(const Call& call) {
   if (keep) rows_of(a, keep, &at);
   const float kept_scale = a.ratio < 1 ? static_cast<float>(1.0 / (1.0 - double{a.ratio})) : 0.f;
   const int64_t floats = Work(a, keep, nullptr).floats;
+  float* sums = call.as<float>(13) + call.pool->threads() * floats;
   std::atomic<bool> good{true};
   call.pool->share(a.n * a.kv_heads, 1, [&](int64_t begin, int64_t end, int thread) {
-    const Work work(a, keep, call.as<float>(10) + thread * floats);
+    const Work work(a, keep, call.as<float>(13) + thread * floats);
     for (int64_t unit = begin; unit < end; unit++) {
       const HeadGradient gradient{call, a, q, k, v, places + 3, work, unit / a.kv_heads, unit % a.kv_heads};
       if (!(keep ? gradient.kept(at, kept_scale) : gradient.recompute(mask))) good = false;
+      gradient.column_sums(sums + gradient.sample * sums_row(a));
     }
   });
+  add_samples(call, a, places + 3, sums);
   return good;
 }
 
