@@ -16,7 +16,7 @@ MAY_ALIAS = {
     "binary": {(2, 0), (2, 1)},
     "neg": {(1, 0)},
     "softmax": {(1, 0)},
-    "layer_norm_grad": {(4, 1)},
+    "layer_norm_grad": {(4, 1), (4, 7)},
     "softmax_grad": {(2, 0)},
     "rotary": {(3, 0)},
     "dropout": {(1, 0)},
@@ -25,7 +25,9 @@ MAY_ALIAS = {
     "bce_logits": {(2, 0)},
 }
 # Written operands that may be columns of one matrix: where their integers (row, column) are, and those of their width.
-COLUMNS = {"attention_grad": {7: (22, (3, 5)), 8: (24, (4, 5)), 9: (26, (4, 5))}}
+# Sums lie as one row of the gradient that they are of.
+_COLUMNS = ((22, (3, 5)), (24, (4, 5)), (26, (4, 5)))
+COLUMNS = {"attention_grad": {first + i: places for first in (7, 10) for i, places in enumerate(_COLUMNS)}}
 
 
 class Memory:
@@ -151,11 +153,14 @@ def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
     return updates
 
 
-FINISHING = ("conv_grad_input", "activation_grad")
+FINISHING = ("conv_grad_input", "activation_grad", "layer_norm_grad", "attention_grad")
 
 
 def _finished_gradient(step: Step, given: tuple[object, ...], content: dict[Buffer, object]) -> None:
     """Addition, activation and channel sums in a step mean the same as in steps of their own."""
+    if step.kernel in ("layer_norm_grad", "attention_grad"):
+        _finished_transformer_gradient(step, given, content)
+        return
     if step.kernel == "conv_grad_input":
         dy, weight, scale, kept = given
         shape, (act, keep, sums, accumulate) = step.ints[:16], step.ints[16:20]
@@ -175,8 +180,37 @@ def _finished_gradient(step: Step, given: tuple[object, ...], content: dict[Buff
         value = hash(("activation_grad", rows, cols, act, keep, tuple(step.floats), value, kept))
     content[dx] = value
     if out is not None:
-        terms = (value,)
-        content[out] = hash((hash(("channel_sum", "", (rows, cols), (), terms)), 1))
+        content[out] = _channel_sum(rows, cols, value)
+
+
+def _finished_transformer_gradient(step: Step, given: tuple[object, ...], content: dict[Buffer, object]) -> None:
+    ints, operands = step.ints, step.operands
+    norm = step.kernel == "layer_norm_grad"
+    addend = given[4] if norm else None
+    made = hash((step.kernel, step.label, tuple(ints), tuple(step.floats), given[:4] if norm else given))
+    outputs = (4, 5, 6) if norm else (7, 8, 9)
+    for index in outputs:
+        if (buffer := operands[index]) is not None:
+            content[buffer] = hash((made, index))
+    if norm and operands[7] is not None:
+        assert operands[4] is not None and addend is not None
+        content[operands[4]] = _sum(addend, content[operands[4]])
+    if norm:
+        sizes = {8: (operands[4], ints[1] * ints[2], ints[3])}
+    else:
+        n, t, s, heads, kv_heads, d = ints[:6]
+        widths, rows = (heads * d, kv_heads * d, kv_heads * d), (n * t, n * s, n * s)
+        row = ints[22::2] or widths
+        sizes = {10 + i: (operands[7 + i], rows[i], row[i]) for i in range(3)}
+    for index, (gradient, count, cols) in sizes.items():
+        if (out := operands[index]) is not None:
+            assert gradient is not None
+            content[out] = _channel_sum(count, cols, content[gradient])
+
+
+def _channel_sum(rows: int, cols: int, value: object) -> object:
+    """As `meaning` has it for a step of its own."""
+    return hash((hash(("channel_sum", "", (rows, cols), (), (value,))), 1))
 
 
 def _sum(*terms: object) -> object:
