@@ -97,6 +97,9 @@ GEOMETRIES = {
     "depthwise 16": Geometry(ih=9, iw=9, ic=16, oc=16, kh=3, kw=3, pads=(1, 1, 1, 1), group=16),
     "depthwise wide": Geometry(n=1, ih=7, iw=7, ic=145, oc=145, kh=5, kw=5, pads=(2, 2, 2, 2), group=145),
     "depthwise stride 2": Geometry(ih=15, iw=13, ic=70, oc=70, kh=3, kw=3, stride=(2, 2), pads=(0, 1, 1, 0), group=70),
+    "depthwise strides 3 and 2": Geometry(
+        ih=23, iw=21, ic=37, oc=37, kh=4, kw=3, stride=(3, 2), pads=(2, 3, 1, 2), dilation=(1, 2), group=37
+    ),
     "depthwise dilated": Geometry(ih=15, iw=13, ic=20, oc=20, kh=3, kw=3, dilation=(2, 2), pads=(2, 2, 2, 2), group=20),
     "depthwise large map": Geometry(n=1, ih=3, iw=150, ic=3, oc=3, kh=3, kw=3, pads=(1, 1, 1, 1), group=3),
     "depthwise many blocks": Geometry(n=2, ih=30, iw=31, ic=70, oc=70, kh=3, kw=3, pads=(1, 1, 1, 1), group=70),

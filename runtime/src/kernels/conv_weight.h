@@ -41,31 +41,4 @@ bool razor_taps_range(const WeightGradient& call, const KeptReader& x, const Wei
 uint64_t depthwise_weight_scratch(const ConvShape& shape, int threads);
 bool depthwise_weight_run(const WeightGradient& call);
 
-// Rows of an X block that meet dY through one kernel tap: rows row, row + step, … of the block (count of them, step =
-// sw) meet the dY rows dy_row, dy_row + 1, …
-struct TapRun {
-  int64_t row, count, dy_row;
-};
-
-// The runs of tap (ky, kx) over rows [begin, end) of a sample's map, at most 64 rows. Returns their number.
-inline int tap_runs(const ConvShape& s, int64_t sample, int64_t begin, int64_t end, int64_t ky, int64_t kx,
-                    TapRun* runs) {
-  if (s.kh == 1 && s.kw == 1 && s.sh == 1 && s.sw == 1 && !s.pt && !s.pl && s.oh == s.ih && s.ow == s.iw) {
-    runs[0] = {0, end - begin, sample * s.oh * s.ow + begin};
-    return 1;
-  }
-  int n = 0;
-  for (int64_t row = begin, line_end; row < end; row = line_end) {
-    const int64_t iy = row / s.iw, y = iy + s.pt - ky * s.dh, oy = y / s.sh;
-    line_end = std::min(end, (iy + 1) * s.iw);
-    if (y < 0 || oy * s.sh != y || oy >= s.oh) continue;
-    const int64_t x = row - iy * s.iw + s.pl - kx * s.dw;
-    const int64_t skip = x < 0 ? -x : (s.sw - x % s.sw) % s.sw;  // to the first column that an output column reads
-    const int64_t ox = (x + skip) / s.sw, first = row + skip;
-    const int64_t count = std::min((line_end - first + s.sw - 1) / s.sw, s.ow - ox);
-    if (first < line_end && count > 0) runs[n++] = {first - begin, count, (sample * s.oh + oy) * s.ow + ox};
-  }
-  return n;
-}
-
 }  // namespace er::ER_ISA

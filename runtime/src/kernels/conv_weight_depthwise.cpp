@@ -2,8 +2,10 @@
 //
 // Each column of X meets its own column of dY only, so set bits of neighbouring columns share no work: a block of at
 // most 64 rows and 4 vectors of columns is decoded to a dense tile (in L1), and the taps run over it in vectors of
-// columns, with stride 1 several taps at once. Threads share the blocks if they are many, since columns rarely split
-// into strips of the same width, and the sums of all are added up in the end; else they share the columns.
+// columns, with stride 1 several taps at once. (Walking the set bits was slower even where a twentieth of the values is
+// kept, from a transposed copy of dY as from a padded one: the copy alone costs about as much as the multiply-adds
+// here.) Threads share the blocks if they are many, since columns rarely split into strips of the same width, and the
+// sums of all are added up in the end; else they share the columns.
 #include <atomic>
 
 #include "conv_weight.h"
@@ -14,6 +16,35 @@ namespace {
 constexpr int kStripVectors = 4;
 constexpr int64_t kStrip = kStripVectors * kLanes;
 static_assert(kStrip % kGroupColumns == 0, "a strip is whole column groups");
+
+// Rows of an X block that meet dY through one kernel tap: rows row, row + step, … of the block (count of them, step =
+// sw) meet the dY rows dy_row, dy_row + 1, …
+struct TapRun {
+  int64_t row, count, dy_row;
+};
+
+// n / step, n not negative. Steps are small, and a division costs as much as a few rows.
+int64_t divide(int64_t n, int64_t step) { return step == 1 ? n : step == 2 ? n >> 1 : n / step; }
+
+// The runs of tap (ky, kx) over rows [begin, end) of a sample's map, at most 64 rows, the first of which is on line iy.
+// Returns their number.
+int tap_runs(const ConvShape& s, int64_t sample, int64_t begin, int64_t end, int64_t iy, int64_t ky, int64_t kx,
+             TapRun* runs) {
+  int n = 0;
+  for (int64_t row = begin, line_end; row < end; row = line_end, iy++) {
+    line_end = std::min(end, (iy + 1) * s.iw);
+    const int64_t y = iy + s.pt - ky * s.dh, x = row - iy * s.iw + s.pl - kx * s.dw;
+    if (y < 0) continue;
+    const int64_t oy = divide(y, s.sh);
+    if (oy * s.sh != y || oy >= s.oh) continue;
+    const int64_t ox = x < 0 ? 0 : divide(x + s.sw - 1, s.sw);  // the first that reads one of the rows
+    const int64_t first = row + ox * s.sw - x;
+    if (first >= line_end) continue;
+    const int64_t count = std::min(divide(line_end - first + s.sw - 1, s.sw), s.ow - ox);
+    if (count > 0) runs[n++] = {first - begin, count, (sample * s.oh + oy) * s.ow + ox};
+  }
+  return n;
+}
 
 // sum[tap][kVectors·kLanes] += tile rows · dY rows, over the runs of one tap. `left` columns are real.
 template <int kVectors>
@@ -92,8 +123,9 @@ bool has_lines(const ConvShape& s) {
 void add_block(const ConvShape& s, const float* tile, const float* dy, int64_t sample, int64_t begin, int64_t end,
                int64_t count, float* sum) {
   const int64_t line = s.ow * s.oc, most = std::min<int64_t>(3, kMostSums / s.kw);
-  for (int64_t row = begin; row < end;) {
-    const int64_t iy = row / s.iw, x0 = row - iy * s.iw, x1 = std::min(s.iw, x0 + end - row);
+  int64_t iy = begin / s.iw;
+  for (int64_t row = begin; row < end; iy++) {
+    const int64_t x0 = row - iy * s.iw, x1 = std::min(s.iw, x0 + end - row);
     const float* x = tile + (row - begin) * kStrip;
     row += x1 - x0;
     // Kernel rows that meet dY, and positions for which all taps of such a row do.
@@ -129,16 +161,17 @@ bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t fir
     const int64_t sample = i / x.at.blocks, block = i % x.at.blocks;
     for (int64_t c = 0; c < count; c += kGroupColumns)
       if (!x.tile(sample, block, begin + c, std::min(kGroupColumns, count - c), tile + c, kStrip, values)) return false;
-    const int64_t row_begin = x.at.row_begin(block), row_end = x.at.row_begin(block + 1);
+    const int64_t row_begin = x.at.row_begin(block), row_end = x.at.row_begin(block + 1), line = row_begin / s.iw;
     if (lines) {
       add_block(s, tile, call.dy + begin, sample, row_begin, row_end, count, sum);
       continue;
     }
-    for (int64_t tap = 0; tap < s.taps(); tap++) {
-      TapRun runs[kBlockRows];
-      const int n = tap_runs(s, sample, row_begin, row_end, tap / s.kw, tap % s.kw, runs);
-      add(runs, n, s.sw, tile, call.dy + begin, s.oc, count, sum + tap * kStrip);
-    }
+    for (int64_t ky = 0; ky < s.kh; ky++)
+      for (int64_t kx = 0; kx < s.kw; kx++) {
+        TapRun runs[kBlockRows];
+        const int n = tap_runs(s, sample, row_begin, row_end, line, ky, kx, runs);
+        add(runs, n, s.sw, tile, call.dy + begin, s.oc, count, sum + (ky * s.kw + kx) * kStrip);
+      }
   }
   return true;
 }

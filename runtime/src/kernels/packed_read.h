@@ -60,7 +60,7 @@ class KeptReader {
 
   // Writes a block's columns [begin, begin + count), all inside one column group, as [rows of the block][kGroupColumns]
   // with row stride `stride`; columns up to the next multiple of kLanes may be written too. `values` is working space
-  // of kGroupValues floats. False as above.
+  // of kGroupValues floats, which may all be read. False as above.
   bool tile(int64_t sample, int64_t block, int64_t begin, int64_t count, float* out, int64_t stride,
             float* scratch) const {
     const int64_t first = at.row_begin(block), rows = at.row_begin(block + 1) - first;
@@ -90,18 +90,29 @@ class KeptReader {
       for (int64_t j = 0; j < count; j += kLanes) store(out + i * stride + j, load(means + j));
     const float* value = scratch;
     for (int64_t c = begin / kGroupColumns * kGroupColumns; c < begin + count; c++) {
-      if (c < begin) {
-        value += __builtin_popcountll(words[c]);
-        continue;
-      }
-      for (uint64_t w = words[c] & inside; w; w &= w - 1)
-        out[__builtin_ctzll(w) * stride + c - begin] = means[c - begin] + *value++;
-      value += __builtin_popcountll(words[c] & ~inside);
+      if (c >= begin) add_values(words[c] & inside, rows, value, out + c - begin, stride);
+      value += __builtin_popcountll(words[c]);
     }
     return true;
   }
 
  private:
+  // Adds values to those of a column's `rows` rows whose bits are set. Four at a time, even if fewer are left: most
+  // words have few bits, and a branch on their number is guessed wrong too often. What is behind them adds 0 to the
+  // last row.
+  static void add_values(uint64_t word, int64_t rows, const float* value, float* column, int64_t stride) {
+    typedef int32_t Four __attribute__((vector_size(16)));
+    typedef float Values __attribute__((vector_size(16)));
+    const uint64_t last = uint64_t{1} << (rows - 1);
+    int left = __builtin_popcountll(word);
+    do {
+      Four residuals;
+      std::memcpy(&residuals, value, sizeof residuals);
+      const Values four = (Values)(residuals & (Four{0, 1, 2, 3} < left));
+      for (int i = 0; i < 4; i++, word &= word - 1) column[__builtin_ctzll(word | last) * stride] += four[i];
+      value += 4, left -= 4;
+    } while (left > 0);
+  }
   // tile() where nothing was dropped: the values are the transposed tile. They may be read to the end of scratch.
   __attribute__((noinline)) static void whole_tile(int64_t rows, int64_t cols, const float* means, const float* values,
                                                    float* out, int64_t stride) {
