@@ -308,6 +308,7 @@ class PlanReader {
       if (step.kernel->scratch) scratch_apart(step);
       indices_apart(step);
       if (kernel == "attention_grad") gradients_apart(step);
+      if (kernel == "conv" && operands > 7) addend_apart(step);
       step.spill = spill_of(kernel);
       step.looks_up = kernel == "embedding" && step.ints[3] == 0;
       for (size_t o = 0; o < step.operands.size(); o++)
@@ -391,6 +392,13 @@ class PlanReader {
         }
         if (!apart) ER_BAD("step '%.200s' (attention_grad): its gradients overlap", step.label.c_str());
       }
+  }
+
+  // Each element is read before it is written: only where the addend begins with the result.
+  static void addend_apart(const PlanStep& step) {
+    const PlanOperand &y = step.operands[4], &addend = step.operands[6];
+    if (addend.region != kNone && overlap(y, addend) && y.offset != addend.offset)
+      ER_BAD("step '%.200s' (conv): a part of the addend is overwritten before it is read", step.label.c_str());
   }
 
   // A training plan has a loss, and an int32 target gets the class count that its values are checked against from the

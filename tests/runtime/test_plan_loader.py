@@ -145,6 +145,26 @@ def test_a_step_cannot_overwrite_its_own_indices(kernel: str, indices: int, writ
     refuse(encode(plan), f"operand {written} would overwrite the indices in operand {indices}")
 
 
+def test_an_addend_lies_apart_from_the_result_or_is_it() -> None:
+    """Anything between would be overwritten before it is read, by another thread at that."""
+    plan = linear_plan(threads=2, outputs=33)
+    y, size = plan["train"][0]["operands"][4][1:]
+    plan["arena_bytes"] += 1024
+    for step in (plan["train"][0], plan["eval"][0]):
+        *operands, scratch = step["operands"]
+        assert scratch[0] == 0 or scratch[1] >= y + size, "scratch is in the way: choose another shape"
+        for offset in (y, y - 320, y + 320):
+            step["operands"] = [*operands, (1, offset, size), scratch]
+            Session(encode(plan)).close()
+        for offset in (y - 64, y + 64, y + 256):  # of 264 bytes
+            step["operands"] = [*operands, (1, offset, size), scratch]
+            refuse(encode(plan), "a part of the addend is overwritten before it is read")
+        for wrong in (size - 4, size + 4):
+            step["operands"] = [*operands, (1, y, wrong), scratch]
+            refuse(encode(plan), f"the addend has {wrong} bytes, needs {size}")
+        step["operands"] = [*operands, scratch]
+
+
 TOGETHER, APART = [[0, 312]] * 3, [[0, 96], [128, 96], [256, 96]]
 
 

@@ -1,6 +1,7 @@
-// conv: Y = act(scale · conv(X, W) + shift) with the kept form of the activation, and conv_grad_input: dX = f' · ((dX
-// +) convᵀ(scale · dY, W)) with f' as the activation that made X kept it, and the sums of dX's columns. X is
-// [n,ih,iw,ic], W [kh,kw,ic/group,oc], Y and dY [n,oh,ow,oc], scale and shift [oc], float32 (docs/plan-format.md).
+// conv: Y = act(scale · conv(X, W) + shift (+ addend)) with the kept form of the activation, and conv_grad_input: dX =
+// f' · ((dX +) convᵀ(scale · dY, W)) with f' as the activation that made X kept it, and the sums of dX's columns. X is
+// [n,ih,iw,ic], W [kh,kw,ic/group,oc], Y, addend and dY [n,oh,ow,oc], scale and shift [oc], float32
+// (docs/plan-format.md).
 #include "conv_paths.h"
 
 namespace er::ER_ISA {
@@ -197,7 +198,8 @@ std::string conv_check(const Call& call) {
   if (call.n_ints != kForwardForm && call.n_ints != kForwardForm + 1)
     return "needs 18 or 19 integers, got " + std::to_string(call.n_ints);
   if (call.n_floats != 2) return "needs 2 floats, got " + std::to_string(call.n_floats);
-  if (call.n_operands != 7) return "needs 7 operands, got " + std::to_string(call.n_operands);
+  if (call.n_operands != 7 && call.n_operands != 8)
+    return "needs 7 or 8 operands, got " + std::to_string(call.n_operands);
   const ConvShape s = conv_shape(call.ints);
   const int64_t keep = call.ints[kForwardKeep], form = weight_form(call, kForwardForm);
   error = first_error({activation_error(activation_of(call), keep), weight_form_error(s, form)});
@@ -207,14 +209,24 @@ std::string conv_check(const Call& call) {
   return first_error(
       {operand_error(call, 0, "X", s.x_elements() * 4), operand_error(call, 1, "W", weight_bytes(s, form)),
        operand_error(call, 2, "scale", s.oc * 4, true), operand_error(call, 3, "shift", s.oc * 4, true),
-       operand_error(call, 4, "Y", s.y_elements() * 4), operand_error(call, 5, "kept", kept, keep == kKeepNothing)});
+       operand_error(call, 4, "Y", s.y_elements() * 4), operand_error(call, 5, "kept", kept, keep == kKeepNothing),
+       call.n_operands == 8 ? operand_error(call, 6, "the addend", s.y_elements() * 4, true) : ""});
+}
+
+// Floats from one tensor to another.
+int64_t distance(const float* from, const float* to) {
+  return (reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from)) / int64_t{sizeof(float)};
 }
 
 bool conv_run(const Call& call) {
   const ConvShape s = conv_shape(call.ints);
   const int64_t keep = call.ints[kForwardKeep];
   const WeightView weight = weight_view(s, weight_form(call, kForwardForm), call.operands[1].data);
-  const Finish finish{call.as<const float>(2), call.as<const float>(3),   false, activation_of(call), keep,
+  const float* addend = call.n_operands == 8 ? call.as<const float>(6) : nullptr;
+  const int scratch = static_cast<int>(call.n_operands) - 1;
+  const Finish finish{call.as<const float>(2), call.as<const float>(3),
+                      addend != nullptr,       addend ? distance(call.as<const float>(4), addend) : 0,
+                      activation_of(call),     keep,
                       call.as<uint8_t>(5),     kept_row_bytes(keep, s.oc)};
   const int threads = call.pool->threads();
   if (is_depthwise(s)) {
@@ -228,7 +240,7 @@ bool conv_run(const Call& call) {
     w.weight = weight;
     w.out = call.as<float>(4);
     w.finish = finish;
-    winograd(w, call.pool, call.as<char>(6));
+    winograd(w, call.pool, call.as<char>(scratch));
     return true;
   }
   GatherGemm g = forward_gemm(s, weight.form);
@@ -238,9 +250,9 @@ bool conv_run(const Call& call) {
   g.finish = finish;
   uint64_t part;
   scratch_bytes(s, weight.form, false, threads, &part);
-  float* zeros = call.as<float>(6);
+  float* zeros = call.as<float>(scratch);
   std::fill_n(zeros, s.ic, 0.0f);
-  char* parts = call.as<char>(6) + aligned(static_cast<uint64_t>(s.ic) * 4);
+  char* parts = call.as<char>(scratch) + aligned(static_cast<uint64_t>(s.ic) * 4);
   call.pool->cut(gather_gemm_units(g, threads));
   call.pool->run([&](int thread) {
     gather_gemm(g, call.pool, thread, true, parts + part * static_cast<uint64_t>(thread), zeros);
@@ -295,7 +307,7 @@ bool conv_grad_input_run(const Call& call) {
   const int threads = call.pool->threads();
   const uint64_t sums = sums_bytes(call, s, weight.form, threads);
   Finish finish{};
-  finish.accumulate = call.ints[kGradAccumulate] == 1;
+  finish.adds = call.ints[kGradAccumulate] == 1;
   finish.slope = Slope::of(activation_of(call), call.ints[kGradKeep], call.as<const uint8_t>(4), s.ic);
   finish.sums = sums ? call.as<float>(6) : nullptr;
   finish.sums_stride = sums_stride(s);

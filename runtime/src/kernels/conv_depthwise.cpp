@@ -37,8 +37,8 @@ struct Row {
 // What the sums of kPixels pixels become; c is the channel of `out`.
 struct Store {
   VecF scale, shift, low, high;
-  int64_t left;
-  bool accumulate;
+  int64_t left, addend;
+  bool adds;
 
   Store(const Finish& f, int64_t c, int64_t end)
       : scale(f.scale ? load_upto(f.scale + c, end - c) : broadcast(1.0f)),
@@ -46,10 +46,11 @@ struct Store {
         low(broadcast(f.low())),
         high(broadcast(f.high())),
         left(end - c),
-        accumulate(f.accumulate) {}
+        addend(f.addend),
+        adds(f.adds) {}
   VecF finished(const float* out, VecF sum) const {
     VecF z = sum * scale + shift;
-    if (accumulate) z += load_upto(out, left);
+    if (adds) z += load_upto(out + addend, left);
     return min(high, max(low, z));
   }
   // The sums of kPixels pixels from pixel j on at channel c. Only the most that some_pixels has in registers are

@@ -301,20 +301,24 @@ class Multiplier {
     t.c_offset = to;
     t.last = static_cast<int>(std::min<int64_t>(left, kLanes));
     t.partial_b = !l.pack && t.last < kLanes;
-    t.load_c = b > 0 || f_.accumulate;
-    t.finish = b == l.blocks - 1;
+    // Every block is scaled, so that the first can add the addend, which its own sum overwrites if it is C.
     t.scale = f_.scale ? f_.scale + to : nullptr;
-    t.shift = f_.shift ? f_.shift + to : nullptr;
-    t.low = f_.low();
-    t.high = f_.high();
-    t.column = column;
-    if (!later_) t.sums = sums_;
+    t.adds = b > 0 || f_.adds;
+    t.addend = b > 0 ? 0 : f_.addend;
+    const bool last = b == l.blocks - 1;
+    if (last) {
+      t.shift = f_.shift ? f_.shift + to : nullptr;
+      t.low = f_.low();
+      t.high = f_.high();
+      t.column = column;
+      if (!later_) t.sums = sums_;
+    }
     const int64_t count = end - begin, pieces = ceil_div(count, gemm_tile_rows(static_cast<int>(at.vectors)));
     for (int64_t i = 0; i < pieces; i++) {
       const int64_t r = begin + count * i / pieces;
       t.a = table_.sources + block.tap * l.tile_rows + r;
       t.c = table_.outputs + r;
-      if (!later_ && masks_) t.kept = table_.kept + r;
+      if (last && !later_ && masks_) t.kept = table_.kept + r;
       gemm_tile(t, static_cast<int>(begin + count * (i + 1) / pieces - r), static_cast<int>(at.vectors));
     }
   }
@@ -325,9 +329,9 @@ class Multiplier {
     const int64_t col_begin = all ? 0 : l.panel_start(first) * kLanes;
     const int64_t col_end = all ? g_.out_cols : std::min(g_.n, l.panel_start(last) * kLanes);
     if (l.taps == 0) {  // no output position reads these inputs
-      for (int64_t r = begin; r < end && !f_.accumulate; r++)
+      for (int64_t r = begin; r < end && !f_.adds; r++)
         std::fill(table_.outputs[r] + col_begin, table_.outputs[r] + col_end, 0.0f);
-      if (later_ && f_.accumulate) finish_rows(f_, table_, begin, end, col_begin, col_end, sums_);
+      if (later_ && f_.adds) finish_rows(f_, table_, begin, end, col_begin, col_end, sums_);
       return;
     }
     auto block = [&](int64_t p, int64_t b) {

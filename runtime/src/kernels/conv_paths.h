@@ -8,12 +8,13 @@
 
 namespace er::ER_ISA {
 
-// What happens to a finished accumulator z. Forward: y = f(scale·z + shift), with the kept form. Gradient: dx =
-// slope·(z + (accumulate) dx), and the sum of each column of dX.
+// What happens to a finished accumulator z. Forward: y = f(scale·z + shift + addend), with the kept form. Gradient:
+// dx = slope·(z + addend), where the addend is dx itself, and the sum of each column of dX.
 struct Finish {
   const float* scale;  // [columns] or null
   const float* shift;  // [columns] or null
-  bool accumulate;
+  bool adds;
+  int64_t addend;  // floats from any element of the result to what is added to it
   Activation act;
   int64_t keep;
   uint8_t* kept;

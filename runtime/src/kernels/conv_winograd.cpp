@@ -180,9 +180,9 @@ void transform_windows(const Winograd& w, const Layout& l, int64_t tile, int64_t
 // The one place where results leave: columns [column, column + kLanes) of row (pixel) `row`, `left` of them exist.
 inline void write_result(const Winograd& w, VecF z, VecF scale, VecF shift, int64_t row, int64_t column, int64_t left) {
   float* y = w.out + row * w.n + column;
-  z = min(broadcast(w.finish.high()), max(broadcast(w.finish.low()), z * scale + shift));
-  if (w.finish.accumulate) z += load_upto(y, left);
-  store_upto(y, z, left);
+  z = z * scale + shift;
+  if (w.finish.adds) z += load_upto(y + w.finish.addend, left);
+  store_upto(y, min(broadcast(w.finish.high()), max(broadcast(w.finish.low()), z)), left);
 }
 
 // Columns of a panel of `count` tiles: Aᵀ m A with Aᵀ = [1 1 1 0; 0 1 −1 −1], then Finish.

@@ -24,7 +24,7 @@ constexpr bool kMaskedLoads = true;
 constexpr bool kMaskedLoads = false;
 #endif
 
-// From so many products a sum on, C's lines are fetched while they are made.
+// From so many products a sum on, the lines of C (of the addend, if it lies elsewhere) are fetched while they are made.
 constexpr int64_t kFetchDepth = 128;
 
 struct GemmTile {
@@ -34,21 +34,22 @@ struct GemmTile {
   int64_t ldb;
   float* const* c;  // row r: c[r] + c_offset
   int64_t c_offset;
-  int last;                    // columns in the last vector, 1 … kLanes
-  bool partial_b;              // no more than that of B's last vector may be read
-  bool load_c;                 // start from C instead of 0
-  bool finish;                 // C = min(high, max(low, scale·sum + shift)), else C = sum
+  int last;        // columns in the last vector, 1 … kLanes
+  bool partial_b;  // no more than that of B's last vector may be read
+  // C = min(high, max(low, scale·sum + shift + addend))
   const float *scale, *shift;  // at the first column; null: 1, 0
-  float low, high;
-  // With `finish`, of a gradient: bits of kept slopes (row r's: kept[r], the first column is `column` of the row) or
-  // null, and the running sums of the columns, if any.
+  bool adds;                   // what lies `addend` floats behind C: C itself, or a tensor of its shape
+  int64_t addend = 0;
+  float low = -INFINITY, high = INFINITY;
+  // Of a gradient: bits of kept slopes (row r's: kept[r], the first column is `column` of the row) or null, and the
+  // running sums of the columns, if any.
   const uint8_t* const* kept;
   int64_t column;
   RunningSums sums;
 };
 
-// The last step of a gradient: C = sum [+ C] where the slope is 1, and the columns' running sums. Apart from gemm_tile,
-// whose every size would hold a copy; `acc` is [rows][vectors].
+// The last step of a gradient: C = sum [+ addend] where the slope is 1, and the columns' running sums. Apart from
+// gemm_tile, whose every size would hold a copy; `acc` is [rows][vectors].
 __attribute__((noinline)) inline void finish_gradient_tile(const GemmTile& g, const VecF* acc, int rows, int vectors) {
   for (int v = 0; v < vectors; v++) {
     const int64_t left = v == vectors - 1 ? g.last : kLanes, column = g.column + v * kLanes;
@@ -56,7 +57,7 @@ __attribute__((noinline)) inline void finish_gradient_tile(const GemmTile& g, co
     for (int r = 0; r < rows; r++) {
       float* c = g.c[r] + g.c_offset + v * kLanes;
       VecF z = acc[r * vectors + v];
-      if (g.load_c) z += load_upto(c, left);
+      if (g.adds) z += load_upto(c + g.addend, left);
       if (g.kept) z = keep_lanes(kept_bits(g.kept[r], column, left), z);
       store_upto(c, z, left);
       total += z;
@@ -103,7 +104,7 @@ void gemm_tile(const GemmTile& g) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) __builtin_prefetch(g.c[r] + g.c_offset + v * kLanes, 1, 3);
+      for (int v = 0; v < kVectors; v++) __builtin_prefetch(g.c[r] + g.c_offset + g.addend + v * kLanes, 1, 3);
   if (kPartialB && g.partial_b)
     multiply<true>(g, acc);
   else
@@ -112,7 +113,7 @@ void gemm_tile(const GemmTile& g) {
   auto fetch = [&](const float* p, int v) {
     return v == kEnd && !whole ? load_partial(p + v * kLanes, g.last) : load(p + v * kLanes);
   };
-  if (g.finish && (g.kept || g.sums.sum)) {
+  if (g.kept || g.sums.sum) {
     VecF copy[kRows * kVectors];  // the address of `acc` itself would keep it out of registers
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
@@ -123,14 +124,14 @@ void gemm_tile(const GemmTile& g) {
 #define ER_EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < kRows; r++)
 #define ER_EACH_VECTOR _Pragma("GCC unroll 4") for (int v = 0; v < kVectors; v++)
   // Steps of their own, of which a product that needs none takes none: sums of few products end often.
-  if (g.load_c) ER_EACH_ROW ER_EACH_VECTOR acc[r][v] += fetch(g.c[r] + g.c_offset, v);
-  if (g.finish && (g.scale || g.shift)) {
+  if (g.scale || g.shift) {
     ER_EACH_VECTOR {
       const VecF scale = g.scale ? fetch(g.scale, v) : broadcast(1.0f), shift = g.shift ? fetch(g.shift, v) : VecF{};
       ER_EACH_ROW acc[r][v] = acc[r][v] * scale + shift;
     }
   }
-  if (g.finish && (g.low > -INFINITY || g.high < INFINITY)) {
+  if (g.adds) ER_EACH_ROW ER_EACH_VECTOR acc[r][v] += fetch(g.c[r] + g.c_offset + g.addend, v);
+  if (g.low > -INFINITY || g.high < INFINITY) {
     const VecF low = broadcast(g.low), high = broadcast(g.high);
     ER_EACH_ROW ER_EACH_VECTOR acc[r][v] = min(high, max(low, acc[r][v]));
   }

@@ -46,7 +46,7 @@ __attribute__((noinline)) inline void product(int64_t rows, int64_t cols, int64_
   float* outputs[kTileRowsNarrow];
   GemmTile t{};
   t.a = sources, t.a_step = a_step, t.taps = 1, t.k = depth;
-  t.c = outputs, t.load_c = add;
+  t.c = outputs, t.adds = add;
   for (int64_t column = 0; column < cols; column += kPanelColumns) {
     const int64_t left = std::min(kPanelColumns, cols - column), vectors = whole_vectors(left) / kLanes;
     t.b = b.data + (b.stride ? column : column * depth);
