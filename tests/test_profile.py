@@ -58,9 +58,10 @@ def test_other_kernels_count_no_multiply_adds() -> None:
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        # X, W, scale, shift, Y, kept, and scratch that does not count
-        (step("conv", [*CONV, 1, 1], 100, 20, 4, 4, 50, 7, 999), 185),
-        (step("conv", [*CONV, 0, 0], 100, 20, None, None, 50, None, 999), 170),
+        # X, W, scale, shift, Y, kept, addend, and scratch that does not count
+        (step("conv", [*CONV, 1, 1], 100, 20, 4, 4, 50, 7, None, 999), 185),
+        (step("conv", [*CONV, 1, 1], 100, 20, 4, 4, 50, 7, 50, 999), 235),
+        (step("conv", [*CONV, 0, 0], 100, 20, None, None, 50, None, None, 999), 170),
         (step("conv_grad_input", [*CONV, 0, 0, 0, 0], 50, 20, None, 100, None, None, 999), 170),
         (
             step("conv_grad_input", [*CONV, 0, 0, 0, 1], 50, 20, None, 100, None, None, 999),

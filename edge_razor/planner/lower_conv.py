@@ -84,7 +84,7 @@ def _forward(lowering: Lowering, node: Node) -> None:
     scale, shift = lowering.vector(node, 2, shape[6]), lowering.vector(node, 3, shape[6])
     kept = lowering.keep(node, 1)
     keep = lowering.storage[node.output(1)].form if kept else ActivationKeep.NOTHING
-    operands = [x.buffer, weight.buffer, scale, shift, y.buffer, kept]
+    operands = [x.buffer, weight.buffer, scale, shift, y.buffer, kept, None]  # the addend is the schedule's
     lowering.emit(node, "conv", [*shape, code, int(keep or 0), *form], bounds, operands)
 
 

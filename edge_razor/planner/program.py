@@ -7,7 +7,19 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["ACCUMULATE", "KERNELS", "UPDATES", "Buffer", "Places", "Program", "Region", "Signature", "Step", "touches"]
+__all__ = [
+    "ACCUMULATE",
+    "ADDEND",
+    "KERNELS",
+    "UPDATES",
+    "Buffer",
+    "Places",
+    "Program",
+    "Region",
+    "Signature",
+    "Step",
+    "touches",
+]
 
 ALIGNMENT = 64  # bytes; every offset in a plan is a multiple
 
@@ -58,7 +70,7 @@ def _signature(text: str, *may_alias: tuple[int, int], scratch: bool = False) ->
 # The kernel table of docs/plan-format.md. "!" marks an operand that is written, "?" one that may be absent; pairs are
 # (written, read) operands that may share memory; scratch kernels take one more operand at the end.
 KERNELS: dict[str, Signature] = {
-    "conv": _signature("X W scale? shift? Y! kept?!", scratch=True),
+    "conv": _signature("X W scale? shift? Y! kept?! addend?", (4, 6), scratch=True),
     "conv_grad_input": _signature("dY W scale? dX! kept? sums?!", scratch=True),
     "conv_grad_weight": _signature("X dY G!", scratch=True),
     "pack": _signature("X out!", scratch=True),
@@ -109,6 +121,7 @@ KERNELS: dict[str, Signature] = {
     "sgd_rows": _signature("param! grad momentum?! accumulator?!"),
     "adamw_rows": _signature("param! grad m! v! accumulator?!"),
 }
+ADDEND = 6  # the operand of conv that is added to the product
 ACCUMULATE = 19  # the integer of conv_grad_input that says dX += …
 UPDATES = frozenset({"sgd", "adamw", "sgd_rows", "adamw_rows"})  # what they write they read first
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from edge_razor.errors import BundleError
 
+from .addend import fuse_addends
 from .finish import fuse_finish
 from .program import ACCUMULATE, KERNELS, Buffer, Program, Region, Step, touches
 from .recompute import make_again
@@ -27,7 +28,7 @@ def schedule_training(program: Program, updates: list[Step], threads: int) -> Pr
 def order_training(program: Program, updates: list[Step], threads: int) -> Program:
     """`schedule_training`, before steps work in place."""
     gradients = {u.operands[1] for u in updates}
-    steps = fuse_accumulation(program.steps, gradients)
+    steps = fuse_accumulation(fuse_addends(program), gradients)
     steps = fuse_finish(steps, gradients, threads)
     steps = order_weight_gradients(steps)
     steps = defer_for_reuse(steps, program.inputs)
@@ -39,7 +40,7 @@ def order_training(program: Program, updates: list[Step], threads: int) -> Progr
 
 def schedule_inference(program: Program) -> Program:
     """The forward steps in graph order, in place where possible."""
-    return share_buffers(program)
+    return share_buffers(Program(fuse_addends(program), program.inputs, program.outputs))
 
 
 def fuse_accumulation(steps: list[Step], gradients: set[Buffer | None]) -> list[Step]:
@@ -180,7 +181,8 @@ def share_buffers(program: Program) -> Program:
     target: dict[Buffer, Buffer] = {}
     for index, step in enumerate(steps):
         step.operands[:] = [target.get(b, b) if b is not None else None for b in step.operands]
-        for written, read in KERNELS[step.kernel].may_alias:
+        may_alias = KERNELS[step.kernel].may_alias
+        for written, read in may_alias:
             out, source = step.operands[written], step.operands[read]
             if (
                 out is None
@@ -191,6 +193,7 @@ def share_buffers(program: Program) -> Program:
                 or out.bytes != source.bytes
                 or first[out] != index
                 or last[source] != index
+                or any(o is source and (written, i) not in may_alias for i, o in enumerate(step.operands) if i != read)
             ):
                 continue
             target[out] = source

@@ -33,7 +33,7 @@ constexpr struct {
   const char* kernel;
   uint32_t reads;
 } kReads[] = {
-    {"conv", 0xf},
+    {"conv", 0x4f},
     {"conv_grad_input", 0x17},
     {"conv_grad_weight", 0x3},
     {"pack", 0x1},
@@ -303,7 +303,7 @@ class PlanReader {
       step.ints = bytes_.values<int64_t>();
       step.floats = bytes_.values<float>();
       const uint32_t operands = bytes_.count(17);
-      for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step, o));
+      for (uint32_t o = 0; o < operands; o++) step.operands.push_back(operand(step, o, o + 1 == operands));
       check(step);
       if (step.kernel->scratch) scratch_apart(step);
       indices_apart(step);
@@ -321,7 +321,7 @@ class PlanReader {
     }
   }
 
-  PlanOperand operand(const PlanStep& step, uint32_t index) {
+  PlanOperand operand(const PlanStep& step, uint32_t index, bool last) {
     PlanOperand o;
     o.region = bytes_.value<uint8_t>();
     o.offset = bytes_.value<uint64_t>();
@@ -333,7 +333,7 @@ class PlanReader {
       if (o.offset >= plan_.params.size() || plan_.params[o.offset].form != kInFile ||
           o.bytes != stored_bytes(plan_.params[o.offset]))
         ER_BAD("'%.200s': operand %u is no parameter in the weights file", owner.c_str(), index);
-      if (!only_reads(step.kernel->name, index))
+      if ((last && step.kernel->scratch) || !only_reads(step.kernel->name, index))  // the last is scratch
         ER_BAD("'%.200s' cannot have operand %u in the weights file, which is never written", owner.c_str(), index);
       return o;
     }

@@ -30,6 +30,16 @@ def residual(norm: bool) -> Callable[[Network], Built]:
     return make
 
 
+def shortcuts(net: Network) -> Built:
+    """Sums that end in an activation; in the shortcut a convolution, or nothing."""
+    x = net.conv(net.input, 8, norm=True, act="gelu")
+    y = net.conv(x, 12, 3, stride=2, pad=1, norm=True)
+    x = net.act(net.binary("Add", y, net.conv(x, 12, stride=2, norm=True)), "hardswish")
+    x = net.act(net.binary("Add", x, net.conv(x, 12, 3, pad=1, group=12, bias=True)), "leaky_relu")
+    x = net.binary("Add", net.conv(net.conv(x, 20, act="relu"), 12, norm=True), x)
+    return net.build(net.linear(net.mean(x, (1, 2)), 5))
+
+
 def branches(net: Network) -> Built:
     """Concat, slice, channel shuffle, pad, transpose."""
     x = net.conv(net.input, 8, bias=True, act="relu")
@@ -102,6 +112,7 @@ def fused(net: Network) -> Built:
 NETWORKS: dict[str, Callable[[Network], Built]] = {
     "residual": residual(True),
     "residual_bias": residual(False),
+    "shortcuts": shortcuts,
     "branches": branches,
     "arithmetic": arithmetic,
     "perceptron": perceptron,

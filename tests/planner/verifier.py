@@ -10,6 +10,7 @@ from edge_razor.planner.program import ALIGNMENT, KERNELS, UPDATES, Buffer, Prog
 
 # Written operands that may share memory with a read operand, as docs/plan-format.md's table says.
 MAY_ALIAS = {
+    "conv": {(4, 6)},
     "affine": {(3, 0)},
     "activation_grad": {(2, 0)},
     "scale_columns": {(2, 0)},
@@ -134,8 +135,12 @@ def meaning(steps: list[Step], inputs: list[Buffer]) -> dict[str, object]:
         if step.kernel in FINISHING:
             _finished_gradient(step, given, content)
             continue
-        # A sum may be part of the step that makes its terms, so it is known by them alone.
-        label = "" if step.kernel == "channel_sum" else step.label
+        if step.kernel == "conv" and given[-1] is not None:
+            _finished_sum(step, given, content)
+            continue
+        # A sum may be part of the step that makes its terms, and an activation of the one that makes its argument, so
+        # both are known by those alone.
+        label = "" if step.kernel in ("channel_sum", "affine") else step.label
         result: object = hash((step.kernel, label, tuple(ints), tuple(step.floats), given))
         if step.kernel == "binary" and ints[:2] == [0, 1] and 0 not in ints[3:5]:
             result = _sum(*given)
@@ -211,6 +216,22 @@ def _finished_transformer_gradient(step: Step, given: tuple[object, ...], conten
 def _channel_sum(rows: int, cols: int, value: object) -> object:
     """As `meaning` has it for a step of its own."""
     return hash((hash(("channel_sum", "", (rows, cols), (), (value,))), 1))
+
+
+def _finished_sum(step: Step, given: tuple[object, ...], content: dict[Buffer, object]) -> None:
+    """A convolution, an addition and an activation in one step mean the same as in steps of their own."""
+    shape, (act, keep), form = step.ints[:16], step.ints[16:18], step.ints[18:]
+    y, kept = step.operands[4:6]
+    assert y is not None and bool(keep) == (kept is not None)
+    product = hash((step.kernel, step.label, (*shape, 0, 0, *form), (0.0, 0.0), (*given[:-1], None)))
+    value: object = _sum(hash((product, 4)), given[-1])
+    if act:
+        rows, cols = shape[0] * shape[4] * shape[5], shape[6]
+        result = hash(("affine", "", (rows, cols, act, keep), tuple(step.floats), (value, None, None)))
+        value = hash((result, 3))
+        if kept is not None:
+            content[kept] = hash((result, 4))
+    content[y] = value
 
 
 def _sum(*terms: object) -> object:

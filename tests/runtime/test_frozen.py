@@ -288,12 +288,20 @@ def test_no_kernel_gets_a_written_operand_that_cannot_be_written(kernel: str) ->
     signature = KERNELS[kernel]
     for index in range(signature.operands + signature.scratch):
         plan = frozen_plan(1)
-        operands = [(0, 0, 0)] * index + [(MAPPED, 0, SIZES[1])]
+        operands = [(0, 0, 0)] * (signature.operands + signature.scratch)
+        operands[index] = (MAPPED, 0, SIZES[1])
         plan["train"][0] = {"kernel": kernel, "label": "x", "ints": [], "floats": [], "operands": operands}
         with pytest.raises(PlanError) as refused:
             Session(encode(plan))
         reads = index < signature.operands and index not in signature.writes
         assert ("in the weights file, which is never written" in str(refused.value)) != reads, index
+
+
+def test_scratch_in_the_place_of_a_missing_addend_cannot_lie_in_the_file() -> None:
+    plan = frozen_plan(1)
+    plan["train"][0] |= {"kernel": "conv", "operands": [(0, 0, 0)] * 6 + [(MAPPED, 0, SIZES[1])]}
+    with pytest.raises(PlanError, match="cannot have operand 6 in the weights file, which is never written"):
+        Session(encode(plan))
 
 
 @pytest.mark.parametrize("kind", ["in_file", "int8", "rows", "table"])
