@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from edge_razor.errors import PlanError
 
-from .program import ADDEND, KERNELS, Buffer, Region, Step
+from .program import KERNELS, Buffer, Region, Step
 from .serialize import HEADER, check_header
 
 __all__ = ["PlanSteps", "read_steps"]
@@ -58,10 +58,7 @@ class _Reader:
         if kernel not in KERNELS:
             raise PlanError(f"plan file: step {label!r} has the unknown kernel {kernel!r}")
         ints, floats = self.items("q"), self.items("f")
-        operands = [self.operand() for _ in range(self.unpack("I")[0])]
-        if kernel == "conv" and len(operands) == ADDEND + 1:  # made before convolutions could add
-            operands.insert(ADDEND, None)
-        return Step(kernel, label, ints, floats, operands)
+        return Step(kernel, label, ints, floats, [self.operand() for _ in range(self.unpack("I")[0])])
 
     def operand(self) -> Buffer | None:
         region, offset, size = self.unpack("BQQ")

@@ -16,7 +16,7 @@ from .program import Buffer, Program, Region, Step
 __all__ = ["HEADER", "MAGIC", "check_header", "encode"]
 
 MAGIC = b"EDGERZR\n"
-VERSION = 4
+VERSION = 5
 HEADER = struct.Struct("<8sIIQ")  # magic, version, crc32 of the payload, payload bytes
 _ABSENT = 2**64 - 1
 

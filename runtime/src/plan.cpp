@@ -16,7 +16,7 @@ namespace er {
 namespace {
 
 constexpr char kMagic[] = "EDGERZR\n";
-constexpr uint32_t kVersion = 4;
+constexpr uint32_t kVersion = 5;
 constexpr size_t kHeaderBytes = 24;
 constexpr uint64_t kAlignment = 64;
 constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 46;  // far above any device, far below overflow

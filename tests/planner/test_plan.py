@@ -78,7 +78,7 @@ def test_damaged_plan_files_are_plan_errors(bundle: Path, tmp_path: Path, damage
 def test_the_header_states_version_length_and_checksum(bundle: Path) -> None:
     binary = plan(bundle, mem_budget=None, base_bytes=0).binary
     magic, version, crc, size = struct.unpack_from("<8sIIQ", binary)
-    assert (magic, version, size) == (b"EDGERZR\n", 4, len(binary) - 24)
+    assert (magic, version, size) == (b"EDGERZR\n", 5, len(binary) - 24)
     assert crc == zlib.crc32(binary[24:])
 
 

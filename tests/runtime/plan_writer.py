@@ -52,7 +52,7 @@ def _step(s: dict[str, Any]) -> bytes:
     return _string(s["kernel"]) + _string(s["label"]) + _vec("q", s["ints"]) + _vec("f", s["floats"]) + _list(operands)
 
 
-def seal(payload: bytes, version: int = 4) -> bytes:
+def seal(payload: bytes, version: int = 5) -> bytes:
     """A plan file around a payload, with the right checksum."""
     return b"EDGERZR\n" + struct.pack("<IIQ", version, zlib.crc32(payload), len(payload)) + payload
 

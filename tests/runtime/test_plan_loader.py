@@ -194,7 +194,7 @@ def test_header() -> None:
     refuse(b"", "not a plan file")
     refuse(good[:23], "not a plan file")
     refuse(b"X" + good[1:], "not a plan file")
-    refuse(seal(good[24:], version=1), "format version 1; this runtime reads version 4")
+    refuse(seal(good[24:], version=1), "format version 1; this runtime reads version 5")
     refuse(good[:-1], "truncated")
     refuse(good + b"\0", "truncated or altered")
     refuse(seal(good[24:] + b"\0"), "1 bytes after its end")
