@@ -8,12 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from edge_razor.planner.addend import fuse_addends
-from edge_razor.planner.deserialize import read_steps
 from edge_razor.planner.program import ADDEND, Buffer, Places, Program, Region, Step
 from edge_razor.planner.schedule import share_buffers
 from edge_razor.planner.search import Candidate, Search
 
-from ..runtime.plan_writer import encode, linear_plan
 from .conftest import graph_of, settings
 from .networks import Network
 from .verifier import verify
@@ -212,12 +210,3 @@ def test_a_result_is_not_written_over_an_addend_that_is_multiplied_too() -> None
     program = Program([other.conv, other.add, other.user(other.total)], [other.x, other.residual], [])
     program = share_buffers(Program(fuse_addends(program), program.inputs, program.outputs))
     assert other.conv.operands[4] is other.residual
-
-
-def test_a_plan_from_before_there_were_addends_reads_as_one_without() -> None:
-    plan = linear_plan(threads=2, pixels=(8, 8), outputs=64)
-    written = plan["train"][0]["operands"]
-    assert len(written) == 7 and written[-1][0] != 0
-    step = read_steps(encode(plan)).train[0]
-    assert step.operands[ADDEND] is None and step.scratch is not None
-    assert step.scratch.offset == written[-1][1] and len(step.reads) == 3
