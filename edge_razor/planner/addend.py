@@ -6,13 +6,12 @@ the sum (affine), as at the end of each block of a ResNet.
 
 from __future__ import annotations
 
-from .program import ADDEND, Buffer, Program, Region, Step, touches
+from .program import ADDEND, Buffer, Program, Region, Step, is_sum, touches
 
 __all__ = ["fuse_addends"]
 
 _SHAPE = 16  # ints of ConvShape; act and keep follow
 _Y, _KEPT = 4, 5  # operands of conv
-_BINARY_ADD = 0
 
 
 def fuse_addends(program: Program) -> list[Step]:
@@ -35,7 +34,7 @@ class _Addends:
         for step in self.program.steps:
             if step.backward:
                 continue
-            if step.kernel == "binary":
+            if is_sum(step):
                 self._take_sum(step)
             elif step.kernel == "affine":
                 self._take_activation(step)
@@ -43,8 +42,6 @@ class _Addends:
 
     def _take_sum(self, add: Step) -> None:
         """made = conv(…); total = made + other, of one shape: legal if `other` is complete before the convolution."""
-        if add.ints[0] != _BINARY_ADD or add.ints[1] != 1 or 0 in add.ints[3:5]:
-            return
         a, b, total = add.operands
         assert a is not None and b is not None and total is not None
         for made, other in ((a, b), (b, a)):

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .context import scratch_bytes
-from .program import Buffer, Region, Step, touches
+from .program import Buffer, Region, Step, is_sum, touches
 from .storage import ActivationKeep
 
 __all__ = ["fuse_finish"]
 
 _SHAPE = 16  # ints of ConvShape; act, keep, sum and accumulate follow
-_ADD = 0  # op of binary
 
 
 def _rows_cols(step: Step) -> list[int]:
@@ -59,7 +58,7 @@ def _fuse_addends(steps: list[Step], gradients: set[Buffer | None]) -> list[Step
     order = {step: i for i, step in enumerate(steps)}
     removed: set[Step] = set()
     for add in steps:
-        if add.kernel != "binary" or add.ints[0] != _ADD or add.ints[1] != 1 or 0 in add.ints[3:5]:
+        if not is_sum(add):
             continue
         a, b, total = add.operands
         assert a is not None and b is not None and total is not None

@@ -18,6 +18,7 @@ __all__ = [
     "Region",
     "Signature",
     "Step",
+    "is_sum",
     "touches",
 ]
 
@@ -190,6 +191,11 @@ class Program:
     inputs: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
     places: Places = Places()
+
+
+def is_sum(step: Step) -> bool:
+    """Whether it adds two values element by element, neither of them broadcast."""
+    return step.kernel == "binary" and step.ints[:2] == [0, 1] and 0 not in step.ints[3:5]
 
 
 def touches(steps: Iterable[Step]) -> dict[Buffer, list[int]]:

@@ -11,13 +11,11 @@ from edge_razor.errors import BundleError
 
 from .addend import fuse_addends
 from .finish import fuse_finish
-from .program import ACCUMULATE, KERNELS, Buffer, Program, Region, Step, touches
+from .program import ACCUMULATE, KERNELS, Buffer, Program, Region, Step, is_sum, touches
 from .recompute import make_again
 from .spill import spill
 
 __all__ = ["order_training", "schedule_inference", "schedule_training", "share_buffers"]
-
-_BINARY_ADD = 0
 
 
 def schedule_training(program: Program, updates: list[Step], threads: int) -> Program:
@@ -55,7 +53,7 @@ def fuse_accumulation(steps: list[Step], gradients: set[Buffer | None]) -> list[
     }
     removed: set[Step] = set()
     for add in steps:
-        if add.kernel != "binary" or add.ints[0] != _BINARY_ADD or add.ints[1] != 1 or 0 in add.ints[3:5]:
+        if not is_sum(add):
             continue
         a, b, total = add.operands
         if a is None or b is None or total is None or a is b or a in gradients or b in gradients:

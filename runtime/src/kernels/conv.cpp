@@ -136,7 +136,7 @@ uint64_t scratch_bytes(const ConvShape& s, int64_t form, bool gradient, int thre
 enum ForwardInt : uint32_t { kForwardAct = kConvInts, kForwardKeep, kForwardForm };
 enum GradInputInt : uint32_t { kGradKeep = kConvInts + 1, kGradSum, kGradAccumulate, kGradForm };
 
-// Floats between the two running sums of a thread, so that threads share no line of cache.
+// Floats between the two running sums of a part, so that threads share no line of cache.
 int64_t sums_stride(const ConvShape& s) { return (s.ic + 15) / 16 * 16; }
 
 bool one_phase(const ConvShape& s) { return std::min(s.sh, s.ih) == 1 && std::min(s.sw, s.iw) == 1; }
