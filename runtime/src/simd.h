@@ -116,7 +116,15 @@ inline uint32_t mask_bits(VecI mask) {
   return out;
 #endif
 }
-// The reverse: lane i is true where bit i of `word` is set.
+// Bit i is set where lane i is `least` or more.
+inline uint32_t bits_from(VecI v, int32_t least) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_cmpge_epi32_mask((__m512i)v, _mm512_set1_epi32(least));
+#else
+  return mask_bits(v >= least);
+#endif
+}
+// The reverse of mask_bits: lane i is true where bit i of `word` is set.
 inline VecI bits_mask(uint32_t word) { return (broadcast(static_cast<int32_t>(word)) & (1 << lane_index())) != 0; }
 
 // v where bit i of `word` is set, else 0, NaN or not.

@@ -85,11 +85,17 @@ bool pack_run(const Call& call) {
   };
   const int threads = call.pool->threads();
   void* scratch = call.operands[2].data;
+  // Each thread's samples from the last one on: what the kernel before wrote last is still in the cache, and what the
+  // next one reads first is in it again at the end.
+  auto from_last = [&](int64_t i) {
+    const int64_t part = ((i + 1) * threads - 1) / at.samples;
+    return at.samples * part / threads + at.samples * (part + 1) / threads - 1 - i;
+  };
   if (threads == 1 || at.samples % threads == 0 || at.samples >= 4 * threads) {
     std::atomic<bool> finite{true};
     call.pool->share(at.samples, 1, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; i++)
-        if (!pack_sample(sample(i), pack_scratch_of(at, scratch, thread)))
+        if (!pack_sample(sample(from_last(i)), pack_scratch_of(at, scratch, thread)))
           finite.store(false, std::memory_order_relaxed);
     });
     return finite;

@@ -22,7 +22,8 @@ namespace er::ER_ISA {
 namespace {
 
 constexpr int kMaxParts = 64;
-constexpr int kChunkGroups = 4;  // column groups that are in the first-level cache at once
+constexpr int64_t kMeanColumns = 256;  // that are added up at once
+constexpr int64_t kChunkGroups = 12;   // column groups, at most, that are in the first-level cache at once
 
 // Keeps of each column the first `ties` bits of tie[], adds them to word[].
 void add_ties(const Tile& tile, int32_t tie_magnitude, int64_t* ties, uint64_t* word) {
@@ -42,29 +43,30 @@ int32_t make_room(const Sample& s, int64_t groups, int32_t least, Part& part);
 // Means, masks and the list of the residuals that are kept by a threshold. Where the list becomes full, `least` grows;
 // the pass ends early if that is of no use.
 void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
-  const int64_t capacity = list_capacity(s.at) - Tile::kMostAtOnce;
+  const int64_t capacity = list_capacity(s.at) - Tile::kBeyond;
   const RowSteps step(s.row), padded_step(kGroupColumns);
+  const int64_t chunks = (s.at.groups + kChunkGroups - 1) / kChunkGroups;
+  const int64_t chunk_groups = (s.at.groups + chunks - 1) / chunks;
   part.listed = 0, part.energy = 0;
   int64_t guessed = 0;
   for (int64_t b = part.begin; b < part.end; b++) {
     const Block block(s.at, b);
+    const float* block_x = s.x + block.begin * s.row;
     bool means = s.mean && !part.all_means;
     if (guessed < part.guess_blocks && b == guess_block(part, part.guess_blocks, guessed)) guessed++, means = false;
-    for (int64_t chunk = 0; chunk < s.at.groups; chunk += kChunkGroups) {
-      const int64_t groups_end = std::min(s.at.groups, chunk + kChunkGroups);
+    for (int64_t chunk = 0; chunk < s.at.groups; chunk += chunk_groups) {
+      const int64_t groups_end = std::min(s.at.groups, chunk + chunk_groups);
       if (means)
         part.finite &= write_means(s, block, chunk * kGroupColumns, std::min(s.at.cols, groups_end * kGroupColumns));
+      const bool last = groups_end == s.at.groups;
+      const int64_t lines = std::min(chunk_groups, s.at.groups - (last ? 0 : groups_end));
+      Fetch fetch{block_x + (last ? block.rows * s.row : groups_end * kGroupColumns), s.row - lines * kGroupColumns, 0,
+                  lines};
       VecF squares[kGroupVectors] = {};
       for (int64_t g = chunk; g < groups_end; g++) {
-        Tile tile(s, s.mean, block, g);
-        tile.ahead =
-            groups_end < s.at.groups ? kChunkGroups * kGroupColumns : block.rows * s.row - chunk * kGroupColumns;
+        const Tile tile(s, s.mean, block, g);
         uint64_t word[kGroupColumns];
-        const VecI bound = broadcast(least);
-        tile.mask(word, [&squares, bound](VecI m, int v) {
-          squares[v] += (VecF)m * (VecF)m;
-          return m >= bound;
-        });
+        tile.mask_from(least, word, squares, fetch);
         if (ties) add_ties(tile, least - 1, &ties, word);
         int64_t n = 0;
         for (int64_t j = 0; j < tile.cols; j++) n += __builtin_popcountll(word[j]);
@@ -74,12 +76,8 @@ void list_residuals(const Sample& s, int32_t least, int64_t ties, Part& part) {
           return;
         }
         std::memcpy(s.mask + b * s.at.cols + g * kGroupColumns, word, tile.cols * sizeof(uint64_t));
-        if (n == tile.rows * tile.cols)
-          tile.extract_all(part.list + part.listed);
-        else if (n <= kGroupColumns * 5 / 2)
-          tile.extract<4>(word, tile.stride == kGroupColumns ? padded_step : step, part.list + part.listed);
-        else
-          tile.extract<8>(word, tile.stride == kGroupColumns ? padded_step : step, part.list + part.listed);
+        tile.extract(word, n, tile.stride == kGroupColumns ? padded_step : step, part.list + part.listed);
+        s.offset[b * s.at.groups + g] = static_cast<uint32_t>(n);  // until the list is final
         part.listed += n;
       }
       for (const VecF& v : squares) part.energy += static_cast<double>(sum(v));
@@ -120,13 +118,13 @@ inline uint64_t deposit(uint64_t keep, uint64_t word) {
 // i % 64 says whether element i was kept. Returns the number kept, moved to `out`, which lies at or before them.
 int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t* ties, float* out, uint64_t* kept) {
   int64_t total = 0;
-  for (int64_t first = 0; first <= n; first += 64) {
+  for (int64_t first = 0; first < n; first += 64) {
     uint64_t word = 0;
     for (int64_t i = first; i < std::min(n, first + 64); i += kLanes) {
       const VecF v = load_upto(list + i, n - i);
       const VecI m = bits(abs(v));
       const uint32_t inside = n - i >= kLanes ? UINT32_MAX : (1u << (n - i)) - 1;
-      uint32_t keep = mask_bits(m >= threshold.least) & inside;
+      uint32_t keep = bits_from(m, threshold.least) & inside;
       if (*ties)
         for (uint32_t w = mask_bits(m == threshold.least - 1) & inside; w && *ties; w &= w - 1, --*ties) keep |= w & -w;
       total += compress(v, keep, out + total);
@@ -134,8 +132,29 @@ int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t
     }
     kept[first / 64] = word;
   }
-  kept[n / 64 + 1] = 0;
   return total;
+}
+
+// Leaves of each of the set bits of word[], in their order, the ones whose turn is set in kept[], which has a word more
+// than they need.
+void drop_bits(const uint64_t* kept, int64_t n, int64_t columns, uint64_t* word) {
+  if (n <= 64) {
+    uint64_t keep = *kept;
+    for (int64_t j = 0; j < columns; j++) {
+      const int count = __builtin_popcountll(word[j]);
+      word[j] = deposit(keep, word[j]);
+      keep >>= count & 63;  // where it is 64, no bits are left
+    }
+    return;
+  }
+  int64_t first = 0;
+  for (int64_t j = 0; j < columns; j++) {
+    const int64_t count = __builtin_popcountll(word[j]), shift = first % 64;
+    uint64_t keep = kept[first / 64] >> shift;
+    if (shift) keep |= kept[first / 64 + 1] << (64 - shift);
+    word[j] = deposit(keep, word[j]);
+    first += count;
+  }
 }
 
 // Brings the part's first `groups` column groups, in the order of the list, down to the threshold.
@@ -143,24 +162,18 @@ __attribute__((noinline)) void drop_below(const Sample& s, const Threshold& thre
                                           Part& part) {
   const float* list = part.list;
   float* out = part.list;
+  uint32_t* number = s.offset + part.begin * s.at.groups;
   int64_t b = part.begin, g = 0;
   for (int64_t i = 0; i < groups; i++, g++) {
     if (g == s.at.groups) b++, g = 0;
-    uint64_t* word = s.mask + b * s.at.cols + g * kGroupColumns;
-    const int64_t cols = std::min(kGroupColumns, s.at.cols - g * kGroupColumns);
-    int64_t n = 0;
-    for (int64_t j = 0; j < cols; j++) n += __builtin_popcountll(word[j]);
-    uint64_t kept[kBlockRows * kGroupColumns / 64 + 2];
+    const int64_t n = number[i];
+    uint64_t kept[kBlockRows * kGroupColumns / 64 + 1];
     const int64_t left = filter(list, n, threshold, &ties, out, kept);
     if (left < n) {
-      int64_t first = 0;
-      for (int64_t j = 0; j < cols; j++) {
-        const int64_t count = __builtin_popcountll(word[j]), shift = first % 64;
-        uint64_t keep = kept[first / 64] >> shift;
-        if (shift) keep |= kept[first / 64 + 1] << (64 - shift);
-        word[j] = deposit(keep, word[j]);
-        first += count;
-      }
+      kept[(n + 63) / 64] = 0;
+      const int64_t c = g * kGroupColumns;
+      drop_bits(kept, n, std::min(kGroupColumns, s.at.cols - c), s.mask + b * s.at.cols + c);
+      number[i] = static_cast<uint32_t>(left);
     }
     list += n, out += left;
   }
@@ -181,15 +194,13 @@ __attribute__((noinline)) int32_t make_room(const Sample& s, int64_t groups, int
   return least;
 }
 
-// Offsets of a part's groups, the first value having index `index` in the sample.
+// From the numbers of values of a part's groups, their offsets, the first value having index `index` in the sample.
 void write_offsets(const Sample& s, int64_t index, const Part& part) {
-  for (int64_t b = part.begin; b < part.end; b++)
-    for (int64_t g = 0; g < s.at.groups; g++) {
-      s.offset[b * s.at.groups + g] = static_cast<uint32_t>(index);
-      const uint64_t* word = s.mask + b * s.at.cols;
-      for (int64_t c = g * kGroupColumns; c < std::min(s.at.cols, (g + 1) * kGroupColumns); c++)
-        index += __builtin_popcountll(word[c]);
-    }
+  for (int64_t i = part.begin * s.at.groups; i < part.end * s.at.groups; i++) {
+    const uint32_t number = s.offset[i];
+    s.offset[i] = static_cast<uint32_t>(index);
+    index += number;
+  }
 }
 
 // int8 = round(residual / scale). Returns Σ int8².
@@ -246,7 +257,7 @@ void round_to_bf16(const float* x, int64_t n, uint8_t* out) {
 
 bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
   const int n_parts = packers.n_parts;
-  const int64_t keep = s.at.keep, capacity = list_capacity(s.at) - Tile::kMostAtOnce;
+  const int64_t keep = s.at.keep, capacity = list_capacity(s.at) - Tile::kBeyond;
   const int32_t overflow = s.at.form == kPlain ? kBf16Overflow : kInfinity;
   for (int p = 0; p < n_parts; p++) {
     parts[p].begin = s.at.blocks * p / n_parts, parts[p].end = s.at.blocks * (p + 1) / n_parts;
@@ -324,30 +335,36 @@ bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
 }  // namespace
 
 bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) {
-  constexpr int kWide = 4;  // independent sums hide the latency of the addition
+  constexpr int64_t kRows = 8;  // at once, so that memory is read in its order, in a few streams
   const int64_t rows = block.rows;
   const float* x = s.x + block.begin * s.row;
   uint16_t* out = s.mean + block.index * s.at.cols;
   const float length = static_cast<float>(rows);
+  float totals[kMeanColumns];
   VecI largest{};
   int32_t most = 0;
-  auto put = [&](int64_t at, VecF total) {
-    const VecF mean = total / broadcast(length);
-    const VecI m = bits(abs(mean));
-    largest = m > largest ? m : largest;
-    const VecH h = to_bf16_vector(mean);
-    std::memcpy(out + at, &h, sizeof h);
-  };
-  for (; c + kWide * kLanes <= end; c += kWide * kLanes) {
-    VecF total[kWide] = {};
-    for (int64_t i = 0; i < rows; i++)
-      for (int v = 0; v < kWide; v++) total[v] += load(x + i * s.row + c + v * kLanes);
-    for (int v = 0; v < kWide; v++) put(c + v * kLanes, total[v]);
-  }
-  for (; c + kLanes <= end; c += kLanes) {
-    VecF total = {};
-    for (int64_t i = 0; i < rows; i++) total += load(x + i * s.row + c);
-    put(c, total);
+  while (c + kLanes <= end) {
+    const int64_t n = std::min(kMeanColumns, end - c) / kLanes * kLanes;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const float* in = x + row * s.row + c;
+      const int64_t count = std::min(kRows, rows - row);
+      for (int64_t j = 0; j < n; j += kLanes) {
+        VecF total = row ? load(totals + j) : VecF{};
+        if (count == kRows)
+          for (int64_t i = 0; i < kRows; i++) total += load(in + i * s.row + j);
+        else
+          for (int64_t i = 0; i < count; i++) total += load(in + i * s.row + j);
+        store(totals + j, total);
+      }
+    }
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const VecF mean = load(totals + j) / broadcast(length);
+      const VecI m = bits(abs(mean));
+      largest = m > largest ? m : largest;
+      const VecH h = to_bf16_vector(mean);
+      std::memcpy(out + c + j, &h, sizeof h);
+    }
+    c += n;
   }
   for (; c < end; c++) {
     float total = 0;

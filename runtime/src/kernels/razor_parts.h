@@ -1,8 +1,16 @@
 // What the steps of packing (razor_pack.cpp, razor_threshold.cpp) share: blocks and tiles of a sample, and the parts
 // that threads take.
 #pragma once
+#include <array>
+
 #include "packed_read.h"
 #include "razor_pack.h"
+
+// What moves the bytes of a vector that a mask selects to its front (AVX-512 VBMI2): not all processors with AVX-512
+// have it, so the function that uses it is compiled for it by itself.
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512BW__)
+#define ER_COMPRESS_BYTES __attribute__((noinline, target("avx512vbmi2")))
+#endif
 
 namespace er::ER_ISA {
 
@@ -19,11 +27,23 @@ struct RowSteps {
   }
 };
 
+// Fetches rows of a matrix into the cache, in their order, a line at each call: for what is read next.
+struct Fetch {
+  const float* at;
+  int64_t skip;             // floats from the end of a row to the next one
+  int64_t line = 0, lines;  // of a row
+  void operator()() {
+    __builtin_prefetch(at, 0, 2);
+    at += kLineFloats;
+    if (++line == lines) line = 0, at += skip;
+  }
+  static constexpr int64_t kLineFloats = 16;
+};
+
 // One block and column group of a sample, 16 columns wide: a group at the right edge is a copy padded with zeros.
 struct Tile {
   const float* x;
   int64_t stride, rows, cols;
-  int64_t ahead = 0;  // floats from here to what is read next, fetched meanwhile
   float mean[kGroupColumns];
   float padded[kBlockRows * kGroupColumns];
 
@@ -35,7 +55,8 @@ struct Tile {
     x = sample.x + block.begin * sample.row + c, stride = sample.row;
     if (cols < kGroupColumns) {
       for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < kGroupColumns; j++) padded[i * kGroupColumns + j] = j < cols ? x[i * stride + j] : 0.f;
+        for (int64_t j = 0; j < kGroupColumns; j += kLanes)
+          store(padded + i * kGroupColumns + j, load_upto(x + i * stride + j, std::max<int64_t>(0, cols - j)));
       x = padded, stride = kGroupColumns;
     }
     for (int64_t j = 0; j < kGroupColumns; j += kLanes)
@@ -57,7 +78,6 @@ struct Tile {
       const float* row = x + h * 32 * stride;
       for (int64_t i = 0; i < end; i++, row += stride) {
         const int32_t bit = static_cast<int32_t>(1u << i);
-        __builtin_prefetch(row + ahead);
         for (int v = 0; v < kGroupVectors; v++) w[v] |= test(bits(abs(load(row + v * kLanes) - m[v])), v) & bit;
       }
       for (int v = 0; v < kGroupVectors; v++) std::memcpy(half[h] + v * kLanes, &w[v], sizeof(VecI));
@@ -65,11 +85,57 @@ struct Tile {
     for (int64_t j = 0; j < kGroupColumns; j++) word[j] = half[0][j] | static_cast<uint64_t>(half[1][j]) << 32;
   }
 
-  // Writes the residuals of the set bits in the order (column, row), kAtOnce of a column at a time: most columns have
-  // fewer, and a branch on their number is guessed wrong too often. Up to kAtOnce − 1 floats beyond may be written.
-  static constexpr int kMostAtOnce = 8;
+  // word[column] bit `row` = whether the residual's magnitude is `least` or more. Adds all squares to squares[].
+  void mask_from(int32_t least, uint64_t* word, VecF* squares, Fetch& fetch) const {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512BW__)
+    // The bits of a row as they come; then those of a column, one instruction for 32 rows.
+    alignas(64) uint16_t row_bits[kBlockRows] = {};
+    const __m512i bound = _mm512_set1_epi32(least);
+    const VecF m = load(mean);
+    VecF square[2] = {};  // two sums hide the latency of the addition
+    auto test = [&](const float* row, int64_t i, VecF* to) {
+      const VecF r = abs(load(row) - m);
+      *to += r * r;
+      row_bits[i] = _mm512_cmpge_epi32_mask((__m512i)r, bound);
+    };
+    const float* row = x;
+    int64_t i = 0;
+    for (; i + 2 <= rows; i += 2, row += 2 * stride) {
+      fetch(), fetch();
+      test(row, i, square);
+      test(row + stride, i + 1, square + 1);
+    }
+    if (i < rows) test(row, i, square);
+    squares[0] += square[0] + square[1];
+    const __m512i low = _mm512_load_si512(row_bits), high = _mm512_load_si512(row_bits + 32);
+    for (int j = 0; j < kGroupColumns; j++) {
+      const __m512i column = _mm512_set1_epi16(static_cast<int16_t>(1 << j));
+      word[j] = _mm512_test_epi16_mask(low, column) | static_cast<uint64_t>(_mm512_test_epi16_mask(high, column)) << 32;
+    }
+#else
+    const VecI bound = broadcast(least);
+    mask(word, [&](VecI m, int v) {
+      if (v == 0) fetch();
+      squares[v] += (VecF)m * (VecF)m;
+      return m >= bound;
+    });
+#endif
+  }
+
+  // Writes the residuals of the `n` set bits in the order (column, row), and up to kBeyond floats beyond.
+  static constexpr int kBeyond = 16;
+  void extract(const uint64_t* word, int64_t n, const RowSteps& step, float* out) const {
+    if (n == rows * cols) return extract_all(out);
+#ifdef ER_COMPRESS_BYTES
+    static const bool compresses_bytes = __builtin_cpu_supports("avx512vbmi2");
+    if (compresses_bytes && stride <= kWidestGather) return extract_bytes(word, out);
+#endif
+    // At so many of a column at once most columns are done: a branch on their number is guessed wrong too often.
+    if (n <= kGroupColumns * 5 / 2) return extract_some<4>(word, step, out);
+    extract_some<8>(word, step, out);
+  }
   template <int kAtOnce>
-  void extract(const uint64_t* word, const RowSteps& step, float* out) const {
+  void extract_some(const uint64_t* word, const RowSteps& step, float* out) const {
     const uint64_t last = uint64_t{1} << (rows - 1);  // keeps an empty word inside the block
     int64_t n = 0;
     for (int64_t j = 0; j < cols; j++) {
@@ -87,7 +153,36 @@ struct Tile {
       n += count;
     }
   }
-  // The same where all bits are set.
+#ifdef ER_COMPRESS_BYTES
+  // Without a branch on any column: the rows of a column's bits are one instruction, 16 residuals another.
+  static constexpr int64_t kWidestGather = INT32_MAX / kBlockRows - 1;  // its indices have 32 bits
+  static constexpr auto kRows = [] {
+    std::array<uint8_t, kBlockRows> rows{};
+    for (size_t i = 0; i < rows.size(); i++) rows[i] = static_cast<uint8_t>(i);
+    return rows;
+  }();
+  ER_COMPRESS_BYTES void extract_bytes(const uint64_t* word, float* out) const {
+    alignas(64) uint8_t row[kBlockRows * kGroupColumns + 64], column[kBlockRows * kGroupColumns + 64];
+    const __m512i rows_of = _mm512_loadu_si512(kRows.data());
+    int64_t n = 0;
+    for (int64_t j = 0; j < kGroupColumns; j++) {
+      _mm512_storeu_si512(row + n, _mm512_maskz_compress_epi8(word[j], rows_of));
+      _mm512_storeu_si512(column + n, _mm512_set1_epi8(static_cast<int8_t>(j)));
+      n += __builtin_popcountll(word[j]);
+    }
+    const __m512i step = _mm512_set1_epi32(static_cast<int32_t>(stride));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const auto inside = static_cast<__mmask16>(n - i < kLanes ? (1u << (n - i)) - 1 : 0xffff);
+      const __m512i r = _mm512_maskz_cvtepu8_epi32(inside, _mm_load_si128(reinterpret_cast<const __m128i*>(row + i)));
+      const __m512i c =
+          _mm512_maskz_cvtepu8_epi32(inside, _mm_load_si128(reinterpret_cast<const __m128i*>(column + i)));
+      const __m512i at = _mm512_add_epi32(_mm512_mullo_epi32(r, step), c);
+      const __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, at, x, sizeof(float));
+      store(out + i, (VecF)value - (VecF)_mm512_maskz_permutexvar_ps(0xffff, c, (__m512)load(mean)));
+    }
+  }
+#endif
+  // Where all bits are set.
   __attribute__((noinline)) void extract_all(float* out) const {
     for (int v = 0; v < kGroupVectors; v++) {
       const VecF m = load(mean + v * kLanes);

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kGuessShift = 19;           // bins of the guess: 8 bits of exponent, 4 of mantissa
 constexpr int64_t kGuessBlocks = 16;      // it looks at so many blocks
-constexpr int64_t kGuessElements = 4096;  // … and at so many elements at least, if there are as many
+constexpr int64_t kGuessElements = 2048;  // … and at so many elements at least, if there are as many
 constexpr double kGuessErrors = 1.5;      // standard errors that the bracket has room for on each side
 
 // The number of a part's blocks that the guess looks at.
@@ -25,11 +25,14 @@ __attribute__((noinline)) void look(const Sample& s, int n_parts, int32_t least,
   part.over = part.over2 = 0;
   const int64_t blocks = guess_blocks(part, n_parts);
   const int64_t elements = s.at.rows * s.at.cols, wanted = std::max(kGuessElements, elements / 64);
-  const int64_t step = std::clamp<int64_t>(elements / s.at.blocks * blocks * n_parts / wanted, 1, 16) * (first ? 1 : 4);
+  const int64_t step = std::clamp<int64_t>(elements / s.at.blocks * blocks * n_parts / wanted, 1, 32) * (first ? 1 : 4);
   for (int64_t i = 0; i < blocks; i++) {
     const Block block(s.at, guess_block(part, blocks, i));
     if (s.mean && first) part.finite &= write_means(s, block, 0, s.at.cols);
     VecI over{};
+    const bool more = first && i + 1 < blocks;
+    Fetch fetch{s.x + Block(s.at, more ? guess_block(part, blocks, i + 1) : 0).begin * s.row,
+                s.row - s.at.groups * kGroupColumns, 0, s.at.groups};
     for (int64_t g = 0; g < s.at.groups; g++) {
       const Tile tile(s, s.mean, block, g);
       for (int64_t row = (3 * block.index + 5 * g) % step; row < tile.rows; row += step) {
@@ -39,8 +42,10 @@ __attribute__((noinline)) void look(const Sample& s, int n_parts, int32_t least,
           over -= m >= least;  // zeros behind the last column are not
           store(reinterpret_cast<float*>(bin + j), (VecF)(m >> kGuessShift));
         }
-        if (first)
-          for (int64_t j = 0; j < tile.cols; j++) part.histogram[bin[j]]++;
+        if (first)  // zeros behind the last column go to the last bin, which nothing is cut at
+          for (int64_t j = 0; j < kGroupColumns; j++) part.histogram[bin[j]]++;
+        if (more)
+          for (int64_t j = 0; j < step; j++) fetch();
         part.looked += tile.cols;
       }
     }
