@@ -2,10 +2,10 @@
 //
 // Each column of X meets its own column of dY only, so set bits of neighbouring columns share no work: a block of at
 // most 64 rows and 4 vectors of columns is decoded to a dense tile (in L1), and the taps run over it in vectors of
-// columns, with stride 1 several taps at once. (Walking the set bits was slower even where a twentieth of the values is
-// kept, from a transposed copy of dY as from a padded one: the copy alone costs about as much as the multiply-adds
-// here.) Threads share the blocks if they are many, since columns rarely split into strips of the same width, and the
-// sums of all are added up in the end; else they share the columns.
+// columns, several taps at once unless they are dilated. (Walking the set bits was slower even where a twentieth of the
+// values is kept, from a transposed copy of dY as from a padded one: the copy alone costs about as much as the
+// multiply-adds here.) Threads share the blocks if they are many, since columns rarely split into strips of the same
+// width, and the sums of all are added up in the end; else they share the columns.
 #include <atomic>
 
 #include "conv_weight.h"
@@ -46,50 +46,52 @@ int tap_runs(const ConvShape& s, int64_t sample, int64_t begin, int64_t end, int
   return n;
 }
 
-// sum[tap][kVectors·kLanes] += tile rows · dY rows, over the runs of one tap. `left` columns are real.
-template <int kVectors>
-void add_tap(const TapRun* runs, int n, int64_t step, const float* tile, const float* dy, int64_t stride, int64_t left,
+// sum[count] += tile rows · dY rows, over the runs of one tap.
+void add_tap(const TapRun* runs, int n, int64_t step, const float* tile, const float* dy, int64_t stride, int64_t count,
              float* sum) {
-  constexpr int kChains =
-      kVectors > 2 ? 1 : 4 / kVectors;  // independent sums that hide the latency of the multiply-add
-  VecF part[kChains][kVectors] = {};
-  auto add = [&](VecF* to, const float* x, const float* d) {
-    for (int v = 0; v + 1 < kVectors; v++) to[v] += load(x + v * kLanes) * load(d + v * kLanes);
-    constexpr int kLast = (kVectors - 1) * kLanes;
-    to[kVectors - 1] += load_upto(x + kLast, left - kLast) * load_upto(d + kLast, left - kLast);
-  };
-  for (int r = 0; r < n; r++) {
-    const float* x = tile + runs[r].row * kStrip;
-    const float* d = dy + runs[r].dy_row * stride;
-    int64_t i = 0;
-    for (; i + kChains <= runs[r].count; i += kChains)
-      for (int chain = 0; chain < kChains; chain++, x += step * kStrip, d += stride) add(part[chain], x, d);
-    for (; i < runs[r].count; i++, x += step * kStrip, d += stride) add(part[0], x, d);
-  }
-  for (int v = 0; v < kVectors; v++) {
-    VecF total = load(sum + v * kLanes);
-    for (int chain = 0; chain < kChains; chain++) total += part[chain][v];
-    store(sum + v * kLanes, total);
+  for (int64_t c = 0; c < count; c += kLanes) {
+    VecF part{};
+    for (int r = 0; r < n; r++) {
+      const float* x = tile + runs[r].row * kStrip + c;
+      const float* d = dy + runs[r].dy_row * stride + c;
+      for (int64_t i = 0; i < runs[r].count; i++, x += step * kStrip, d += stride)
+        part += load(x) * load_upto(d, count - c);
+    }
+    store(sum + c, load(sum + c) + part);
   }
 }
 
-// `positions` neighbouring input positions of a line, through kTaps neighbouring taps of each of kRows neighbouring
-// kernel rows, all of which meet dY: their sums stay in registers. The first position meets dy[0] through the first
-// tap, the output column before through the next tap, and the output line before (`line` floats) through the next
-// kernel row. Tap t of row r is summed at sum[(r · width + t) · kStrip].
+// How a line of X meets dY: its positions that meet neighbouring columns of dY through the same taps are `step` floats
+// apart; those columns are `column` floats apart, and the lines of dY `line` floats.
+struct LineSteps {
+  int64_t step, column, line;
+};
+
+// Where the sums of tap `k` of `taps` are: the taps that meet neighbours in dY, k, k + stride, …, are neighbours.
+int64_t tap_place(int64_t k, int64_t taps, int64_t stride) {
+  int64_t place = divide(k, stride);
+  for (int64_t other = k - place * stride; other-- > 0;) place += divide(taps - other + stride - 1, stride);
+  return place;
+}
+
+// `positions` of a line, one step after the other, through kTaps taps of each of kRows kernel rows, all of which meet
+// dY: their sums stay in registers. The first position meets dy[0] through the first tap, the output column before
+// through the next tap, and the output line before through the next kernel row. Tap t of row r is summed at
+// sum[(r · width + t) · kStrip].
 template <int kRows, int kTaps>
-void add_line(const float* tile, const float* dy, int64_t positions, int64_t stride, int64_t line, int64_t count,
-              int64_t width, float* sum) {
+void add_line(const float* tile, const float* dy, int64_t positions, const LineSteps& at, int64_t count, int64_t width,
+              float* sum) {
+  const int64_t step = at.step, column = at.column, line = at.line;
   auto run = [&](int64_t v, auto in) __attribute__((always_inline)) {
     VecF part[kRows][kTaps] = {};  // of this line: sums of sums lose less than one long sum
     const float* x = tile + v * kLanes;
     const float* d = dy + v * kLanes;
-    for (int64_t i = 0; i < positions; i++, x += kStrip, d += stride) {
+    for (int64_t i = 0; i < positions; i++, x += step, d += column) {
       const VecF value = load(x);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 8
-        for (int t = 0; t < kTaps; t++) part[r][t] += value * in(d - r * line - t * stride);
+        for (int t = 0; t < kTaps; t++) part[r][t] += value * in(d - r * line - t * column);
     }
     for (int r = 0; r < kRows; r++)
       for (int t = 0; t < kTaps; t++) {
@@ -106,73 +108,74 @@ void add_line(const float* tile, const float* dy, int64_t positions, int64_t str
 
 constexpr int kMostTaps = 5;
 constexpr int kMostSums = 10;  // that fit the registers of AVX-512 and NEON beside what they are made from
-using AddLine = void (*)(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+using AddLine = void (*)(const float*, const float*, int64_t, const LineSteps&, int64_t, int64_t, float*);
 constexpr AddLine kAddLine[3][kMostTaps] = {
     {add_line<1, 1>, add_line<1, 2>, add_line<1, 3>, add_line<1, 4>, add_line<1, 5>},
     {add_line<2, 1>, add_line<2, 2>, add_line<2, 3>, add_line<2, 4>, add_line<2, 5>},
     {add_line<3, 1>, add_line<3, 2>, add_line<3, 3>, nullptr, nullptr},
 };
 
-// Whether add_block serves a convolution: neighbours in X meet neighbours in dY.
-bool has_lines(const ConvShape& s) {
-  return s.sh == 1 && s.sw == 1 && s.dh == 1 && s.dw == 1 && s.kw > 1 && s.kw <= kMostTaps;
-}
+// Whether add_block serves a convolution: neighbours in X that meet the same taps meet neighbours in dY.
+bool has_lines(const ConvShape& s) { return s.dh == 1 && s.dw == 1 && s.kw > 1 && s.kw <= kMostTaps * s.sw; }
 
-// All taps over the lines of a block, input positions [begin, end) of a sample: as many kernel rows at once as fit the
-// registers, and for the positions at a line's ends only those taps that meet dY.
+// All taps over the lines of a block, input positions [begin, end) of a sample. The positions of a line fall into
+// classes by their remainder modulo the stride, and so do the taps that these meet. As many kernel rows at once as fit
+// the registers, and for the positions at a line's ends only those taps that meet dY.
 void add_block(const ConvShape& s, const float* tile, const float* dy, int64_t sample, int64_t begin, int64_t end,
                int64_t count, float* sum) {
-  const int64_t line = s.ow * s.oc, most = std::min<int64_t>(3, kMostSums / s.kw);
+  const LineSteps at{s.sw * kStrip, s.oc, s.ow * s.oc};
   int64_t iy = begin / s.iw;
   for (int64_t row = begin; row < end; iy++) {
     const int64_t x0 = row - iy * s.iw, x1 = std::min(s.iw, x0 + end - row);
-    const float* x = tile + (row - begin) * kStrip;
+    const float* x = tile + (row - begin - x0) * kStrip;
     row += x1 - x0;
-    // Kernel rows that meet dY, and positions for which all taps of such a row do.
-    const int64_t ky0 = std::max<int64_t>(0, iy + s.pt - s.oh + 1), ky1 = std::min(s.kh, iy + s.pt + 1);
-    const int64_t inner0 = std::clamp(s.kw - 1 - s.pl, x0, x1), inner1 = std::clamp(s.ow - s.pl, inner0, x1);
-    for (int64_t ky = ky0; ky < ky1; ky += most) {
-      const AddLine* add = kAddLine[std::min(most, ky1 - ky) - 1];
-      const float* d = dy + (sample * s.oh + iy + s.pt - ky) * line;  // kernel row ky, output column 0
-      float* sums = sum + ky * s.kw * kStrip;
-      for (int64_t ix = x0, next; ix < x1; ix = next) {
-        next = ix == inner0 && inner0 < inner1 ? inner1 : ix + 1;
-        const int64_t first = std::max<int64_t>(0, ix + s.pl - s.ow + 1), last = std::min(s.kw, ix + s.pl + 1);
-        if (first < last)
-          add[last - first - 1](x + (ix - x0) * kStrip, d + (ix + s.pl - first) * s.oc, next - ix, s.oc, line, count,
-                                s.kw, sums + first * kStrip);
+    // Of the kernel rows ky, ky + sh, … those that meet dY.
+    const int64_t oy = divide(iy + s.pt, s.sh), ky = iy + s.pt - oy * s.sh;
+    const int64_t place = tap_place(ky, s.kh, s.sh), first_row = std::max<int64_t>(0, oy - s.oh + 1);
+    const int64_t end_row = std::min(divide(s.kh - ky + s.sh - 1, s.sh), oy + 1);
+    for (int64_t kx = 0; kx < std::min(s.sw, s.kw); kx++) {
+      // Position ox·sw + kx − pl meets column ox of dY through tap kx, ox − 1 through tap kx + sw, …
+      const int64_t taps = divide(s.kw - kx + s.sw - 1, s.sw), most = std::min<int64_t>(3, kMostSums / taps);
+      const int64_t ox0 = divide(std::max<int64_t>(0, x0 + s.pl - kx + s.sw - 1), s.sw);
+      const int64_t ox1 = divide(std::max<int64_t>(0, x1 + s.pl - kx + s.sw - 1), s.sw);
+      const int64_t inner0 = std::clamp(taps - 1, ox0, ox1), inner1 = std::clamp(s.ow, inner0, ox1);
+      for (int64_t j = first_row; j < end_row; j += most) {
+        const AddLine* add = kAddLine[std::min(most, end_row - j) - 1];
+        const float* d = dy + (sample * s.oh + oy - j) * at.line;
+        float* sums = sum + ((place + j) * s.kw + tap_place(kx, s.kw, s.sw)) * kStrip;
+        for (int64_t ox = ox0, next; ox < ox1; ox = next) {
+          next = ox == inner0 && inner0 < inner1 ? inner1 : ox + 1;
+          const int64_t first = std::max<int64_t>(0, ox - s.ow + 1), last = std::min(taps, ox + 1);
+          if (first < last)
+            add[last - first - 1](x + (ox * s.sw + kx - s.pl) * kStrip, d + (ox - first) * s.oc, next - ox, at, count,
+                                  s.kw, sums + first * kStrip);
+        }
       }
     }
   }
 }
 
-// The share of blocks [first, last), counted over all samples, in G of columns [begin, begin + count), at most a strip,
-// as sum[taps][kStrip].
-bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t first, int64_t last, int64_t begin,
-                    int64_t count, float* sum) {
-  static constexpr auto kTaps = {add_tap<1>, add_tap<2>, add_tap<3>, add_tap<4>};
-  static_assert(kTaps.size() == kStripVectors, "one function for each number of vectors");
+// Adds the share of a block, counted over all samples, in G of columns [begin, begin + count), at most a strip, to
+// sum[taps][kStrip].
+bool strip_gradient(const WeightGradient& call, const KeptReader& x, int64_t index, int64_t begin, int64_t count,
+                    float* sum) {
   const ConvShape& s = call.shape;
-  const auto add = kTaps.begin()[(count + kLanes - 1) / kLanes - 1];
-  const bool lines = has_lines(s);
   alignas(64) float tile[kBlockRows * kStrip], values[kGroupValues];
-  std::fill_n(sum, s.taps() * kStrip, 0.f);
-  for (int64_t i = first; i < last; i++) {
-    const int64_t sample = i / x.at.blocks, block = i % x.at.blocks;
-    for (int64_t c = 0; c < count; c += kGroupColumns)
-      if (!x.tile(sample, block, begin + c, std::min(kGroupColumns, count - c), tile + c, kStrip, values)) return false;
-    const int64_t row_begin = x.at.row_begin(block), row_end = x.at.row_begin(block + 1), line = row_begin / s.iw;
-    if (lines) {
-      add_block(s, tile, call.dy + begin, sample, row_begin, row_end, count, sum);
-      continue;
-    }
-    for (int64_t ky = 0; ky < s.kh; ky++)
-      for (int64_t kx = 0; kx < s.kw; kx++) {
-        TapRun runs[kBlockRows];
-        const int n = tap_runs(s, sample, row_begin, row_end, line, ky, kx, runs);
-        add(runs, n, s.sw, tile, call.dy + begin, s.oc, count, sum + (ky * s.kw + kx) * kStrip);
-      }
+  const int64_t sample = index / x.at.blocks, block = index % x.at.blocks;
+  for (int64_t c = 0; c < count; c += kGroupColumns)
+    if (!x.tile(sample, block, begin + c, std::min(kGroupColumns, count - c), tile + c, kStrip, values)) return false;
+  const int64_t row_begin = x.at.row_begin(block), row_end = x.at.row_begin(block + 1), line = row_begin / s.iw;
+  if (has_lines(s)) {
+    add_block(s, tile, call.dy + begin, sample, row_begin, row_end, count, sum);
+    return true;
   }
+  for (int64_t ky = 0; ky < s.kh; ky++)
+    for (int64_t kx = 0; kx < s.kw; kx++) {
+      TapRun runs[kBlockRows];
+      const int n = tap_runs(s, sample, row_begin, row_end, line, ky, kx, runs);
+      add_tap(runs, n, s.sw, tile, call.dy + begin, s.oc, count,
+              sum + (tap_place(ky, s.kh, s.sh) * s.kw + tap_place(kx, s.kw, s.sw)) * kStrip);
+    }
   return true;
 }
 
@@ -191,22 +194,26 @@ bool depthwise_weight_run(const WeightGradient& call) {
   const int64_t strip = s.taps() * kStrip, strips = (s.ic + kStrip - 1) / kStrip, blocks = s.n * x.at.blocks;
   std::atomic<bool> valid{true};
   auto sums = [&](int thread) { return static_cast<float*>(call.scratch) + thread * strips * strip; };
+  // Strip after strip of a block, so that rows of dY are read whole.
   auto gradient = [&](int64_t first, int64_t last, int64_t begin, int64_t end, int thread) {
-    for (int64_t c = begin; c < end; c += kStrip)
-      if (!strip_gradient(call, x, first, last, c, std::min(kStrip, end - c),
-                          sums(thread) + (c - begin) / kStrip * strip))
-        return valid.store(false, std::memory_order_relaxed);
+    std::fill_n(sums(thread), (end - begin + kStrip - 1) / kStrip * strip, 0.f);
+    for (int64_t i = first; i < last; i++)
+      for (int64_t c = begin; c < end; c += kStrip)
+        if (!strip_gradient(call, x, i, c, std::min(kStrip, end - c), sums(thread) + (c - begin) / kStrip * strip))
+          return valid.store(false, std::memory_order_relaxed);
   };
   // G of columns [begin, end): the sums of `threads` threads from `thread` on.
   auto write = [&](int64_t begin, int64_t end, int thread, int threads) {
     for (int64_t c = begin; c < end; c += kStrip)
-      for (int64_t tap = 0; tap < s.taps(); tap++)
+      for (int64_t tap = 0; tap < s.taps(); tap++) {
+        const int64_t place = tap_place(tap / s.kw, s.kh, s.sh) * s.kw + tap_place(tap % s.kw, s.kw, s.sw);
         for (int64_t v = 0; v < std::min(kStrip, end - c); v += kLanes) {
-          const int64_t at = (c - begin) / kStrip * strip + tap * kStrip + v;
+          const int64_t at = (c - begin) / kStrip * strip + place * kStrip + v;
           VecF sum = load(sums(thread) + at);
           for (int t = thread + 1; t < thread + threads; t++) sum += load(sums(t) + at);
           store_upto(call.g + tap * s.oc + c + v, sum, end - c - v);
         }
+      }
   };
   constexpr int64_t kFewest = 8;  // blocks a thread
   if (threads > 1 && blocks >= kFewest * threads) {

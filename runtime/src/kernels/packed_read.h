@@ -44,13 +44,9 @@ class KeptReader {
   // centered: the residuals. Writes up to kLanes − 1 floats more. False if the group's mask and offset point outside
   // the sample's values.
   bool values(int64_t sample, int64_t block, int64_t group, float* out) const {
-    const uint64_t* words = mask(sample, block);
-    int64_t n = 0;
-    for (int64_t c = group * kGroupColumns; c < std::min(at.cols, (group + 1) * kGroupColumns); c++)
-      n += __builtin_popcountll(words[c]);
-    const int64_t first = in_.offset[(sample * at.blocks + block) * at.groups + group];
-    if (first + n > at.keep) return false;
-    const int64_t index = sample * at.keep + first;
+    int64_t n;
+    const int64_t index = group_values(sample, block, group, &n);
+    if (index < 0) return false;
     if (at.form == kCentered)
       to_floats(reinterpret_cast<const int8_t*>(in_.value) + index, n, in_.scale[sample], out);
     else
@@ -75,6 +71,16 @@ class KeptReader {
       }
       return true;
     }
+#ifdef ER_BYTE_MASKS
+    if (at.form == kCentered && begin % kGroupColumns == 0 && has_byte_masks()) {
+      int64_t n;
+      const int64_t index = group_values(sample, block, begin / kGroupColumns, &n);
+      if (index >= 0)
+        expand_bytes(mask(sample, block) + begin, mean(sample, block) + begin, count, rows,
+                     reinterpret_cast<const int8_t*>(in_.value) + index, in_.scale[sample], out, stride);
+      return index >= 0;
+    }
+#endif
     if (!values(sample, block, begin / kGroupColumns, scratch)) return false;
     const uint64_t* words = mask(sample, block);
     const uint64_t inside = rows == kBlockRows ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
@@ -97,6 +103,48 @@ class KeptReader {
   }
 
  private:
+  // The index, counted over all samples, of the first of a group's `n` values; −1 if they are not inside the sample's.
+  int64_t group_values(int64_t sample, int64_t block, int64_t group, int64_t* n) const {
+    const uint64_t* words = mask(sample, block);
+    *n = 0;
+    for (int64_t c = group * kGroupColumns; c < std::min(at.cols, (group + 1) * kGroupColumns); c++)
+      *n += __builtin_popcountll(words[c]);
+    const int64_t first = in_.offset[(sample * at.blocks + block) * at.groups + group];
+    return first + *n > at.keep ? -1 : sample * at.keep + first;
+  }
+#ifdef ER_BYTE_MASKS
+  // tile() of a whole group from its int8 values: one instruction moves those of a column to their rows, then 16
+  // columns of 64 bytes are turned into rows of 16.
+  ER_BYTE_MASKS static void expand_bytes(const uint64_t* words, const uint16_t* means, int64_t cols, int64_t rows,
+                                         const int8_t* values, float scale, float* out, int64_t stride) {
+    __m512i column[kGroupColumns];
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kGroupColumns; j++) {
+      const uint64_t word = j < cols ? words[j] : 0;
+      column[j] = _mm512_maskz_expandloadu_epi8(word, values);
+      values += __builtin_popcountll(word);
+    }
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; stage++) {  // a perfect shuffle, four times
+      __m512i next[kGroupColumns];
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) {
+        next[2 * j] = _mm512_unpacklo_epi8(column[j], column[j + 8]);
+        next[2 * j + 1] = _mm512_unpackhi_epi8(column[j], column[j + 8]);
+      }
+      std::memcpy(column, next, sizeof column);
+    }
+    alignas(64) int8_t bytes[16][4][16];  // of row 16·k + i at [i][k]
+    std::memcpy(bytes, column, sizeof bytes);
+    const VecF mean = load_bf16(means, cols), unit = broadcast(scale);
+    for (int64_t part = 0; part * 16 < rows; part++)
+      for (int64_t i = 0; i < std::min<int64_t>(16, rows - part * 16); i++, out += stride) {
+        VecB b;
+        std::memcpy(&b, bytes[i][part], sizeof b);
+        store(out, mean + to_float(widen(b)) * unit);
+      }
+  }
+#endif
   // Adds values to those of a column's `rows` rows whose bits are set. Four at a time, even if fewer are left: most
   // words have few bits, and a branch on their number is guessed wrong too often. What is behind them adds 0 to the
   // last row.

@@ -6,12 +6,6 @@
 #include "packed_read.h"
 #include "razor_pack.h"
 
-// What moves the bytes of a vector that a mask selects to its front (AVX-512 VBMI2): not all processors with AVX-512
-// have it, so the function that uses it is compiled for it by itself.
-#if ER_VECTOR_BYTES == 64 && defined(__AVX512BW__)
-#define ER_COMPRESS_BYTES __attribute__((noinline, target("avx512vbmi2")))
-#endif
-
 namespace er::ER_ISA {
 
 struct Block {
@@ -126,9 +120,8 @@ struct Tile {
   static constexpr int kBeyond = 16;
   void extract(const uint64_t* word, int64_t n, const RowSteps& step, float* out) const {
     if (n == rows * cols) return extract_all(out);
-#ifdef ER_COMPRESS_BYTES
-    static const bool compresses_bytes = __builtin_cpu_supports("avx512vbmi2");
-    if (compresses_bytes && stride <= kWidestGather) return extract_bytes(word, out);
+#ifdef ER_BYTE_MASKS
+    if (has_byte_masks() && stride <= kWidestGather) return extract_bytes(word, out);
 #endif
     // At so many of a column at once most columns are done: a branch on their number is guessed wrong too often.
     if (n <= kGroupColumns * 5 / 2) return extract_some<4>(word, step, out);
@@ -153,7 +146,7 @@ struct Tile {
       n += count;
     }
   }
-#ifdef ER_COMPRESS_BYTES
+#ifdef ER_BYTE_MASKS
   // Without a branch on any column: the rows of a column's bits are one instruction, 16 residuals another.
   static constexpr int64_t kWidestGather = INT32_MAX / kBlockRows - 1;  // its indices have 32 bits
   static constexpr auto kRows = [] {
@@ -161,7 +154,7 @@ struct Tile {
     for (size_t i = 0; i < rows.size(); i++) rows[i] = static_cast<uint8_t>(i);
     return rows;
   }();
-  ER_COMPRESS_BYTES void extract_bytes(const uint64_t* word, float* out) const {
+  ER_BYTE_MASKS void extract_bytes(const uint64_t* word, float* out) const {
     alignas(64) uint8_t row[kBlockRows * kGroupColumns + 64], column[kBlockRows * kGroupColumns + 64];
     const __m512i rows_of = _mm512_loadu_si512(kRows.data());
     int64_t n = 0;
