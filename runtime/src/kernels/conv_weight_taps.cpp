@@ -34,7 +34,7 @@ constexpr int64_t kColumns = 64;               // of X at once
 constexpr int64_t kWideMap = 2 * kBlockRows;   // from this width on, each line's part is copied for itself
 constexpr int kMostClasses = 4;                // whose lists are made at once
 constexpr int kAtOnce = 4;                     // bits of a word that are decoded without a branch
-constexpr int64_t kList = kMostBlocks * kBlockRows + kAtOnce;
+constexpr int64_t kList = kMostBlocks * kBlockRows + 32;  // with what a vector writes beyond
 
 constexpr int most_vectors(int taps) { return std::min(kMaxVectors, kSums / taps); }
 
@@ -192,10 +192,11 @@ struct Positions {
   }
 };
 
-// For each row of a block: the class (kMostClasses: none) and slab row of the position.
+// For each row of a block: the class (kMostClasses: none) and slab row of the position; and the rows of class 0.
 struct Places {
   uint8_t of_class[kBlockRows];
   uint16_t slab[kBlockRows];
+  uint64_t rows;
 };
 
 // What one thread works in.
@@ -353,8 +354,7 @@ class Accumulator {
       const int64_t sample = (first + b) / x_.at.blocks, block = (first + b) % x_.at.blocks;
       Places places;
       find_places(static_cast<int>(b), n_classes, &places);
-      if (!(s_.sh == 1 && s_.sw == 1 ? decode<true>(sample, block, places) : decode<false>(sample, block, places)))
-        return false;
+      if (!decode_block(sample, block, n_classes, places)) return false;
       if (x_.at.form == kCentered) mean[b] = x_.mean(sample, block) + c0_;
     }
     for (int i = 0; i < n_classes; i++) {
@@ -374,15 +374,56 @@ class Accumulator {
   void find_places(int block, int n_classes, Places* places) const {
     std::fill_n(places->of_class, kBlockRows, static_cast<uint8_t>(kMostClasses));
     std::fill_n(places->slab, kBlockRows, uint16_t{0});
+    places->rows = 0;
     for (int i = 0; i < n_classes; i++)
       for (int q = block ? at_[i].end[block - 1] : 0; q < at_[i].end[block]; q++) {
         const int64_t place = at_[i].place(q);
         for (int64_t p = 0; p < at_[i].runs[q].count; p++) {
           const int64_t row = at_[i].runs[q].row + p * s_.sw;
           places->of_class[row] = static_cast<uint8_t>(i), places->slab[row] = static_cast<uint16_t>(place + p);
+          if (i == 0) places->rows |= uint64_t{1} << row;
         }
       }
   }
+
+  bool decode_block(int64_t sample, int64_t block, [[maybe_unused]] int n_classes, const Places& places) {
+#ifdef ER_BYTE_MASKS
+    if (n_classes == 1 && has_byte_masks()) return decode_class(sample, block, places);
+#endif
+    const bool all = s_.sh == 1 && s_.sw == 1;
+    return all ? decode<true>(sample, block, places) : decode<false>(sample, block, places);
+  }
+
+#ifdef ER_BYTE_MASKS
+  // decode() of a single class without a branch on any value: places, and values, that belong to it are moved together
+  // by the vector. (With more classes the lists that are touched for nothing cost more than the branches.)
+  ER_BYTE_MASKS bool decode_class(int64_t sample, int64_t block, const Places& places) {
+    const uint64_t* words = x_.mask(sample, block);
+    const __m512i low = _mm512_loadu_si512(places.slab), high = _mm512_loadu_si512(places.slab + 32);
+    for (int64_t begin = c0_ / kGroupColumns * kGroupColumns; begin < c1_; begin += kGroupColumns) {
+      if (!x_.values(sample, block, begin / kGroupColumns, work_.group)) return false;
+      const float* group = work_.group;
+      for (int64_t c = begin; c < std::min(c1_, begin + kGroupColumns); group += __builtin_popcountll(words[c++])) {
+        if (c < c0_) continue;
+        const uint64_t word = words[c] & places.rows;
+        int32_t& count = work_.count[c - c0_];
+        uint16_t* place = work_.place + (c - c0_) * kList + count;
+        float* value = work_.value + (c - c0_) * kList + count;
+        count += __builtin_popcountll(word);
+        _mm512_storeu_si512(place, _mm512_maskz_compress_epi16(static_cast<uint32_t>(word), low));
+        place += __builtin_popcount(static_cast<uint32_t>(word));
+        _mm512_storeu_si512(place, _mm512_maskz_compress_epi16(word >> 32, high));
+        const float* from = group;
+        for (uint64_t keep = _pext_u64(word, words[c]); keep; keep >>= kLanes, from += kLanes) {
+          const auto lanes = static_cast<__mmask16>(keep);
+          _mm512_storeu_ps(value, _mm512_maskz_compress_ps(lanes, (__m512)load(from)));
+          value += __builtin_popcount(lanes);
+        }
+      }
+    }
+    return true;
+  }
+#endif
 
   // Appends the values of a block to the lists. kAll: the stride is 1, so that there is one class, with every row.
   template <bool kAll>
