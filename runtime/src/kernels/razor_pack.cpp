@@ -342,7 +342,13 @@ bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) {
   const float length = static_cast<float>(rows);
   float totals[kMeanColumns];
   VecI largest{};
-  int32_t most = 0;
+  auto put = [&](int64_t at, VecF total, int64_t count) {
+    const VecF mean = total / broadcast(length);
+    const VecI m = bits(abs(mean));
+    largest = m > largest ? m : largest;
+    const VecH h = to_bf16_vector(mean);
+    std::memcpy(out + at, &h, static_cast<size_t>(count) * sizeof *out);
+  };
   while (c + kLanes <= end) {
     const int64_t n = std::min(kMeanColumns, end - c) / kLanes * kLanes;
     for (int64_t row = 0; row < rows; row += kRows) {
@@ -357,22 +363,16 @@ bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) {
         store(totals + j, total);
       }
     }
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const VecF mean = load(totals + j) / broadcast(length);
-      const VecI m = bits(abs(mean));
-      largest = m > largest ? m : largest;
-      const VecH h = to_bf16_vector(mean);
-      std::memcpy(out + c + j, &h, sizeof h);
-    }
+    for (int64_t j = 0; j < n; j += kLanes) put(c + j, load(totals + j), kLanes);
     c += n;
   }
-  for (; c < end; c++) {
-    float total = 0;
-    for (int64_t i = 0; i < rows; i++) total += x[i * s.row + c];
-    const float mean = total / length;
-    most = std::max(most, magnitude(mean));
-    out[c] = to_bf16(mean);
+  if (c < end) {
+    const int count = static_cast<int>(end - c);
+    VecF total{};
+    for (int64_t i = 0; i < rows; i++) total += load_partial(x + i * s.row + c, count);
+    put(c, total, count);
   }
+  int32_t most = 0;
   for (int j = 0; j < kLanes; j++) most = std::max<int32_t>(most, largest[j]);
   return most < kBf16Overflow;
 }
