@@ -155,7 +155,9 @@ struct Tile {
     return rows;
   }();
   ER_BYTE_MASKS void extract_bytes(const uint64_t* word, float* out) const {
-    alignas(64) uint8_t row[kBlockRows * kGroupColumns + 64], column[kBlockRows * kGroupColumns + 64];
+    // Aligned, so that their first bytes, as a rule all that are used, cross no page: a store that does takes long.
+    alignas(256) uint8_t row[kBlockRows * kGroupColumns + 64];
+    alignas(256) uint8_t column[kBlockRows * kGroupColumns + 64];
     const __m512i rows_of = _mm512_loadu_si512(kRows.data());
     int64_t n = 0;
     for (int64_t j = 0; j < kGroupColumns; j++) {
