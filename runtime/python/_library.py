@@ -226,5 +226,5 @@ def abi_version() -> int:
 
 
 def isa() -> str:
-    """Instruction set that the kernels run with: ``avx512``, ``avx2`` or ``portable``."""
+    """Instruction set that the kernels run with: ``avx512vbmi2``, ``avx512``, ``avx2`` or ``portable``."""
     return library().er_isa().decode()

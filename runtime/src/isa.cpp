@@ -7,6 +7,9 @@
 #include "registry.h"
 
 namespace er {
+
+bool byte_masks = false;
+
 namespace {
 
 struct Isa {
@@ -15,16 +18,20 @@ struct Isa {
   const Kernel* (*find)(const char*);
 };
 
+#if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+constexpr const char* kByteMasks = "avx512vbmi2";
+#endif
+
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-     },
-     avx512::find_kernel},
+    {kByteMasks, [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi2") != 0; }, avx512::find_kernel},
+    {"avx512", has_avx512, avx512::find_kernel},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -58,7 +65,13 @@ Choice choose() {
 }
 
 const Choice& choice() {
-  static const Choice chosen = choose();
+  static const Choice chosen = [] {
+    const Choice c = choose();
+#if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
+    byte_masks = c.isa->name == kByteMasks;
+#endif
+    return c;
+  }();
   return chosen;
 }
 

@@ -9,19 +9,15 @@
 #include "../simd.h"
 
 // Moving the bytes of a vector that a mask selects together, and apart again (AVX-512 VBMI2). Not all processors with
-// AVX-512 have it, so functions that do are compiled for it by themselves and called where has_byte_masks() is true.
+// AVX-512 have it, so functions that do are compiled for it by themselves and called where byte_masks is true.
 #if ER_VECTOR_BYTES == 64 && defined(__AVX512BW__)
 #define ER_BYTE_MASKS __attribute__((noinline, target("avx512vbmi2")))
+namespace er {
+extern bool byte_masks;  // isa.cpp: settled before any kernel is found
+}
 #endif
 
 namespace er::ER_ISA {
-
-#ifdef ER_BYTE_MASKS
-inline bool has_byte_masks() {
-  static const bool has = __builtin_cpu_supports("avx512vbmi2");
-  return has;
-}
-#endif
 
 inline VecI widen(VecB v) {
 #if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)

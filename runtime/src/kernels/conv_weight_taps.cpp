@@ -388,7 +388,7 @@ class Accumulator {
 
   bool decode_block(int64_t sample, int64_t block, [[maybe_unused]] int n_classes, const Places& places) {
 #ifdef ER_BYTE_MASKS
-    if (n_classes == 1 && has_byte_masks()) return decode_class(sample, block, places);
+    if (n_classes == 1 && byte_masks) return decode_class(sample, block, places);
 #endif
     const bool all = s_.sh == 1 && s_.sw == 1;
     return all ? decode<true>(sample, block, places) : decode<false>(sample, block, places);

@@ -72,7 +72,7 @@ class KeptReader {
       return true;
     }
 #ifdef ER_BYTE_MASKS
-    if (at.form == kCentered && begin % kGroupColumns == 0 && has_byte_masks()) {
+    if (at.form == kCentered && begin % kGroupColumns == 0 && byte_masks) {
       int64_t n;
       const int64_t index = group_values(sample, block, begin / kGroupColumns, &n);
       if (index >= 0)

@@ -121,7 +121,7 @@ struct Tile {
   void extract(const uint64_t* word, int64_t n, const RowSteps& step, float* out) const {
     if (n == rows * cols) return extract_all(out);
 #ifdef ER_BYTE_MASKS
-    if (has_byte_masks() && stride <= kWidestGather) return extract_bytes(word, out);
+    if (byte_masks && stride <= kWidestGather) return extract_bytes(word, out);
 #endif
     // At so many of a column at once most columns are done: a branch on their number is guessed wrong too often.
     if (n <= kGroupColumns * 5 / 2) return extract_some<4>(word, step, out);
