@@ -129,8 +129,8 @@ ER_API const char* er_last_error(void);
 /* ER_ABI_VERSION of the library. Functions are added without a new version; what is there keeps its meaning. */
 ER_API uint32_t er_abi_version(void);
 /* Instruction set that the kernels were chosen for: "avx512vbmi2", "avx512", "avx2" or "portable" (the compiler's
- * baseline: SSE2, NEON). The environment variable EDGE_RAZOR_ISA names a lower one; with a name that this machine or build does not
- * have, every call fails. */
+ * baseline: SSE2, NEON). The environment variable EDGE_RAZOR_ISA names a lower one; with a name that this machine or
+ * build does not have, every call fails. */
 ER_API const char* er_isa(void);
 
 /* ---- Session: a plan that is being executed ---- */
