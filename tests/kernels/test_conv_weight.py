@@ -100,6 +100,18 @@ GEOMETRIES = {
     "depthwise strides 3 and 2": Geometry(
         ih=23, iw=21, ic=37, oc=37, kh=4, kw=3, stride=(3, 2), pads=(2, 3, 1, 2), dilation=(1, 2), group=37
     ),
+    "depthwise 5x5 stride 2": Geometry(
+        ih=17, iw=14, ic=35, oc=35, kh=5, kw=5, stride=(2, 2), pads=(2, 2, 2, 2), group=35
+    ),
+    "depthwise 7x9, strides 3 and 2": Geometry(
+        ih=20, iw=23, ic=20, oc=20, kh=7, kw=9, stride=(3, 2), pads=(3, 4, 2, 5), group=20
+    ),
+    "depthwise stride across alone": Geometry(
+        n=1, ih=9, iw=70, ic=17, oc=17, kh=3, kw=2, stride=(1, 2), pads=(1, 3, 1, 0), group=17
+    ),
+    "depthwise kernel smaller than its stride": Geometry(
+        ih=13, iw=16, ic=66, oc=66, kh=2, kw=2, stride=(3, 3), pads=(0, 1, 2, 3), group=66
+    ),
     "depthwise dilated": Geometry(ih=15, iw=13, ic=20, oc=20, kh=3, kw=3, dilation=(2, 2), pads=(2, 2, 2, 2), group=20),
     "depthwise large map": Geometry(n=1, ih=3, iw=150, ic=3, oc=3, kh=3, kw=3, pads=(1, 1, 1, 1), group=3),
     "depthwise many blocks": Geometry(n=2, ih=30, iw=31, ic=70, oc=70, kh=3, kw=3, pads=(1, 1, 1, 1), group=70),
