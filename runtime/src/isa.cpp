@@ -16,6 +16,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   const Kernel* (*find)(const char*);
+  bool byte_masks = false;
 };
 
 #if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
@@ -24,13 +25,13 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
-constexpr const char* kByteMasks = "avx512vbmi2";
 #endif
 
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
-    {kByteMasks, [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi2") != 0; }, avx512::find_kernel},
+    {"avx512vbmi2", [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi2") != 0; }, avx512::find_kernel,
+     true},
     {"avx512", has_avx512, avx512::find_kernel},
     {"avx2",
      [] {
@@ -66,11 +67,9 @@ Choice choose() {
 
 const Choice& choice() {
   static const Choice chosen = [] {
-    const Choice c = choose();
-#if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
-    byte_masks = c.isa->name == kByteMasks;
-#endif
-    return c;
+    const Choice best = choose();
+    byte_masks = best.isa->byte_masks;
+    return best;
   }();
   return chosen;
 }

@@ -22,7 +22,7 @@ def check_under(isa: str, names: Sequence[str], selected: str = "") -> None:
     ordinary tests run with it, or this machine has none."""
     environment = {**os.environ, "EDGE_RAZOR_ISA": isa}
     if chosen_isa() == isa or (chosen_isa(), isa) == ("avx512vbmi2", "avx512"):
-        # Packing and weight gradients, which alone use VBMI2, have tests of their own that run without it.
+        # What uses VBMI2, packing and reading kept tensors, is tested without it in test_razor and test_conv_weight.
         pytest.skip("the ordinary tests run with it")
     probe = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
     if probe.returncode:

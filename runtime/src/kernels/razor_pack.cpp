@@ -115,7 +115,8 @@ inline uint64_t deposit(uint64_t keep, uint64_t word) {
 }
 
 // Takes what a threshold does not keep from `n` elements of the list, keeps the first `ties` ties. kept[i / 64] bit
-// i % 64 says whether element i was kept. Returns the number kept, moved to `out`, which lies at or before them.
+// i % 64 says whether element i was kept, and a word of zeros follows. Returns the number kept, moved to `out`, which
+// lies at or before them.
 int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t* ties, float* out, uint64_t* kept) {
   int64_t total = 0;
   for (int64_t first = 0; first < n; first += 64) {
@@ -132,11 +133,11 @@ int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t
     }
     kept[first / 64] = word;
   }
+  kept[(n + 63) / 64] = 0;
   return total;
 }
 
-// Leaves of each of the set bits of word[], in their order, the ones whose turn is set in kept[], which has a word more
-// than they need.
+// Of the `n` set bits of word[columns], column after column, leaves those whose turn is set in kept[], from filter().
 void drop_bits(const uint64_t* kept, int64_t n, int64_t columns, uint64_t* word) {
   if (n <= 64) {
     uint64_t keep = *kept;
@@ -170,7 +171,6 @@ __attribute__((noinline)) void drop_below(const Sample& s, const Threshold& thre
     uint64_t kept[kBlockRows * kGroupColumns / 64 + 1];
     const int64_t left = filter(list, n, threshold, &ties, out, kept);
     if (left < n) {
-      kept[(n + 63) / 64] = 0;
       const int64_t c = g * kGroupColumns;
       drop_bits(kept, n, std::min(kGroupColumns, s.at.cols - c), s.mask + b * s.at.cols + c);
       number[i] = static_cast<uint32_t>(left);

@@ -42,7 +42,7 @@ __attribute__((noinline)) void look(const Sample& s, int n_parts, int32_t least,
           over -= m >= least;  // zeros behind the last column are not
           store(reinterpret_cast<float*>(bin + j), (VecF)(m >> kGuessShift));
         }
-        if (first)  // zeros behind the last column go to the last bin, which nothing is cut at
+        if (first)  // zeros behind the last column are in the lowest bin, where no bracket ends
           for (int64_t j = 0; j < kGroupColumns; j++) part.histogram[bin[j]]++;
         if (more)
           for (int64_t j = 0; j < step; j++) fetch();
