@@ -18,7 +18,7 @@ bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, in
   at.groups = (cols + kGroupColumns - 1) / kGroupColumns;
   if (!at.razor()) {
     if (keep) return false;
-    at.bytes = static_cast<uint64_t>(total) * (form == kDense ? 4 : 2);
+    at.bytes = static_cast<uint64_t>(total * at.value_bytes());
     *layout = at;
     return true;
   }
@@ -39,6 +39,20 @@ bool packed_layout(int64_t form, int64_t samples, int64_t rows, int64_t cols, in
   at.bytes = end;
   *layout = at;
   return true;
+}
+
+PackedLayout PackedLayout::part(int64_t first, int64_t count) const {
+  PackedLayout at = *this;
+  const auto skip = [&](uint64_t* section, int64_t items, int64_t bytes) {
+    *section += static_cast<uint64_t>(first * items * bytes);
+  };
+  at.samples = count;
+  skip(&at.scale, 1, sizeof(float));
+  skip(&at.mean, blocks * cols, sizeof(uint16_t));
+  skip(&at.mask, blocks * cols, sizeof(uint64_t));
+  skip(&at.offset, blocks * groups, sizeof(uint32_t));
+  skip(&at.value, razor() ? keep : rows * cols, value_bytes());
+  return at;
 }
 
 bool rows_layout(int64_t samples, int64_t rows, int64_t cols, int64_t keep, RowsLayout* layout) {

@@ -11,15 +11,18 @@ enum Form : int64_t { kDense = 0, kBf16 = 1, kPlain = 2, kCentered = 3, kRows = 
 constexpr int64_t kBlockRows = 64;     // at most; rows of one mask word
 constexpr int64_t kGroupColumns = 16;  // columns that share one stored value offset
 
-// A kept tensor of shape [samples, rows, cols]. Offsets in bytes from its beginning; only forms 2 and 3 have sections.
+// A kept tensor of shape [samples, rows, cols], or some samples of one. Offsets in bytes from the tensor's beginning;
+// forms 0 and 1 have one section, `value`.
 struct PackedLayout {
   int64_t form, samples, rows, cols, keep;
-  int64_t blocks, groups;  // a sample
-  uint64_t scale, mean, mask, offset, value, bytes;
+  int64_t blocks, groups;                            // a sample
+  uint64_t scale, mean, mask, offset, value, bytes;  // bytes: of the whole tensor
 
   int64_t row_begin(int64_t block) const { return block * rows / blocks; }
-  int64_t value_bytes() const { return form == kPlain ? 2 : 1; }
+  int64_t value_bytes() const { return form == kDense ? 4 : form == kCentered ? 1 : 2; }
   bool razor() const { return form >= kPlain; }
+  // Samples [first, first + count), counted from 0: what is written or read by it is that part of the whole tensor.
+  PackedLayout part(int64_t first, int64_t count) const;
 };
 
 // Lays out a kept tensor. False if the arguments are invalid: a dimension below 1, more than 2^40 elements, 2^32 or
@@ -50,13 +53,13 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// Typed pointers to the sections of a razor tensor. Const correctness is the caller's.
+// Typed pointers to the sections of a kept tensor. Const correctness is the caller's.
 struct PackedSections {
   float* scale;      // [samples], centered
   uint16_t* mean;    // [samples][blocks][cols], centered
   uint64_t* mask;    // [samples][blocks][cols]
   uint32_t* offset;  // [samples][blocks][groups]
-  uint8_t* value;    // [samples][keep] of value_bytes()
+  uint8_t* value;    // [samples][keep] of value_bytes(); forms 0 and 1: [samples][rows][cols]
 
   PackedSections(const PackedLayout& at, void* packed)
       : scale(reinterpret_cast<float*>(static_cast<uint8_t*>(packed) + at.scale)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edge_razor.runtime import kernel_run
+from edge_razor.runtime import kernel_run, kernel_scratch
 from tests.kernels.harness import Out, Scratch, assert_close, normal, run
 
 BITS, Q4, DENSE = 1, 2, 3
@@ -72,6 +72,11 @@ def test_affine_and_its_gradient(name: str, keep: int, rows: int, cols: int) -> 
     np.testing.assert_array_equal(same, dx)
     exact = dx.astype(np.float64)
     assert (np.abs(sums - exact.sum(0)) <= 5e-7 * np.abs(exact).sum(0) + 1e-30).all()
+    before = normal(6, cols)
+    added, size = before.copy(), kernel_scratch("activation_grad", [*ints, 2], floats)
+    scratch = np.full(size, 0xA5, np.uint8)
+    kernel_run("activation_grad", [*ints, 2], floats, [dy, kept[0], np.empty_like(dx), added, scratch])
+    np.testing.assert_array_equal(added, before + sums)
     if keep == Q4:
         low, high = RANGES[code]
         step = (high - low) / 15

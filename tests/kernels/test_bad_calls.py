@@ -142,8 +142,9 @@ def test_operands_that_must_be_present(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_counts(name: str) -> None:
     spec = CALLS[name]
+    more = [1, 1] if name == "channel_sum" else [1]  # whose accumulate may be left out
     for ints, floats, sizes in (
-        ([*spec.ints, 1], spec.floats, spec.bytes),
+        ([*spec.ints, *more], spec.floats, spec.bytes),
         (spec.ints[:-1], spec.floats, spec.bytes),
         ([], spec.floats, spec.bytes),
         (spec.ints, [*spec.floats, 0.0], spec.bytes),
@@ -228,8 +229,10 @@ def test_every_attribute_with_every_odd_value_is_an_error_or_harmless(name: str)
         ("affine", [3, 9, 11, 0], [0, 0], [108, 36, 36, 108, None], "activation"),
         ("affine", [3, 9, 8, 1], [0, 0], [108, 36, 36, 108, 6], "bits"),
         ("affine", [3, 9, 1, 2], [0, 0], [108, 36, 36, 108, 15], "q4"),
+        ("channel_sum", [3, 9, 2], [], [108, 36, None], "accumulate"),
+        ("channel_sum", [3, 9, 1, 1], [], [108, 36, None], "ints"),
         ("activation_grad", [3, 9, 1, 0, 0], [0, 0], [108, 6, 108, None, None], "nothing was kept"),
-        ("activation_grad", [3, 9, 1, 1, 2], [0, 0], [108, 6, 108, None, None], "sum"),
+        ("activation_grad", [3, 9, 1, 1, 3], [0, 0], [108, 6, 108, 36, None], "sum"),
         ("activation_grad", [3, 9, 1, 1, 0], [0, 0], [108, 6, 108, 36, None], "sums is present"),
         ("activation_grad", [3, 9, 1, 1, 1], [0, 0], [108, 6, 108, None, None], "sums is absent"),
         ("max_pool", [1, 17, 17, 1, 1, 1, 17, 17, 1, 1, 0, 0, 1, 1], [], [1156, 4, 1], "256"),

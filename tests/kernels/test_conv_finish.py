@@ -37,12 +37,16 @@ def finished(
     into: np.ndarray | None,
     sum_too: bool,
     threads: int,
+    sums_into: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """dX and its sums from one step."""
+    """dX and its sums from one step, added to `into` and `sums_into`."""
     act, keep, alpha, beta = SLOPES[slope]
     dx = np.full((case.n, case.ih, case.iw, case.ic), np.nan, np.float32) if into is None else into.copy()
     sums = np.full(case.ic, np.nan, np.float32) if sum_too else None
-    ints, floats = [*case.ints, act, keep, int(sum_too), int(into is not None)], [alpha, beta]
+    if sums_into is not None:
+        sums = sums_into.copy()
+    sum_code = int(sum_too) if sums_into is None else 2
+    ints, floats = [*case.ints, act, keep, sum_code, int(into is not None)], [alpha, beta]
     room = scratch("conv_grad_input", ints, floats, threads)
     scale = np.linspace(-2, 2, case.oc, dtype=np.float32)
     kernel_run("conv_grad_input", ints, floats, [dy, w, scale, dx, kept, sums, room], threads)
@@ -78,6 +82,24 @@ def test_finish_equals_separate_steps(name: str, accumulate: bool) -> None:
             alone, none = finished(case, dy, w, slope, kept, into, False, threads)
             assert none is None
             np.testing.assert_array_equal(alone, expected)
+
+
+@pytest.mark.parametrize("slope", ["none", "relu"])
+@pytest.mark.parametrize("name", CASES)
+def test_finish_adds_to_sums_that_are_there(name: str, slope: str) -> None:
+    case = CASES[name]
+    _, w, dy = case.tensors(9)
+    kept = kept_slopes(SLOPES[slope][1], case.n * case.ih * case.iw, case.ic)
+    before = np.linspace(-100, 100, case.ic, dtype=np.float32)
+    for threads in (1, 2, 3):
+        dx, sums = finished(case, dy, w, slope, kept, None, True, threads)
+        again, added = finished(case, dy, w, slope, kept, None, True, threads, before)
+        np.testing.assert_array_equal(again, dx)
+        assert sums is not None and added is not None
+        total = before.astype(np.float64) + sums  # which float32 rounds once more than the kernel's
+        assert (np.abs(added - total) <= 2**-24 * (np.abs(sums) + np.abs(total)) * 1.001).all()
+        sizes = [kernel_scratch("conv_grad_input", [*case.ints, 0, 0, s, 0], [0.0, 0.0], threads) for s in (1, 2)]
+        assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -177,7 +199,9 @@ def test_the_same_bits_whichever_thread_takes_what(case: Case) -> None:
         ([1, 1, 0, 0], [0.0, 0.0], None, None, "kept is missing"),
         ([1, 1, 0, 0], [0.0, 0.0], 1091, None, "kept has 1091 bytes, needs 1092"),
         ([0, 0, 0, 0], [0.0, 0.0], 1092, None, "nothing is kept"),
-        ([0, 0, 2, 0], [0.0, 0.0], None, 80, "sum must be"),
+        ([0, 0, 3, 0], [0.0, 0.0], None, 80, "sum must be"),
+        ([0, 0, -1, 0], [0.0, 0.0], None, 80, "sum must be"),
+        ([0, 0, 2, 0], [0.0, 0.0], None, None, "sums is missing"),
         ([0, 0, 1, 0], [0.0, 0.0], None, None, "sums is missing"),
         ([0, 0, 1, 0], [0.0, 0.0], None, 79, "sums has 79 bytes, needs 80"),
         ([0, 0, 0, 0], [0.0, 0.0], None, 80, "sums is present"),

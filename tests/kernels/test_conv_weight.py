@@ -131,11 +131,22 @@ def pack(x: np.ndarray, form: int, keep: int) -> np.ndarray:
     return packed
 
 
-def gradient(g: Geometry, form: int, keep: int, x: np.ndarray, dy: np.ndarray, threads: int) -> np.ndarray:
-    """The kernel's G[kh, kw, ic/g, oc]. Output and scratch begin as NaN: nothing may rest on their contents."""
-    ints = [*g.ints(), form, keep]
+def gradient(
+    g: Geometry,
+    form: int,
+    keep: int,
+    x: np.ndarray,
+    dy: np.ndarray,
+    threads: int,
+    turn: tuple[int, ...] = (),
+    before: np.ndarray | None = None,
+) -> np.ndarray:
+    """The kernel's G[kh, kw, ic/g, oc]; `turn` is accumulate, samples, first. Scratch, and G without what it was
+    `before`, begin as NaN: nothing may rest on their contents."""
+    ints = [*g.ints(), form, keep, *turn]
     scratch = np.full(kernel_scratch("conv_grad_weight", ints, threads=threads) // 4 + 16, np.nan, np.float32)
-    out = np.full((g.kh, g.kw, g.ic // g.group, g.oc), np.nan, np.float32)
+    shape = (g.kh, g.kw, g.ic // g.group, g.oc)
+    out = np.full(shape, np.nan, np.float32) if before is None else before.copy()
     used = scratch[: scratch.size - 16]
     kernel_run("conv_grad_weight", ints, [], [x, dy, out, used if used.size else None], threads=threads)
     assert np.isnan(scratch[-16:]).all(), "wrote past the scratch"
@@ -159,24 +170,36 @@ def expected(g: Geometry, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np
     return results[0], results[1]
 
 
-def check(g: Geometry, form: str, sparsity: float, threads: tuple[int, ...], seed: int) -> list[np.ndarray]:
-    """Compares the kernel's result for each number of threads with the exact one; returns them."""
+def operands(g: Geometry, form: str, sparsity: float, seed: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """keep, X before it is packed, X in its form, and dY."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((g.n, g.ih * g.iw, g.ic)).astype(np.float32) + 0.5
     x[rng.random(x.shape) < 0.3] = 0
     dy = rng.standard_normal((g.n, g.oh, g.ow, g.oc)).astype(np.float32)
     code = FORMS[form]
     keep = keep_count(x[0].size, sparsity) if code >= 2 else 0
-    packed = pack(x, code, keep)
+    return keep, x, pack(x, code, keep), dy
+
+
+def expected_and_bound(
+    g: Geometry, form: str, keep: int, x: np.ndarray, packed: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The exact gradient, and how far off one in float32 may be."""
+    code = FORMS[form]
     samples, rows, cols = x.shape
-    dense = x if code == 0 else unpack(code, samples, rows, cols, keep, packed)
-    ours = [gradient(g, code, keep, packed, dy, count) for count in threads]
-    exact, size = expected(g, dense, dy)
+    exact, size = expected(g, x if code == 0 else unpack(code, samples, rows, cols, keep, packed), dy)
     # float32 rounding: each of up to `rows` additions may lose half a unit of a partial sum that Σ|x||dy| bounds; the
     # centered form's value · dY + mean · ΣdY is two terms larger than their sum; errors do not all add up, hence a few
     # units instead of `rows`.
     slack = np.abs(x).max() * np.abs(dy).max() * g.n * g.oh * g.ow
-    bound = 16 * 2**-24 * (size + (code == 3) * slack)
+    return exact, 16 * 2**-24 * (size + (code == 3) * slack)
+
+
+def check(g: Geometry, form: str, sparsity: float, threads: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """Compares the kernel's result for each number of threads with the exact one; returns them."""
+    keep, x, packed, dy = operands(g, form, sparsity, seed)
+    ours = [gradient(g, FORMS[form], keep, packed, dy, count) for count in threads]
+    exact, bound = expected_and_bound(g, form, keep, x, packed, dy)
     for result in ours:
         assert np.all(np.abs(result - exact) <= bound), f"seed {seed}"
     return ours
@@ -198,6 +221,64 @@ def test_nothing_kept_and_everything_kept(form: str) -> None:
         check(GEOMETRIES["pointwise"], form, sparsity, (2,), seed=2)
         check(GEOMETRIES["3x3 stride 2"], form, sparsity, (2,), seed=2)
         check(GEOMETRIES["depthwise"], form, sparsity, (2,), seed=2)
+
+
+IN_TURNS = [
+    *("pointwise", "one row a sample", "1x1 stride 2", "3x3", "3x3 stride 2", "3x3 of many small maps"),
+    *("groups", "pointwise groups", "depthwise", "depthwise stride 2", "depthwise dilated", "many blocks"),
+]
+
+
+def check_turns(g: Geometry, form: str, threads: int) -> None:
+    """Five samples in turns of two, two and one."""
+    g, code = replace(g, n=5), FORMS[form]
+    keep, x, packed, dy = operands(g, form, 0.8, seed=4)
+    exact, bound = expected_and_bound(g, form, keep, x, packed, dy)
+    total: np.ndarray | None = None
+    for first, count in ((3, 2), (0, 2), (2, 1)):
+        part, mine = replace(g, n=count), slice(first, first + count)
+        own = pack(x[mine].copy(), code, keep)
+        read, place = (own, (count, 0)) if form == "dense" else (packed, (g.n, first))
+        alone = gradient(part, code, keep, own, dy[mine].copy(), threads)
+        turn = gradient(part, code, keep, read, dy[mine].copy(), threads, (0, *place))
+        assert np.array_equal(turn, alone), "a turn reads its own samples"
+        if total is None:
+            total = turn
+            continue
+        added = gradient(part, code, keep, read, dy[mine].copy(), threads, (1, *place), total)
+        assert np.array_equal(added, total + alone), "a turn adds its own samples"
+        total = added
+    assert total is not None and np.all(np.abs(total - exact) <= bound)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", IN_TURNS)
+def test_turns_add_up_to_the_gradient_of_all_samples(name: str, form: str, threads: int) -> None:
+    check_turns(GEOMETRIES[name], form, threads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", IN_TURNS)
+def test_a_turn_of_all_samples_is_the_plain_call(name: str, form: str) -> None:
+    g, code = GEOMETRIES[name], FORMS[form]
+    keep, _, packed, dy = operands(g, form, 0.8, seed=5)
+    before = np.random.default_rng(6).standard_normal((g.kh, g.kw, g.ic // g.group, g.oc)).astype(np.float32)
+    for threads in (1, 2, 3):
+        plain = gradient(g, code, keep, packed, dy, threads)
+        assert np.array_equal(gradient(g, code, keep, packed, dy, threads, (0, g.n, 0)), plain)
+        assert np.array_equal(gradient(g, code, keep, packed, dy, threads, (1, g.n, 0), before), before + plain)
+
+
+def test_adding_takes_as_much_more_scratch_as_the_gradient() -> None:
+    for name in IN_TURNS:
+        g = GEOMETRIES[name]
+        for form in FORMS.values():
+            ints = [*g.ints(), form, 0]
+            plain = kernel_scratch("conv_grad_weight", ints, threads=2)
+            own = -(-g.kh * g.kw * g.ic // g.group * g.oc * 4 // 64) * 64
+            assert kernel_scratch("conv_grad_weight", [*ints, 0, g.n, 0], threads=2) == plain
+            assert kernel_scratch("conv_grad_weight", [*ints, 1, g.n, 0], threads=2) == plain + own
 
 
 @st.composite
@@ -234,10 +315,13 @@ def test_every_instruction_set(isa: str) -> None:
 import sys
 from edge_razor.runtime import isa
 if isa() != {isa!r}: sys.exit(77)
-from tests.kernels.test_conv_weight import FORMS, GEOMETRIES, check
+from tests.kernels.test_conv_weight import FORMS, GEOMETRIES, IN_TURNS, check, check_turns
 for g in GEOMETRIES.values():
     for form in FORMS:
         check(g, form, 0.9, (2,), 3)
+for name in IN_TURNS:
+    for form in FORMS:
+        check_turns(GEOMETRIES[name], form, 2)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -285,6 +369,44 @@ def test_wrong_calls_are_refused() -> None:
         kernel_run("conv_grad_weight", ints[:-1], [], [x, dy, out, scratch])
 
 
+def test_wrong_turns_are_refused() -> None:
+    g = Geometry(ih=8, iw=8, ic=4, oc=4, kh=3, kw=3, pads=(1, 1, 1, 1))  # of 2 samples
+    dy, out = np.zeros((2, 8, 8, 4), np.float32), np.zeros((3, 3, 4, 4), np.float32)
+    dense, half = np.zeros((5, 64, 4), np.float32), np.zeros((5, 64, 4), np.uint16)
+    scratch = np.zeros(1 << 20, np.uint8)
+
+    def call(form: int, *turn: int) -> None:
+        x = half if form else dense
+        kernel_run("conv_grad_weight", [*g.ints(), form, 0, *turn], [], [x, dy, out, scratch])
+
+    call(0, 1, 2, 0)
+    call(1, 1, 5, 3)
+    for turn in ((0,), (0, 5), (0, 5, 3, 0)):
+        with pytest.raises(UsageError, match="expected (18|21) ints"):
+            call(1, *turn)
+    for accumulate in (-1, 2, 1 << 62):
+        with pytest.raises(UsageError, match="accumulate"):
+            call(1, accumulate, 5, 3)
+    high = (1 << 63) - 1
+    for samples, first in ((5, -1), (5, 4), (1, 0), (2, 1), (5, high), (5, -high), (1 << 20, 1 << 20)):
+        with pytest.raises(UsageError, match="samples"):
+            call(1, 0, samples, first)
+    for samples in (0, -1, high, -high):
+        with pytest.raises(UsageError, match="kept tensor"):
+            call(1, 0, samples, 0)
+    for samples, first in ((5, 0), (5, 3), (2, 1), (2, -1), (1, 0), (3, 1)):
+        with pytest.raises(UsageError, match="samples"):
+            call(0, 0, samples, first)
+    with pytest.raises(UsageError, match="X has"):
+        call(1, 0, 6, 0)  # the whole kept tensor is an operand
+    for ints in ([2, 5, 3], [0, 5, 4], [0, 5]):
+        with pytest.raises(UsageError):
+            kernel_scratch("conv_grad_weight", [*g.ints(), 1, 0, *ints])
+    room = kernel_scratch("conv_grad_weight", [*g.ints(), 1, 0, 1, 5, 3])
+    with pytest.raises(UsageError, match="scratch has"):
+        kernel_run("conv_grad_weight", [*g.ints(), 1, 0, 1, 5, 3], [], [half, dy, out, scratch[: room - 1]])
+
+
 @pytest.mark.parametrize("group", [1, 16])
 @pytest.mark.parametrize("form", ["plain", "centered"])
 def test_contents_that_point_outside_are_refused(form: str, group: int) -> None:
@@ -296,3 +418,7 @@ def test_contents_that_point_outside_are_refused(form: str, group: int) -> None:
     garbage = np.full(packed_bytes(FORMS[form], 1, 64, 16, keep), 0xFF, np.uint8)
     with pytest.raises(NonFiniteError):
         gradient(g, FORMS[form], keep, garbage, np.ones((1, 8, 8, 16), np.float32), 1)
+    whole = np.full(packed_bytes(FORMS[form], 3, 64, 16, keep), 0xFF, np.uint8)
+    before = np.ones((1, 1, 16 // group, 16), np.float32)
+    with pytest.raises(NonFiniteError):
+        gradient(g, FORMS[form], keep, whole, np.ones((1, 8, 8, 16), np.float32), 1, (1, 3, 2), before)

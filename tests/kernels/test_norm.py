@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_razor.runtime import kernel_scratch
+from edge_razor.runtime import kernel_run, kernel_scratch
 from tests.kernels.harness import Out, Scratch, assert_close, normal, run
 
 SHAPES = [(1, 1), (1, 17), (2, 3), (7, 16), (63, 5), (64, 64), (65, 33), (511, 4), (1024, 31), (4099, 24), (3, 1300)]
@@ -46,6 +46,11 @@ def test_channel_sum(rows: int, cols: int) -> None:
     dy = normal(rows, rows, cols)
     (total,), _ = run("channel_sum", [rows, cols], [], [dy, Out((cols,)), Scratch()])
     assert_close(total, dy.astype(np.float64).sum(0))
+    before = normal(1, cols)
+    added = before.copy()
+    scratch = np.full(kernel_scratch("channel_sum", [rows, cols, 1]), 0xA5, np.uint8)
+    kernel_run("channel_sum", [rows, cols, 1], [], [dy, added, scratch])
+    np.testing.assert_array_equal(added, before + total)
 
 
 @pytest.mark.parametrize("cols", [1, 8, 40])
@@ -57,7 +62,8 @@ def test_channel_sum_of_many_equal_signs_stays_exact(cols: int) -> None:
 
 
 def test_channel_sum_scratch_is_one_row_a_chunk() -> None:
-    assert kernel_scratch("channel_sum", [511, 7]) == 0
+    assert kernel_scratch("channel_sum", [511, 7]) == kernel_scratch("channel_sum", [511, 7, 0]) == 0
+    assert kernel_scratch("channel_sum", [511, 7, 1]) == 7 * 4  # what is added to is read last
     assert kernel_scratch("channel_sum", [1024, 7]) == 2 * 7 * 4
     assert kernel_scratch("channel_sum", [10**6, 7], threads=8) == 32 * 7 * 4
 

@@ -294,6 +294,82 @@ def test_columns_of_wider_rows_are_packed_alike(shape: tuple[int, int, int], for
         assert packed.tobytes() == expected.tobytes()
 
 
+def bytes_of(form: str, shape: tuple[int, int, int], keep: int, first: int, count: int) -> np.ndarray:
+    """Which bytes of a kept tensor belong to its samples [first, first + count)."""
+    samples, rows, cols = shape
+    blocks, groups = len(block_bounds(rows)) - 1, -(-cols // 16)
+    of_sample = {
+        "bf16": [2 * rows * cols],
+        "plain": [8 * blocks * cols, 4 * blocks * groups, 2 * keep],
+        "centered": [4, 2 * blocks * cols, 8 * blocks * cols, 4 * blocks * groups, keep],
+    }[form]
+    mine, end = np.zeros(packed_bytes(FORMS[form], *shape, keep), bool), 0
+    for size in of_sample:
+        begin = -(-end // 64) * 64
+        mine[begin + first * size : begin + (first + count) * size] = True
+        end = begin + samples * size
+    assert end == mine.size
+    return mine
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7, 63, 64, 65, 700])
+@pytest.mark.parametrize("form", ["bf16", "plain", "centered"])
+@pytest.mark.parametrize("cols", [1, 17, 40])
+def test_samples_in_turns_are_packed_as_all_at_once(rows: int, cols: int, form: str, threads: int) -> None:
+    shape = (6, rows, cols)
+    for kind in ("normal", "ties"):
+        x = values(shape, kind)
+        keep = 0 if form == "bf16" else keep_count(rows * cols, 0.7)
+        expected = pack(x, form, keep, threads)
+        for before, after in ((0, 0), (3, 2)):
+            wide = np.full((*shape[:2], before + cols + after), np.nan, np.float32)
+            wide[:, :, before : before + cols] = x
+            raw = np.full(expected.size + 64, 0xA5, np.uint8)
+            packed = raw[: expected.size]
+            for first, count in ((3, 3), (0, 1), (1, 2)):
+                ints = [FORMS[form], *shape, keep, wide.shape[2], before, first, count]
+                size = kernel_scratch("pack", ints, threads=threads)
+                assert size == kernel_scratch("pack", [*ints[:1], count, *ints[2:5]], threads=threads)
+                scratch = np.full(size, 0xA5, np.uint8) if size else None
+                was = raw.copy()
+                kernel_run("pack", ints, [], [wide[first : first + count].copy(), packed, scratch], threads=threads)
+                mine = np.zeros(raw.size, bool)
+                mine[: packed.size] = bytes_of(form, shape, keep, first, count)
+                assert np.array_equal(raw[~mine], was[~mine])
+                assert np.array_equal(raw[mine], expected[mine[: packed.size]])
+            assert packed.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", ["bf16", "plain", "centered"])
+def test_values_of_a_turn_that_are_not_finite_are_reported(form: str, threads: int) -> None:
+    x, keep = values((2, 9, 3), "normal"), 0 if form == "bf16" else 5
+    x[1, 8, 2] = np.nan
+    out = np.zeros(packed_bytes(FORMS[form], 4, 9, 3, keep), np.uint8)
+    ints = [FORMS[form], 4, 9, 3, keep, 3, 0]
+    scratch = np.zeros(kernel_scratch("pack", ints, threads=threads) or 1, np.uint8)
+    kernel_run("pack", [*ints, 3, 1], [], [x[:1], out, scratch], threads=threads)
+    with pytest.raises(NonFiniteError):
+        kernel_run("pack", [*ints, 2, 2], [], [x, out, scratch], threads=threads)
+
+
+def test_turns_that_do_not_fit_are_refused() -> None:
+    x, out = np.zeros((2, 20, 3), np.float32), np.zeros(packed_bytes(1, 4, 20, 3, 0), np.uint8)
+    ints = [1, 4, 20, 3, 0, 3, 0]
+    kernel_run("pack", [*ints, 2, 2], [], [x, out, None])
+    high = (1 << 63) - 1
+    for first, count in ((-1, 1), (0, 0), (0, -1), (4, 1), (3, 2), (0, 5), (high, 1), (1, high), (-high, high)):
+        with pytest.raises(UsageError, match="first|count"):
+            kernel_run("pack", [*ints, first, count], [], [x, out, None])
+    for wrong in ([*ints, 2], [*ints, 2, 2, 0]):
+        with pytest.raises(UsageError, match="ints"):
+            kernel_run("pack", wrong, [], [x, out, None])
+    for operands in ([x[:1], out, None], [x, out[:-1], None]):
+        with pytest.raises(UsageError, match="bytes, needs"):
+            kernel_run("pack", [*ints, 2, 2], [], operands)
+
+
 def test_columns_that_do_not_fit_are_refused() -> None:
     wide, out = np.zeros((2, 20, 5), np.float32), np.zeros(packed_bytes(1, 2, 20, 3, 0), np.uint8)
     kernel_run("pack", [1, 2, 20, 3, 0, 5, 2], [], [wide, out, None])
@@ -379,6 +455,7 @@ import sys
 from edge_razor.runtime import isa
 if isa() != {isa!r}: sys.exit(77)
 from tests.kernels.test_razor import KINDS, SHAPES, check, values, test_mul_grad_sums_products
+from tests.kernels.test_razor import test_samples_in_turns_are_packed_as_all_at_once
 for form in ("plain", "centered"):
     for shape in SHAPES:
         check(values(shape, "normal"), form, shape[1] * shape[2] // 10)
@@ -386,6 +463,8 @@ for form in ("plain", "centered"):
         check(values((2, 129, 17), kind), form, 300, 2)
 for sparsity in (0.0, 0.9):
     test_mul_grad_sums_products((5, 129, 31), "centered", sparsity)
+for form in ("bf16", "plain", "centered"):
+    test_samples_in_turns_are_packed_as_all_at_once(65, 17, form, 2)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],

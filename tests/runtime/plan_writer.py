@@ -231,7 +231,7 @@ def attention_gradient(places: list[list[int]], columns: list[int]) -> dict[str,
 
 
 def columns_plan() -> dict[str, Any]:
-    """A plan with steps that read and write columns of a wider matrix."""
+    """A plan with steps that read and write columns of a wider matrix, and samples of a packed tensor."""
     plan = attention_gradient([[0, 312]] * 3, [4, 0, 4, 0, 4, 0, 13, 0, 13, 4, 13, 9])
     begin = plan["train"][0]["operands"][7][1]
     wide, none = (ARENA, begin, 312), (0, 0, 0)
@@ -243,5 +243,11 @@ def columns_plan() -> dict[str, Any]:
     attention = {"kernel": "attention", "label": "a:b", "ints": ints, "floats": floats, "operands": operands}
     packed = [wide, (ARENA, begin + 640, 48), none]
     pack = {"kernel": "pack", "label": "a:b", "ints": [1, 2, 3, 4, 0, 13, 9], "floats": [], "operands": packed}
-    plan["train"][:0] = [attention, pack]
+    turn = {**pack, "ints": [*pack["ints"], 1, 1]}
+    ints = [1, 3, 1, 4, 3, 1, 4, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 2, 1]
+    scratch, end = kernel_scratch("conv_grad_weight", ints, [], plan["threads"]), plan["arena_bytes"]
+    plan["arena_bytes"] = end + up64(scratch)
+    read = [packed[1], (ARENA, begin, 48), (ARENA, begin + 512, 64), (ARENA, end, scratch)]
+    weight = {"kernel": "conv_grad_weight", "label": "a:b", "ints": ints, "floats": [], "operands": read}
+    plan["train"][:0] = [attention, pack, turn, weight]
     return plan

@@ -67,11 +67,11 @@ bool run_affine(const Call& call) {
   return true;
 }
 
-// activation_grad: dY[rows][cols], kept, dX[rows][cols] = dY·f', sums?[cols] = Σ over rows of dX; ints rows, cols, act,
-// keep (not "nothing"), sum. Scratch: one partial sum [cols] a chunk of rows.
+// activation_grad: dY[rows][cols], kept, dX[rows][cols] = dY·f', sums?[cols] (=, or += if sum is 2) Σ over rows of dX;
+// ints rows, cols, act, keep (not "nothing"), sum. Scratch: one partial sum [cols] a chunk of rows.
 std::string check_grad(const Call& call) {
   CallCheck check(call, 5, 5, 2);
-  const int64_t rows = check.size(0, "rows"), cols = check.size(1, "cols"), sum = check.integer(4, "sum", 0, 1);
+  const int64_t rows = check.size(0, "rows"), cols = check.size(1, "cols"), sum = check.integer(4, "sum", 0, 2);
   if (check.ok()) {
     const std::string problem = activation_error(activation_of(call, 2), call.ints[3]);
     if (!problem.empty()) check.fail(problem);
@@ -91,7 +91,7 @@ std::string check_grad(const Call& call) {
 uint64_t scratch_grad(const Call& call, int) {
   if (call.n_ints != 5 || call.ints[0] < 1 || call.ints[1] < 1) return UINT64_MAX;
   const int64_t chunks = sum_chunks(call.ints[0]);
-  return call.ints[4] && chunks > 1 ? byte_size({chunks, call.ints[1]}) : 0;
+  return call.ints[4] && (chunks > 1 || call.ints[4] == 2) ? byte_size({chunks, call.ints[1]}) : 0;
 }
 
 // dX[r][c …] = times(dY[r][c …], r, c, left), summed over rows if asked.
@@ -105,7 +105,8 @@ void grad_rows(const Call& call, Times&& times) {
     store_upto(dx + r * cols + c, g, left);
     return g;
   };
-  if (call.ints[4]) return sum_rows(call, rows, cols, 1.0f, call.as<float>(3), call.as<float>(4), term);
+  if (call.ints[4])
+    return sum_rows(call, rows, cols, 1.0f, call.ints[4] == 2, call.as<float>(3), call.as<float>(4), term);
   parallel(call, rows, 2 * cols, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)
       for (int64_t c = 0; c < cols; c += kLanes) term(r, c, cols - c);

@@ -329,7 +329,7 @@ bool run_reduce(const Call& call) {
   else if (r.rank == 1)
     out[0] = sum_all(call, x, r.dims[0]) * factor;
   else
-    sum_rows(call, x, r.dims[0], r.dims[1], factor, out, call.as<float>(2));
+    sum_rows(call, x, r.dims[0], r.dims[1], factor, false, out, call.as<float>(2));
   return true;
 }
 

@@ -76,12 +76,13 @@ inline double sum_contiguous(const float* x, int64_t n) {
 // their number.
 inline int64_t sum_chunks(int64_t rows) { return std::clamp<int64_t>(rows / 512, 1, 32); }
 
-// out[c] = factor · Σ over rows r of term(r, c, left), which is asked once for each and may do more than tell. partial:
-// float [sum_chunks(rows)][cols], unused if that is one chunk.
+// out[c] (=, or += if `add`) factor · Σ over rows r of term(r, c, left), which is asked once for each and may do more
+// than tell. partial: float [sum_chunks(rows)][cols], unused if that is one chunk and not added.
 template <class Term>
-void sum_rows(const Call& call, int64_t rows, int64_t cols, float factor, float* out, float* partial, Term&& term) {
+void sum_rows(const Call& call, int64_t rows, int64_t cols, float factor, bool add, float* out, float* partial,
+              Term&& term) {
   const int64_t chunks = sum_chunks(rows), width = kSumTile * kLanes, tiles = (cols + width - 1) / width;
-  float* sums = chunks == 1 ? out : partial;
+  float* sums = chunks == 1 && !add ? out : partial;
   parallel(call, chunks * tiles, rows * cols / (chunks * tiles), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t chunk = unit / tiles, column = unit % tiles * width;
@@ -94,14 +95,14 @@ void sum_rows(const Call& call, int64_t rows, int64_t cols, float factor, float*
     const int64_t left = cols - c;
     VecF total{};
     for (int64_t chunk = 0; chunk < chunks; chunk++) total += load_upto(sums + chunk * cols + c, left);
-    store_upto(out + c, total * factor, left);
+    store_upto(out + c, add ? load_upto(out + c, left) + total * factor : total * factor, left);
   }
 }
 
 // The same of a matrix x[rows][cols].
-inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t cols, float factor, float* out,
+inline void sum_rows(const Call& call, const float* x, int64_t rows, int64_t cols, float factor, bool add, float* out,
                      float* partial) {
-  sum_rows(call, rows, cols, factor, out, partial,
+  sum_rows(call, rows, cols, factor, add, out, partial,
            [=](int64_t r, int64_t c, int64_t left) { return load_upto(x + r * cols + c, left); });
 }
 

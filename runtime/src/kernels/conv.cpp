@@ -273,7 +273,7 @@ std::string conv_grad_input_check(const Call& call) {
   if (!error.empty()) return error;
   if ((act.code == kActNone) != (keep == kKeepNothing)) return "an activation needs what it kept";
   if (keep == kKeepDense) return "keep must be nothing, bits or q4";
-  if (sum != 0 && sum != 1) return "sum must be 0 or 1";
+  if (sum < 0 || sum > 2) return "sum must be 0, 1 or 2";
   if (accumulate != 0 && accumulate != 1) return "accumulate must be 0 or 1";
   if (!keep && call.operands[4].data) return "kept is present, but nothing is kept";
   if (!sum && call.operands[5].data) return "sums is present, but sum is 0";
@@ -288,10 +288,10 @@ std::string conv_grad_input_check(const Call& call) {
                       operand_error(call, 5, "sums", s.ic * 4, !sum)});
 }
 
-// sums[c] = Σ over the parts.
-void add_up(const Finish& finish, int64_t parts, int64_t cols, float* sums) {
+// sums[c] = [sums[c] +] Σ over the parts.
+void add_up(const Finish& finish, int64_t parts, int64_t cols, bool add, float* sums) {
   for (int64_t c = 0; c < cols; c++) {
-    double total = 0;
+    double total = add ? static_cast<double>(sums[c]) : 0;
     for (int64_t i = 0; i < parts; i++) {
       const RunningSums part = finish.running_sums(i);
       total += static_cast<double>(part.sum[c]) - part.lost[c];
@@ -345,7 +345,8 @@ bool conv_grad_input_run(const Call& call) {
       });
     });
   }
-  if (finish.sums) add_up(finish, sum_parts(s, weight.form, threads), s.ic, call.as<float>(5));
+  if (finish.sums)
+    add_up(finish, sum_parts(s, weight.form, threads), s.ic, call.ints[kGradSum] == 2, call.as<float>(5));
   return true;
 }
 

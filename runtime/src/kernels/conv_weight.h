@@ -11,13 +11,16 @@ namespace er::ER_ISA {
 
 struct WeightGradient {
   ConvShape shape;
-  PackedLayout x_layout;  // [n, ih·iw, ic]
+  PackedLayout x_layout;  // [n, ih·iw, ic], or these samples of more
   const void* x;
   const float* dy;  // [n, oh, ow, oc]
   float* g;
   void* scratch;
   ThreadPool* pool;
 };
+
+// G += partials[count][G's elements], in their order.
+void add_partials(const WeightGradient& call, float* g, const float* partials, int count);
 
 // X in form 0 or 1, by GEMM.
 uint64_t dense_weight_scratch(const ConvShape& shape, const PackedLayout& x, int threads);

@@ -109,7 +109,7 @@ void share_gradient(const WeightGradient& call, const Shares& how, const Share& 
         if (call.x_layout.form == kDense)
           gather(s, static_cast<const float*>(call.x), group, tap, taps, row, end, tile);
         else
-          gather(s, static_cast<const uint16_t*>(call.x), group, tap, taps, row, end, tile);
+          gather(s, KeptReader(call.x_layout, call.x).half_row(0), group, tap, taps, row, end, tile);
         const int64_t first = group * oc + share.k_begin;
         TransposedProduct(taps * ic, k, end - row, taps * ic, s.oc, s.oc)
             .run(tile, call.dy + row * s.oc + first, row > share.row_begin, g + tap * ic * s.oc + first, scratch);
@@ -117,16 +117,15 @@ void share_gradient(const WeightGradient& call, const Shares& how, const Share& 
     }
 }
 
-// G += partial sums of threads 1 … , in their order.
-void add_partials(const WeightGradient& call, const float* partials) {
+}  // namespace
+
+void add_partials(const WeightGradient& call, float* g, const float* partials, int count) {
   const int64_t elements = call.shape.w_elements();
   call.pool->share(elements, 256, [&](int64_t begin, int64_t end, int) {
-    for (int t = 1; t < call.pool->threads(); t++)
-      for (int64_t i = begin; i < end; i++) call.g[i] += partials[(t - 1) * elements + i];
+    for (int t = 0; t < count; t++)
+      for (int64_t i = begin; i < end; i++) g[i] += partials[t * elements + i];
   });
 }
-
-}  // namespace
 
 uint64_t dense_weight_scratch(const ConvShape& s, const PackedLayout& x, int threads) {
   const Shares how(s, x);
@@ -163,7 +162,7 @@ bool dense_weight_run(const WeightGradient& call) {
                                               : part(oc, 16, &share.k_begin, &share.k_end);
     if (work) share_gradient(call, how, share, tile, call.g);
   });
-  if (how.by_rows && threads > 1) add_partials(call, partials);
+  if (how.by_rows && threads > 1) add_partials(call, call.g, partials, threads - 1);
   return true;
 }
 

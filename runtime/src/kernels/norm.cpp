@@ -65,24 +65,28 @@ bool run_grad(const Call& call) {
   return true;
 }
 
-// channel_sum: dY[rows][cols] → out[cols]. Scratch: one partial sum [cols] a chunk of rows.
+// channel_sum: dY[rows][cols] → out[cols], or out += that if accumulate, which may be left out, is 1. Scratch: one
+// partial sum [cols] a chunk of rows.
 std::string check_channel_sum(const Call& call) {
-  CallCheck check(call, 3, 2, 0);
+  CallCheck check(call, 3, call.n_ints > 2 ? 3 : 2, 0);
   int64_t rows = check.size(0, "rows"), cols = check.size(1, "cols");
+  if (call.n_ints > 2) check.integer(2, "accumulate", 0, 1);
   check.present(0, "dY", byte_size({rows, cols}));
   check.present(1, "out", byte_size({cols}));
   return check.error();
 }
 
+bool sum_is_added(const Call& call) { return call.n_ints == 3 && call.ints[2] == 1; }
+
 uint64_t scratch_channel_sum(const Call& call, int) {
-  if (call.n_ints != 2 || call.ints[0] < 1 || call.ints[1] < 1) return UINT64_MAX;
+  if (call.n_ints < 2 || call.n_ints > 3 || call.ints[0] < 1 || call.ints[1] < 1) return UINT64_MAX;
   const int64_t chunks = sum_chunks(call.ints[0]);
-  return chunks == 1 ? 0 : byte_size({chunks, call.ints[1]});
+  return chunks == 1 && !sum_is_added(call) ? 0 : byte_size({chunks, call.ints[1]});
 }
 
 bool run_channel_sum(const Call& call) {
   const int64_t rows = call.ints[0], cols = call.ints[1];
-  sum_rows(call, call.as<float>(0), rows, cols, 1.0f, call.as<float>(1), call.as<float>(2));
+  sum_rows(call, call.as<float>(0), rows, cols, 1.0f, sum_is_added(call), call.as<float>(1), call.as<float>(2));
   return true;
 }
 

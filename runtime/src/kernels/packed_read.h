@@ -13,8 +13,8 @@ namespace er::ER_ISA {
 constexpr int kGroupVectors = kGroupColumns / kLanes;
 static_assert(kGroupColumns % kLanes == 0, "a vector crosses no column group");
 
-// Reads the kept tensor `data` of any form. Mask words and offsets are tensor contents, so nothing says that they are
-// those of a packed tensor: what they point to is checked.
+// Reads the kept tensor, or the samples of it, that `layout` describes. Mask words and offsets are tensor contents, so
+// nothing says that they are those of a packed tensor: what they point to is checked.
 class KeptReader {
  public:
   KeptReader(const PackedLayout& layout, const void* kept) : KeptReader(layout, kept, {layout.cols, 0}) {}
@@ -22,9 +22,9 @@ class KeptReader {
   KeptReader(const PackedLayout& layout, const void* kept, Columns columns)
       : at(layout),
         row(columns.row),
-        dense_(static_cast<const float*>(kept) + columns.column),
-        half_(static_cast<const uint16_t*>(kept)),
-        in_(layout, const_cast<void*>(kept)) {}
+        in_(layout, const_cast<void*>(kept)),
+        dense_(reinterpret_cast<const float*>(in_.value) + columns.column),
+        half_(reinterpret_cast<const uint16_t*>(in_.value)) {}
 
   const PackedLayout at;
   const int64_t row;  // floats between two rows in form 0
@@ -196,9 +196,9 @@ class KeptReader {
       std::memcpy(v, in, left * sizeof(T));
   }
 
+  PackedSections in_;
   const float* dense_;
   const uint16_t* half_;
-  PackedSections in_;
 };
 
 // Floats that KeptReader::values may write.

@@ -10,7 +10,7 @@
 namespace er::ER_ISA {
 namespace {
 
-// The kept tensor that `pack` writes and `mul_grad` reads: ints form, samples, rows, cols, keep.
+// The kept tensor that `pack` writes into and `mul_grad` reads: ints form, samples, rows, cols, keep.
 bool call_layout(const Call& call, PackedLayout* at) {
   const int64_t* i = call.ints;
   return call.n_ints >= 5 && packed_layout(i[0], i[1], i[2], i[3], i[4], at);
@@ -18,15 +18,22 @@ bool call_layout(const Call& call, PackedLayout* at) {
 
 constexpr const char* kNoLayout = "no kept tensor has this form, these sizes and this many values a sample";
 
-constexpr uint32_t kPackInts = 5;  // without row and column of X, which may follow
+constexpr uint32_t kPackInts = 5;   // without row and column of X, which may follow
+constexpr uint32_t kPackFirst = 7;  // of the samples that X holds; their number follows, or X holds all
 
 std::string pack_check(const Call& call) {
-  CallCheck check(call, 3, ints_with_columns(call, kPackInts, 1), 0);
+  const bool some = call.n_ints > kPackFirst;
+  CallCheck check(call, 3, some ? kPackFirst + 2 : ints_with_columns(call, kPackInts, 1), 0);
   PackedLayout at{};
   check.require(check.ok() && call_layout(call, &at), kNoLayout);
   check.require(at.form != kDense, "form must be 1, 2 or 3");
   if (!check.ok()) return check.error();
-  check.present(0, "X", byte_size({at.samples, at.rows, check_columns(check, call, kPackInts, 0, at.cols)}));
+  int64_t samples = at.samples;
+  if (some) {
+    const int64_t first = check.integer(kPackFirst, "first", 0, samples - 1);
+    samples = check.integer(kPackFirst + 1, "count", 1, samples - first);
+  }
+  check.present(0, "X", byte_size({samples, at.rows, check_columns(check, call, kPackInts, 0, at.cols)}));
   check.present(1, "out", at.bytes);
   return check.error();
 }
@@ -40,7 +47,7 @@ uint64_t pack_scratch(const Call& call, int threads) {
 
 bool pack_bf16(const Call& call, const PackedLayout& at, const float* all, int64_t row) {
   const int64_t elements = at.samples * at.rows * at.cols, width = row == at.cols ? elements : at.cols;
-  uint16_t* out = call.as<uint16_t>(1);
+  uint16_t* out = reinterpret_cast<uint16_t*>(PackedSections(at, call.operands[1].data).value);
   std::atomic<bool> finite{true};
   parallel_elements(call, elements, [&](int64_t begin, int64_t last) {
     VecI largest = {};
@@ -66,6 +73,7 @@ bool pack_bf16(const Call& call, const PackedLayout& at, const float* all, int64
 bool pack_run(const Call& call) {
   PackedLayout at;
   call_layout(call, &at);
+  if (call.n_ints > kPackFirst) at = at.part(call.ints[kPackFirst], call.ints[kPackFirst + 1]);
   Columns in;
   read_columns(call, kPackInts, 1, at.cols, 0, &in);
   const float* x = call.as<const float>(0) + in.column;

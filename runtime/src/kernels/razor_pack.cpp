@@ -209,7 +209,7 @@ double quantize(const float* residuals, int64_t n, float scale, uint8_t* out) {
     std::fill_n(out, n, uint8_t{0});
     return 0;
   }
-  constexpr int64_t kExact = 512;  // so many squares of up to 127 add up exactly in a float32
+  constexpr int64_t kExact = 1024;  // so many squares of up to 127 add up exactly in a float32
   const VecF magic =
       broadcast(12582912.f);  // 1.5·2^23: its unit in the last place is 1, so adding it rounds to nearest even
   // A product with the reciprocal takes a fraction of a division's time and rounds alike unless it is near the middle
@@ -228,7 +228,7 @@ double quantize(const float* residuals, int64_t n, float scale, uint8_t* out) {
   double total = 0;
   for (int64_t i = 0; i < n;) {
     squares = VecF{};
-    for (const int64_t whole = std::min(n - n % kLanes, i + kExact * kLanes); i < whole; i += kLanes) {
+    for (const int64_t whole = std::min(n - n % kLanes, i + kExact); i < whole; i += kLanes) {
       const VecB b = rounded(load(residuals + i));
       std::memcpy(out + i, &b, sizeof b);
     }
