@@ -8,7 +8,7 @@ is updated, scratch left out. So GFLOP/s and GB/s say how fast a kernel does wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class Entry(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One step, or all of a kernel's, over all its calls: seconds, multiply-adds and bytes are sums."""
+    """One step with all its turns, or all of a kernel's, over all calls: seconds, multiply-adds and bytes are sums."""
 
     phase: str
     kernel: str
@@ -48,7 +48,7 @@ class Line:
 
 
 def profile_lines(plan: bytes, entries: Sequence[Entry]) -> list[Line]:
-    """One line a step that ran, in plan order.
+    """One line for each kernel and label that ran, in plan order: a step that takes turns is one.
 
     Args:
         plan: the plan file that was executed.
@@ -60,32 +60,37 @@ def profile_lines(plan: bytes, entries: Sequence[Entry]) -> list[Line]:
     steps = [step for program in read_steps(plan) for step in program]
     if [(s.kernel, s.label) for s in steps] != [(e.kernel, e.label) for e in entries]:
         raise PlanError("the profile belongs to another plan")
-    return [
+    lines = [
         Line(e.phase, e.kernel, e.label, e.calls, e.seconds, e.calls * step_multiply_adds(s), e.calls * step_bytes(s))
         for e, s in zip(entries, steps, strict=True)
         if e.calls
     ]
+    return _sums(lines, lambda line: (line.phase, line.kernel, line.label))
 
 
 def by_kernel(lines: Iterable[Line]) -> list[Line]:
     """Sums over the steps of each kernel and phase, slowest first; their label is empty."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line.phase, line.kernel), []).append(line)
+    sums = _sums(lines, lambda line: (line.phase, line.kernel, ""))
+    return slowest(sums, len(sums))
 
-    sums = [
+
+def _sums(lines: Iterable[Line], key: Callable[[Line], tuple[str, str, str]]) -> list[Line]:
+    """The lines of each (phase, kernel, label) that `key` gives, as one."""
+    groups: dict[tuple[str, str, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return [
         Line(
             phase,
             kernel,
-            "",
+            label,
             sum(line.calls for line in group),
             sum(line.seconds for line in group),
             sum(line.multiply_adds for line in group),
             sum(line.bytes for line in group),
         )
-        for (phase, kernel), group in groups.items()
+        for (phase, kernel, label), group in groups.items()
     ]
-    return slowest(sums, len(sums))
 
 
 def slowest(lines: Iterable[Line], count: int) -> list[Line]:

@@ -13,7 +13,16 @@ from edge_razor.errors import PlanError
 from edge_razor.planner import plan
 from edge_razor.planner.deserialize import read_steps
 from edge_razor.planner.program import Buffer, Step
-from edge_razor.profile import Line, by_kernel, profile_lines, slowest, step_bytes, step_multiply_adds, table_cells
+from edge_razor.profile import (
+    Line,
+    _sums,
+    by_kernel,
+    profile_lines,
+    slowest,
+    step_bytes,
+    step_multiply_adds,
+    table_cells,
+)
 from edge_razor.runtime import StepTime
 from tests.bundles import write_linear_bundle
 
@@ -71,6 +80,12 @@ def test_other_kernels_count_no_multiply_adds() -> None:
         (step("adamw", [5], 20, 20, 20, 20, None), 140),
         (step("copy", [2, 3, 5, 1, 1, 1, 1, 0, 0], 4000, 8000), 2 * 4 * 15),  # a part of its operands
         (step("fill", [5], 20), 20),
+        # A turn: 2 of the packed tensor's 8 samples; X, dY and G are as large as the step says.
+        (step("pack", [3, 8, 35, 6, 21, 6, 0, 2, 2], 1680, 4000), 1680 + 1000),
+        (step("conv_grad_weight", [*CONV, 3, 21, 0, 8, 2], 4000, 50, 20), 1000 + 50 + 20),
+        (step("conv_grad_weight", [*CONV, 3, 21, 1, 8, 2], 4000, 50, 20), 1000 + 50 + 40),  # G is read too
+        (step("conv_grad_weight", [*CONV, 0, 0, 1, 2, 0], 1680, 50, 20), 1680 + 50 + 40),
+        (step("conv_grad_input", [*CONV, 0, 0, 2, 0], 50, 20, None, 100, None, 24, 999), 170 + 48),  # sums += …
     ],
 )
 def test_bytes_are_the_operands_once_and_twice_if_updated(made: Step, expected: int) -> None:
@@ -112,6 +127,22 @@ def test_lines_sum_calls_and_skip_what_never_ran(binary: bytes) -> None:
     updates = next(line for line in kernels if line.kernel == "sgd")
     assert updates.calls == 6 and updates.bytes == 3 * 3 * 4 * (6 * 3 + 3)
     assert slowest(lines, 2) == [lines[-1], lines[-2]]
+
+
+def test_turns_of_a_step_are_one_line(binary: bytes) -> None:
+    """Steps of one kernel and label: here both updates get the label of the first."""
+    steps = read_steps(binary)
+    updates = [s for s in steps.train if s.kernel == "sgd"]
+    assert len(updates) == 2
+    lines = profile_lines(binary, entries(binary))
+    relabelled = [replace(line, label="same") if line.kernel == "sgd" else line for line in lines]
+    merged = _sums(relabelled, lambda line: (line.phase, line.kernel, line.label))
+    assert len(merged) == len(lines) - 1
+    (line,) = [line for line in merged if line.label == "same"]
+    both = [line for line in relabelled if line.label == "same"]
+    assert (line.calls, line.seconds) == (6, both[0].seconds + both[1].seconds)
+    order = [(line.phase, line.label) for line in relabelled]
+    assert [(line.phase, line.label) for line in merged] == list(dict.fromkeys(order))
 
 
 def test_cells() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from .program import Buffer, Step
+from .program import GRADIENT, Buffer, Step
 from .storage import Form, Storage
 
 __all__ = [
@@ -113,7 +113,21 @@ def step_bytes(step: Step) -> int:
     if step.kernel == "embedding":  # of some rows of its table
         n, _, cols = step.ints[:3]
         return 4 * n * (1 + 2 * cols)
-    return sum(buffer.bytes for buffer in (*step.reads, *step.writes))
+    total = sum(buffer.bytes for buffer in (*step.reads, *step.writes))
+    if (turn := _turn(step)) is None:
+        return total
+    operand, count, samples = turn
+    packed = step.operands[operand]
+    return total if packed is None else total - packed.bytes + packed.bytes * count // samples
+
+
+def _turn(step: Step) -> tuple[int, int, int] | None:
+    """(operand, count, samples) if the step handles `count` of the `samples` samples that a packed operand has."""
+    if step.kernel == "pack" and len(step.ints) > 7:
+        return 1, step.ints[8], step.ints[1]
+    if step.kernel == "conv_grad_weight" and len(step.ints) > GRADIENT and step.ints[_CONV_SHAPE] != Form.DENSE:
+        return 0, step.ints[0], step.ints[GRADIENT + 1]
+    return None
 
 
 def step_seconds(step: Step, rates: Rates) -> float:
@@ -124,7 +138,7 @@ def step_seconds(step: Step, rates: Rates) -> float:
         size = packed_from(step)
         if step.ints[0] == Form.BF16:
             return seconds + 1.5 * size / rate["bytes"]
-        return seconds + size / rate["pack bytes"] + step.ints[1] * step.ints[4] / rate["pack values"]
+        return seconds + size / rate["pack bytes"] + _packed_samples(step) * step.ints[4] / rate["pack values"]
     if step.kernel == "conv_grad_weight":
         dense = replace_form(step, Form.DENSE, 0)
         shape = shape_class(step)
@@ -151,7 +165,12 @@ def step_seconds(step: Step, rates: Rates) -> float:
 
 def packed_from(step: Step) -> int:
     """Bytes of what a `pack` packs, which may be a part of its operand."""
-    return 4 * prod(step.ints[1:4])
+    return 4 * _packed_samples(step) * step.ints[2] * step.ints[3]
+
+
+def _packed_samples(step: Step) -> int:
+    turn = _turn(step)
+    return step.ints[1] if turn is None else turn[1]
 
 
 def program_seconds(steps: Iterable[Step], rates: Rates) -> float:

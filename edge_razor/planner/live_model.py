@@ -20,6 +20,7 @@ from .place import lifetimes, live_bytes
 from .program import ALIGNMENT, Buffer, Program, Region, Step, touches
 from .schedule import share_buffers
 from .storage import Choice, Form, KeptValue, Storage
+from .turns import Chain, chains
 
 __all__ = ["Column", "LiveModel"]
 
@@ -53,11 +54,13 @@ class LiveModel:
         values: Mapping[str, KeptValue],
         choices: Mapping[str, Sequence[Choice]],
         rates: Rates,
+        samples: int,
         threads: int,
         harm: Callable[[str, Choice], float],
     ) -> None:
         """
         Args:
+            samples: of the program, a micro-batch.
             ordered: the program with every value in its smallest form; `share_buffers` is yet to run, and does here.
             choices: of the values that are to be chosen; values that the program does not keep are left out.
         """
@@ -76,6 +79,10 @@ class LiveModel:
         for buffer, at in touched.items():
             successors[roots[buffer], at[0]] = buffer
         live = live_bytes(lifetimes(shared))
+        turns = chains(shared, samples, threads)
+        inside = {buffer: chain for chain in turns for buffer in chain.inside}
+        for chain in turns:
+            live[chain.first : chain.last + 1] = chain.peak
         self.columns: list[Column] = []
         self.groups: list[tuple[int, int]] = []
         spans: list[list[tuple[int, int, int]]] = []
@@ -91,7 +98,7 @@ class LiveModel:
             held = [(first, last, _aligned(kept.bytes))]
             if maker.kernel == "pack":
                 held += [(i, i, _aligned(s.bytes)) for i in (first, *readers) if (s := steps[i].scratch)]
-            for start, end, size in held:
+            for start, end, size in _through_turns(held, turns):
                 base[start : end + 1] -= size
             makers = [maker] if maker.kernel == "pack" else []
             spent = sum(step_seconds(s, rates) for s in (*makers, *(steps[i] for i in readers)))
@@ -110,6 +117,8 @@ class LiveModel:
                     if storage.form == Form.DENSE:
                         replacement = source
                         alone += _stays(source, packed_from(maker), touched, roots, successors, last)
+                        if alone and (turn := inside.get(roots[source])) is not None:  # no longer for a turn alone
+                            alone[0] = (turn.first, *alone[0][1:])
                     else:
                         replacement = Buffer(name, storage.bytes)
                         packing = _pack(maker, storage)
@@ -121,7 +130,7 @@ class LiveModel:
                         alone += _scratch(reader, index, threads)
                         seconds += step_seconds(reader, rates)
                 self.columns.append(Column(name, choice, harm(name, choice), seconds))
-                spans.append(alone)
+                spans.append(_through_turns(alone, turns))
             self.groups.append((begin, len(self.columns)))
         full = np.zeros((len(base) + 1, len(spans)), np.int64)
         for column, pieces in enumerate(spans):
@@ -155,6 +164,17 @@ class LiveModel:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _through_turns(spans: Sequence[tuple[int, int, int]], turns: Sequence[Chain]) -> list[tuple[int, int, int]]:
+    """(first step, last step, bytes) of what is alive in one turn of a chain at least: it is in all of them. What lives
+    for a single step of a chain is scratch, which its turns share."""
+    widened = []
+    for start, end, size in spans:
+        first, last = (next((c for c in turns if c.first <= i <= c.last), None) for i in (start, end))
+        if start < end or first is None:
+            widened.append((first.first if first else start, last.last if last else end, size))
+    return widened
 
 
 def _stays(

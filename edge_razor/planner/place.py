@@ -27,11 +27,12 @@ FAIR = 1.03  # of the lower bound: above it the other orders are improved, too
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
-    """A buffer that needs memory from step `start` to step `end`, both included."""
+    """A buffer that needs memory from step `start` to step `end`, both included, and the parts of it in use."""
 
     buffer: Buffer
     start: int
     end: int
+    parts: tuple[Buffer, ...] = ()
 
     @property
     def size(self) -> int:
@@ -42,14 +43,17 @@ class Lifetime:
 def lifetimes(program: Program) -> list[Lifetime]:
     """Lifetimes of the arena buffers of a scheduled program, scratch included."""
     spans: dict[Buffer, list[int]] = {buffer: [0, 0] for buffer in program.inputs}
+    parts: dict[Buffer, dict[Buffer, None]] = {}
     for index, step in enumerate(program.steps):
         for buffer in step.operands:
             if buffer is not None and buffer.region == Region.ARENA:
-                spans.setdefault(buffer, [index, index])[1] = index
+                spans.setdefault(buffer.whole or buffer, [index, index])[1] = index
+                if buffer.whole is not None:
+                    parts.setdefault(buffer.whole, {})[buffer] = None
     for buffer in program.outputs:
         if buffer.region == Region.ARENA:
             spans.setdefault(buffer, [0, 0])[1] = len(program.steps)
-    return [Lifetime(buffer, start, end) for buffer, (start, end) in spans.items()]
+    return [Lifetime(buffer, start, end, tuple(parts.get(buffer, ()))) for buffer, (start, end) in spans.items()]
 
 
 def live_bytes(lives: list[Lifetime]) -> np.ndarray:
@@ -100,6 +104,8 @@ def place(lives: list[Lifetime], enough: int = 0) -> int:
                 break
     for life, offset in zip(lives, best[1].tolist(), strict=True):
         life.buffer.offset = offset
+        for part in life.parts:
+            part.offset = offset + part.start
     return best[0]
 
 

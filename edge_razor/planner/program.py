@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 __all__ = [
     "ACCUMULATE",
+    "ACTIVATION_SUM",
     "ADDEND",
+    "GRADIENT",
     "KERNELS",
+    "SUM",
     "UPDATES",
     "Buffer",
     "Places",
@@ -36,12 +39,17 @@ class Region(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class Buffer:
-    """A stretch of memory. `offset` is -1 until the buffer is placed in its region."""
+    """A stretch of memory. `offset` is -1 until the buffer is placed in its region.
+
+    A buffer with a `whole` is a part of that one, from byte `start` of it on.
+    """
 
     name: str
     bytes: int
     region: Region = Region.ARENA
     offset: int = -1
+    whole: Buffer | None = None
+    start: int = 0
 
 
 class Signature(NamedTuple):
@@ -123,7 +131,10 @@ KERNELS: dict[str, Signature] = {
     "adamw_rows": _signature("param! grad m! v! accumulator?!"),
 }
 ADDEND = 6  # the operand of conv that is added to the product
-ACCUMULATE = 19  # the integer of conv_grad_input that says dX += …
+SUM = 18  # the integer of conv_grad_input that says whether it sums dX; 2: sums += …
+ACCUMULATE = 19  # … and the one that says dX += …
+ACTIVATION_SUM = 4  # of activation_grad, as SUM
+GRADIENT = 18  # where it is there, the integer of conv_grad_weight that says G += …
 UPDATES = frozenset({"sgd", "adamw", "sgd_rows", "adamw_rows"})  # what they write they read first
 
 
@@ -160,8 +171,16 @@ class Step:
         ]
         if self.kernel in UPDATES:
             reads += self.writes  # updated, not overwritten
-        if self.kernel == "conv_grad_input" and self.ints[ACCUMULATE] and self.operands[3] is not None:
+        if self.kernel == "conv_grad_input":
+            dx, sums = self.operands[3], self.operands[5]
+            reads += [dx] if self.ints[ACCUMULATE] and dx is not None else []
+            reads += [sums] if self.ints[SUM] == 2 and sums is not None else []
+        if self.kernel == "channel_sum" and self.ints[2:] == [1] and self.operands[1] is not None:
+            reads.append(self.operands[1])
+        if self.kernel == "activation_grad" and self.ints[ACTIVATION_SUM] == 2 and self.operands[3] is not None:
             reads.append(self.operands[3])
+        if self.kernel == "conv_grad_weight" and self.ints[GRADIENT:][:1] == [1] and self.operands[2] is not None:
+            reads.append(self.operands[2])
         return reads
 
     @property

@@ -14,17 +14,19 @@ from .finish import fuse_finish
 from .program import ACCUMULATE, KERNELS, Buffer, Program, Region, Step, is_sum, touches
 from .recompute import make_again
 from .spill import spill
+from .turns import take_turns
 
 __all__ = ["order_training", "schedule_inference", "schedule_training", "share_buffers"]
 
 
-def schedule_training(program: Program, updates: list[Step], threads: int) -> Program:
-    """Orders one micro-batch: forward, backward, and each parameter's update as soon as nothing else needs it."""
-    return share_buffers(order_training(program, updates, threads))
+def schedule_training(program: Program, updates: list[Step], samples: int, threads: int) -> Program:
+    """Orders a micro-batch of `samples`: forward, backward, and each parameter's update as soon as nothing else needs
+    it."""
+    return take_turns(share_buffers(order_training(program, updates, threads)), samples, threads)
 
 
 def order_training(program: Program, updates: list[Step], threads: int) -> Program:
-    """`schedule_training`, before steps work in place."""
+    """`schedule_training`, before steps work in place and take turns."""
     gradients = {u.operands[1] for u in updates}
     steps = fuse_accumulation(fuse_addends(program), gradients)
     steps = fuse_finish(steps, gradients, threads)
@@ -36,9 +38,10 @@ def order_training(program: Program, updates: list[Step], threads: int) -> Progr
     return Program(steps, program.inputs, program.outputs)
 
 
-def schedule_inference(program: Program) -> Program:
-    """The forward steps in graph order, in place where possible."""
-    return share_buffers(Program(fuse_addends(program), program.inputs, program.outputs))
+def schedule_inference(program: Program, samples: int, threads: int) -> Program:
+    """The forward steps in graph order, in place and in turns where possible."""
+    ordered = Program(fuse_addends(program), program.inputs, program.outputs)
+    return take_turns(share_buffers(ordered), samples, threads)
 
 
 def fuse_accumulation(steps: list[Step], gradients: set[Buffer | None]) -> list[Step]:

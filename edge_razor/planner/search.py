@@ -168,7 +168,7 @@ class Candidate:
         program, updates = lower_training(
             search.graph, micro_batch, self.storage, self.memory, settings.optimizer, settings.threads
         )
-        self.train: Program = schedule_training(program, updates, settings.threads)
+        self.train: Program = schedule_training(program, updates, micro_batch, settings.threads)
         self.lives: list[Lifetime] = lifetimes(self.train)
         self.peak_live: int = int(live_bytes(self.lives).max())
 
@@ -297,7 +297,7 @@ class Search:
         key = (micro_batch, memory.accumulator_bytes)
         if key not in self._evaluation:
             program, _ = lower_inference(self.inference, micro_batch, memory, self.settings.threads)
-            scheduled = schedule_inference(program)
+            scheduled = schedule_inference(program, micro_batch, self.settings.threads)
             self._evaluation[key] = (scheduled, place(lifetimes(scheduled)))
         return self._evaluation[key]
 
@@ -401,7 +401,9 @@ class Search:
                 self.graph, structure.micro_batch, table, memory, settings.optimizer, settings.threads
             )
             ordered = order_training(program, updates, settings.threads)
-            self._models[structure] = LiveModel(ordered, values, options, self.rates, settings.threads, self.harm)
+            self._models[structure] = LiveModel(
+                ordered, values, options, self.rates, structure.micro_batch, settings.threads, self.harm
+            )
         return self._models[structure]
 
     def exact_seconds(self, structure: Structure) -> float:

@@ -116,20 +116,24 @@ class _Arena:
                     self._write(index, operand, f"{step.label} {names[position]}", kind)
 
     def _read(self, index: int, operand: Buffer) -> Stay:
-        for stay in reversed(self.present):
-            if stay.offset == operand.offset and stay.bytes == operand.bytes:
-                break
-        else:  # bound before the first step
-            stay = Stay("input", "activations", 0, index, operand.offset, operand.bytes)
-            self.stays.append(stay)
-            self.present.append(stay)
-        stay.last = index
-        return stay
+        """What is read: of one stay a part, or of several, which turns have written, all."""
+        end = operand.offset + operand.bytes
+        found = [stay for stay in self.present if stay.offset < end and operand.offset < stay.offset + stay.bytes]
+        if not found:  # bound before the first step
+            found = [Stay("input", "activations", 0, index, operand.offset, operand.bytes)]
+            self.stays += found
+            self.present += found
+        for stay in found:
+            stay.last = index
+        return found[-1]
 
     def _write(self, index: int, operand: Buffer, name: str, kind: str) -> None:
         end = operand.offset + operand.bytes
         left: list[Stay] = []
         for stay in self.present:
+            if (stay.name, stay.offset, stay.bytes) == (name, operand.offset, operand.bytes) and kind != "scratch":
+                stay.last = index  # another turn writes more of it
+                return
             if stay.offset < end and operand.offset < stay.offset + stay.bytes:
                 if stay.last == index > stay.first:
                     stay.last = index - 1  # the result is written over it in place

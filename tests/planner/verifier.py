@@ -54,9 +54,18 @@ class Memory:
         covered = sum(
             min(high, end) - max(low, start)
             for low, high, owner in self.ranges
-            if owner is buffer and low < end and high > start
+            if _same(owner, buffer) and low < end and high > start
         )
         return covered == buffer.bytes
+
+
+def _same(owner: Buffer, buffer: Buffer) -> bool:
+    """Whether the bytes that lie at one place of both are the same value's: of one buffer, or of it and samples of it.
+
+    What a turn has for itself bears another name than the memory that it lies in, and belongs to that turn alone.
+    """
+    whole = owner.whole or owner
+    return owner is buffer or (whole is (buffer.whole or buffer) and owner.name == buffer.name == whole.name)
 
 
 def _overlap(a: Buffer, b: Buffer) -> bool:
