@@ -3,16 +3,18 @@
 //   G[c, :] = Σ over blocks of mean[block, c] · (Σ of the block's rows of dY) + Σ over kept of value · dY[row, :]
 //
 // (conv_weight_taps.cpp has the others). A block's kept values are decoded once for several tiles of up to kMaxVectors
-// vectors of output channels. For each of these the block's dY rows are copied to a contiguous tile (in L1 for what
-// follows) while their sum is taken. Then, for each column of X, the tile of G stays in registers while the set bits of
-// the column's mask word are walked. Columns are taken in the order of their number of set bits: the end of a loop over
-// a few bits would be guessed wrong nearly every time, and costs as much as the bits.
+// vectors of output channels. For each of these the sum of the block's dY rows is taken, which brings them to the
+// first-level cache; where they would push each other out of it there, they are copied to a contiguous tile. Then, for
+// each column of X, the tile of G stays in registers while the set bits of the column's mask word are walked. Columns
+// are taken in the order of their number of set bits: the end of a loop over a few bits would be guessed wrong nearly
+// every time, and costs as much as the bits.
 //
 // G is accumulated in scratch, as many columns and tiles at a time as fit the L2 cache, and written once. Threads share
 // columns and output channels; or, where all of G fits and blocks are many, the blocks: then none reads or copies what
 // another does, and the sums of all are added up in the end.
 #include <atomic>
 #include <iterator>
+#include <numeric>
 
 #include "conv_weight.h"
 
@@ -37,15 +39,16 @@ constexpr int64_t kValueFloats = 16 << 10;  // of the columns that are read at o
 constexpr int64_t kFixedFloats = kDyFloats + kValueFloats;
 constexpr int64_t kGradientFloats = kGradientBytes / 4;
 
-// Copies rows of dY and adds them up.
-template <int kVectors>
-void gather(const float* dy, int64_t stride, int64_t k, int64_t rows, float* tile, VecF* total) {
+// Adds up some vectors of the rows of dY, `pitch` apart, whose last vector has k − … lanes, and copies them to `tile`
+// if there is one.
+template <int kVectors, bool kCopy>
+void gather(const float* dy, int64_t pitch, int64_t k, int64_t rows, float* tile, VecF* total) {
   VecF sum[kVectors] = {};
-  for (int64_t i = 0; i < rows; i++, dy += stride, tile += kVectors * kLanes)
+  for (int64_t i = 0; i < rows; i++, dy += pitch, tile += kVectors * kLanes)
     for (int v = 0; v < kVectors; v++) {
-      const VecF d = v + 1 < kVectors ? load(dy + v * kLanes) : load_upto(dy + v * kLanes, k - v * kLanes);
+      const VecF d = v + 1 < kVectors || !kCopy ? load(dy + v * kLanes) : load_upto(dy + v * kLanes, k - v * kLanes);
       sum[v] += d;
-      store(tile + v * kLanes, d);
+      if (kCopy) store(tile + v * kLanes, d);
     }
   for (int v = 0; v < kVectors; v++) total[v] = sum[v];
 }
@@ -98,11 +101,13 @@ int64_t read_block(const KeptReader& x, int64_t sample, int64_t block, int64_t f
 
 // Adds the columns of one block to g[columns][kVectors · kLanes]. `dy` is the block's first row of dY, at the first of
 // `k` output channels.
-template <int kVectors>
+template <int kVectors, bool kCopy>
 void block_gradient(const BlockColumns& x, const float* dy, int64_t stride, int64_t k, float* tile, float* g) {
   constexpr int64_t kWidth = kVectors * kLanes;
   VecF total[kVectors];
-  gather<kVectors>(dy, stride, k, x.rows, tile, total);
+  gather<kVectors, kCopy>(dy, stride, k, x.rows, tile, total);
+  const float* rows = kCopy ? tile : dy;
+  const int64_t pitch = kCopy ? kWidth : stride;
   for (int64_t i = 0; i < x.columns; i++) {
     const int64_t c = x.order[i].column, n = x.order[i].kept;
     const float* value = x.values + x.order[i].value;
@@ -116,11 +121,20 @@ void block_gradient(const BlockColumns& x, const float* dy, int64_t stride, int6
     uint64_t w = x.word[c] & x.inside;
     for (int64_t j = 0; j < n; j++, w &= w - 1) {
       const VecF r = broadcast(value[j]);
-      const float* d = tile + __builtin_ctzll(w) * kWidth;
+      const float* d = rows + __builtin_ctzll(w) * pitch;
       for (int v = 0; v < kVectors; v++) sum[v] += r * load(d + v * kLanes);
     }
     for (int v = 0; v < kVectors; v++) store(out + v * kLanes, sum[v]);
   }
+}
+
+// Whether a block's rows of `width` floats, `pitch` apart, are read where they are: whole vectors in whole lines of a
+// cache, that leave each other in a first-level cache of 64 sets or more. Rows begin at multiples of the greatest
+// common divisor of the pitch and the bytes that the sets span: if that is larger than a row, many of them meet in few
+// sets.
+bool read_in_place(int64_t pitch, int64_t width) {
+  constexpr int64_t kSpan = 64 * 64, kFewMeet = 256;
+  return pitch % 16 == 0 && std::gcd(pitch * 4, kSpan) <= std::max(kFewMeet, width * 4);
 }
 
 // The tiles of `vectors` vectors of output channels: tile t is [begin(t), begin(t + 1)).
@@ -132,9 +146,17 @@ struct Tiles {
 };
 
 using BlockGradient = void (*)(const BlockColumns&, const float*, int64_t, int64_t, float*, float*);
-constexpr BlockGradient kBlockGradient[] = {block_gradient<1>, block_gradient<2>, block_gradient<3>,
-                                            block_gradient<4>, block_gradient<5>, block_gradient<6>};
+constexpr BlockGradient kBlockGradient[] = {block_gradient<1, true>, block_gradient<2, true>, block_gradient<3, true>,
+                                            block_gradient<4, true>, block_gradient<5, true>, block_gradient<6, true>};
 static_assert(std::size(kBlockGradient) == kMaxVectors, "one function for each number of vectors");
+// Without a copy, of at least kInPlace vectors: with fewer, columns are many beside them and the copy costs little.
+#if ER_VECTOR_BYTES == 64
+constexpr int64_t kInPlace = 5;
+constexpr BlockGradient kInPlaceGradient[] = {block_gradient<5, false>, block_gradient<6, false>};
+#else  // not worth another copy of the loops
+constexpr int64_t kInPlace = kMaxVectors + 1;
+constexpr BlockGradient kInPlaceGradient[] = {nullptr};
+#endif
 
 // Blocks of X, counted over all samples.
 struct Blocks {
@@ -147,6 +169,7 @@ bool tiles_gradient(const WeightGradient& call, const KeptReader& x, const Weigh
                     int64_t first, int64_t last, const Blocks& blocks, int64_t columns, const Workspace& work) {
   const ConvShape& s = call.shape;
   const int64_t column = range.group * (s.ic / s.group) + range.c0, output = range.group * (s.oc / s.group) + range.k0;
+  const bool in_place = output % kLanes == 0 && (range.k1 - range.k0) % kLanes == 0;
   for (int64_t i = blocks.begin; i < blocks.end; i++) {
     const int64_t sample = i / x.at.blocks, block = i % x.at.blocks;
     const float* dy = call.dy + (sample * x.at.rows + x.at.row_begin(block)) * s.oc + output;
@@ -156,8 +179,10 @@ bool tiles_gradient(const WeightGradient& call, const KeptReader& x, const Weigh
       if (!next) return false;
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = tiles.begin(t), v1 = tiles.begin(t + 1), k0 = v0 * kLanes, width = (v1 - v0) * kLanes;
-        kBlockGradient[v1 - v0 - 1](read, dy + k0, s.oc, std::min(k0 + width, range.k1 - range.k0) - k0, work.dy,
-                                    work.g + columns * (v0 - tiles.begin(first)) * kLanes + (c - column) * width);
+        const bool copy = !in_place || v1 - v0 < kInPlace || !read_in_place(s.oc, width);
+        const BlockGradient add = copy ? kBlockGradient[v1 - v0 - 1] : kInPlaceGradient[v1 - v0 - kInPlace];
+        add(read, dy + k0, s.oc, std::min(k0 + width, range.k1 - range.k0) - k0, work.dy,
+            work.g + columns * (v0 - tiles.begin(first)) * kLanes + (c - column) * width);
       }
     }
   }
