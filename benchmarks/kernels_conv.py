@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ import torch
 
 from benchmarks.common import markdown_table, write_result
 from edge_razor.runtime import kernel_run, kernel_scratch
+
+HUGE_PAGE = 2 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,15 @@ def torch_calls(layer: Layer, batch: int, backward: bool) -> list[Callable[[], o
 
 
 def aligned(shape: tuple[int, ...], dtype: type = np.float32, rng: np.random.Generator | None = None) -> np.ndarray:
-    """An array that starts at a multiple of 64 bytes, as in the arena and in PyTorch; normal values or zeros."""
-    room = np.zeros(math.prod(shape) * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    array = room[start : room.size - 64 + start].view(dtype).reshape(shape)
+    """An array that starts at a multiple of 64 bytes, in huge pages if there are any, as in the runtime's arena; normal
+    values or zeros."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = mmap.mmap(-1, size + 2 * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(room, np.uint8)  # keeps the mapping
+    start = -data.ctypes.data % HUGE_PAGE
+    array = data[start : start + size].view(dtype).reshape(shape)
     if rng is not None:
         array[...] = rng.standard_normal(shape, np.float32)
     return array

@@ -154,7 +154,7 @@ class Chain:
 
 
 def take_turns(program: Program, samples: int, threads: int) -> Program:
-    """The program with chains of steps unrolled into turns of `threads` samples: one for each thread.
+    """The program with chains of steps unrolled into turns of about `threads` samples, one for each thread.
 
     Args:
         program: scheduled, steps in place, of `samples` samples; its buffers are not placed yet.
@@ -172,8 +172,8 @@ def chains(program: Program, samples: int, threads: int) -> list[Chain]:
 class _Turns:
     def __init__(self, program: Program, samples: int, threads: int) -> None:
         self.program, self.samples, self.threads = program, samples, threads
-        self.count = threads  # samples of a turn
-        self.turns = -(-samples // self.count)
+        self.turns = -(-samples // threads)
+        self.count = -(-samples // self.turns)  # samples of a turn
         self.steps = program.steps
         self.roles = [_roles(step, samples) for step in self.steps]
         self.reads = [set(step.reads) for step in self.steps]
