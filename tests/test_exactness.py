@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from edge_razor import trainer
 from edge_razor.bundle import Bundle
+from edge_razor.planner import Plan, plan, turns
+from edge_razor.planner.deserialize import read_steps
 from edge_razor.planner.graph import read_graph
 from edge_razor.planner.search import Search
 from tests.models import FAMILIES
@@ -20,6 +23,7 @@ from tests.planner.conftest import settings
 
 IMAGE, CLASSES = (3, 64, 64), 10
 LOSS_LIMIT, UPDATE_LIMIT = 1e-5, 1e-3
+WITHOUT_MAPS = ("mlp", "vit")
 
 
 def build(family: str) -> nn.Module:
@@ -60,6 +64,27 @@ def test_one_step_at_sparsity_90_equals_the_definition(
     family: str, form: str, bundles: Callable[[str, str], Path]
 ) -> None:
     check(bundles, family, sparsity=0.9, form=form)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_in_turns_equals_pytorch(
+    family: str, sparsity: float, bundles: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As larger images would make them: every map counts as large, and a turn as free."""
+    for cost in ("LARGE_BYTES", "CALL_BYTES", "WEIGHT_PASSES", "SUM_PASSES"):
+        monkeypatch.setattr(turns, cost, 0)
+    made: list[Plan] = []
+
+    def plan_here(*arguments: Any, **options: Any) -> Plan:
+        made.append(plan(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(trainer, "plan_in_child", plan_here)
+    check(bundles, family, sparsity=sparsity, batch_size=4)
+    (planned,) = made
+    samples = {step.ints[0] for step in read_steps(planned.binary).train if step.kernel.startswith("conv")}
+    assert family in WITHOUT_MAPS or 2 in samples
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
