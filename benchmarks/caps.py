@@ -328,7 +328,12 @@ def write_report(content: dict[str, Any]) -> None:
     title = (
         "What a cap costs: images 224×224, batch 8, SGD; texts of 128 tokens, batch 16, AdamW; all parameters, or LoRA"
     )
-    write_result("caps", title, "python dev.py bench caps", body + "".join(errors), machine=content["machine"])
+    others: dict[str, list[str]] = {}  # whose samples a second were measured elsewhere, or at another time
+    for model, found in content["models"].items():
+        if (where := found.get("turns_machine", content["machine"])) != content["machine"]:
+            others.setdefault(where, []).append(model)
+    notes = "".join(f"\nSamples a second of {', '.join(names)}: {where}\n" for where, names in others.items())
+    write_result("caps", title, "python dev.py bench caps", body + "".join(errors) + notes, machine=content["machine"])
 
 
 def main() -> None:
@@ -346,6 +351,7 @@ def main() -> None:
         if reason is not None:
             raise SystemExit(reason)
         models = json.loads(file.read_text())["models"] if file.exists() else {}
+        machine = machine_line("torch", "onnxruntime")
         for part in options.parts:
             for model in options.models:
                 if part == "proofs":
@@ -354,8 +360,8 @@ def main() -> None:
                     models[model] |= measure_uncapped(model)
                 else:
                     caps = [proof["cap"] for proof in models[model]["proofs"]]
-                    models[model] |= measure_turns(model, caps, options.rounds)
-                content = {"machine": machine_line("torch", "onnxruntime"), "rounds": options.rounds, "models": models}
+                    models[model] |= measure_turns(model, caps, options.rounds) | {"turns_machine": machine}
+                content = {"machine": machine, "rounds": options.rounds, "models": models}
                 file.write_text(json.dumps(content, indent=1) + "\n")
     write_report(json.loads(file.read_text()))
 
