@@ -17,7 +17,7 @@ import numpy as np
 from .context import scratch_bytes
 from .cost import Rates, as_kept, packed_from, program_seconds, step_seconds
 from .place import lifetimes, live_bytes
-from .program import ALIGNMENT, Buffer, Program, Region, Step, touches
+from .program import Buffer, Program, Region, Step, aligned, touches
 from .schedule import share_buffers
 from .storage import Choice, Form, KeptValue, Storage
 from .turns import Chain, chains
@@ -95,9 +95,9 @@ class LiveModel:
             first, last = touched[kept][0], touched[kept][-1]
             maker, value = steps[first], values[name]
             readers = [i for i in touched[kept][1:] if steps[i].kernel in _FORM_READERS]
-            held = [(first, last, _aligned(kept.bytes))]
+            held = [(first, last, aligned(kept.bytes))]
             if maker.kernel == "pack":
-                held += [(i, i, _aligned(s.bytes)) for i in (first, *readers) if (s := steps[i].scratch)]
+                held += [(i, i, aligned(s.bytes)) for i in (first, *readers) if (s := steps[i].scratch)]
             for start, end, size in _through_turns(held, turns):
                 base[start : end + 1] -= size
             makers = [maker] if maker.kernel == "pack" else []
@@ -109,7 +109,7 @@ class LiveModel:
                 alone: list[tuple[int, int, int]] = []
                 seconds = 0.0
                 if maker.kernel != "pack":  # an activation's slope: written once, read once
-                    alone.append((first, last, _aligned(storage.bytes)))
+                    alone.append((first, last, aligned(storage.bytes)))
                     seconds = 2 * storage.bytes / rates.rates["bytes"] + spent
                 else:
                     source = before[first][0]
@@ -122,7 +122,7 @@ class LiveModel:
                     else:
                         replacement = Buffer(name, storage.bytes)
                         packing = _pack(maker, storage)
-                        alone.append((first, last, _aligned(storage.bytes)))
+                        alone.append((first, last, aligned(storage.bytes)))
                         alone += _scratch(packing, first, threads)
                         seconds += step_seconds(packing, rates)
                     for index in readers:
@@ -162,10 +162,6 @@ class LiveModel:
         return int(self.live(index).max())
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def _through_turns(spans: Sequence[tuple[int, int, int]], turns: Sequence[Chain]) -> list[tuple[int, int, int]]:
     """(first step, last step, bytes) of what is alive in one turn of a chain at least: it is in all of them. What lives
     for a single step of a chain is scratch, which its turns share."""
@@ -193,7 +189,7 @@ def _stays(
     successor = successors.get((roots[source], end))
     overwritten = successor is not None and successor is not source
     start = end if overwritten else end + 1
-    return [(start, last, _aligned(size))] if start <= last else []
+    return [(start, last, aligned(size))] if start <= last else []
 
 
 def _pack(step: Step, storage: Storage) -> Step:
@@ -203,7 +199,7 @@ def _pack(step: Step, storage: Storage) -> Step:
 
 def _scratch(step: Step, index: int, threads: int) -> list[tuple[int, int, int]]:
     size = scratch_bytes(step.kernel, tuple(step.ints), tuple(step.floats), threads)
-    return [(index, index, _aligned(size))] if size else []
+    return [(index, index, aligned(size))] if size else []
 
 
 def _needed_rows(base: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

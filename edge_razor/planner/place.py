@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .program import ALIGNMENT, Buffer, Program, Region
+from .program import Buffer, Program, Region, aligned
 
 __all__ = ["Lifetime", "lifetimes", "live_bytes", "place"]
 
@@ -37,7 +37,7 @@ class Lifetime:
     @property
     def size(self) -> int:
         """Bytes, rounded up to the alignment."""
-        return -(-self.buffer.bytes // ALIGNMENT) * ALIGNMENT
+        return aligned(self.buffer.bytes)
 
 
 def lifetimes(program: Program) -> list[Lifetime]:

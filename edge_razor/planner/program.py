@@ -21,6 +21,7 @@ __all__ = [
     "Region",
     "Signature",
     "Step",
+    "aligned",
     "is_sum",
     "touches",
 ]
@@ -210,6 +211,11 @@ class Program:
     inputs: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
     places: Places = Places()
+
+
+def aligned(size: int) -> int:
+    """`size` bytes, rounded up to the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def is_sum(step: Step) -> bool:

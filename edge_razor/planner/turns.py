@@ -18,7 +18,7 @@ import numpy as np
 
 from .context import scratch_bytes
 from .place import Lifetime, lifetimes, live_bytes, place
-from .program import ACTIVATION_SUM, ALIGNMENT, KERNELS, SUM, Buffer, Program, Region, Step, is_sum, touches
+from .program import ACTIVATION_SUM, ALIGNMENT, KERNELS, SUM, Buffer, Program, Region, Step, aligned, is_sum, touches
 from .storage import Form
 
 __all__ = ["Chain", "chains", "take_turns"]
@@ -180,6 +180,7 @@ class _Turns:
         self.writes = [set(step.writes) for step in self.steps]
         self.uses = {buffer: len(at) for buffer, at in touches(self.steps).items()}
         self.bound = {*program.inputs, *program.outputs}
+        self.scratch: dict[int, int] = {}  # of steps, as `_most_scratch` found
         lives = lifetimes(program)
         self.live = live_bytes(lives)
         self.sizes = np.array([life.size for life in lives], np.int64)
@@ -302,10 +303,10 @@ class _Turns:
     def _peak(self, chain: Chain) -> int:
         """Bytes alive while the chain runs, at the least."""
         alive = (self.starts <= chain.last) & (self.ends >= chain.first)
-        total = int(self.sizes[alive].sum()) - sum(_aligned(buffer.bytes) for buffer in chain.inside)
+        total = int(self.sizes[alive].sum()) - sum(aligned(buffer.bytes) for buffer in chain.inside)
         for index in chain.members:
             if (scratch := self.steps[index].scratch) is not None:
-                total -= _aligned(scratch.bytes)
+                total -= aligned(scratch.bytes)
         return total + int(live_bytes(self._turn_lives(chain)).max())
 
     def _turn_lives(self, chain: Chain) -> list[Lifetime]:
@@ -321,9 +322,12 @@ class _Turns:
 
     def _most_scratch(self, index: int) -> int:
         """Bytes of scratch that a step needs in any turn."""
-        step = self.steps[index]
-        at = _RULES[step.kernel].ints
-        return max(self._scratch_of(step, at(step, first, count, self.samples)) for first, count in self._samples())
+        if index not in self.scratch:
+            step = self.steps[index]
+            at = _RULES[step.kernel].ints
+            needs = [self._scratch_of(step, at(step, first, count, self.samples)) for first, count in self._samples()]
+            self.scratch[index] = max(needs)
+        return self.scratch[index]
 
     def _scratch_of(self, step: Step, ints: Sequence[int]) -> int:
         if not KERNELS[step.kernel].scratch:
@@ -361,7 +365,3 @@ class _Turns:
                     operands[-1] = Buffer(place_of.name, size, whole=own, start=place_of.offset) if place_of else None
                 turns.append(replace(step, ints=ints, operands=operands))
         return [*(self.steps[i] for i in chain.before), *turns, *(self.steps[i] for i in chain.after)]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

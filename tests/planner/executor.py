@@ -13,6 +13,15 @@ from edge_razor.planner.search import Candidate
 from edge_razor.runtime import kernel_run
 
 
+def check_update(executor: Executor, before: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> None:
+    """One step of plain SGD at learning rate 1 has taken the gradients off the parameters."""
+    for name, expected in gradients.items():
+        change = before[name] - executor.parameter(name)
+        # float32 sums of a few hundred terms, and the subtraction from a weight near 1.
+        tolerance = 2e-5 * np.abs(expected).max() + 3e-7
+        np.testing.assert_allclose(change, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
 def _aligned(size: int) -> np.ndarray:
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -17,7 +17,7 @@ from edge_razor.planner.search import Candidate, Search, Structure
 from edge_razor.planner.timeline import read_timeline
 
 from .conftest import graph_of, settings
-from .executor import Executor
+from .executor import Executor, check_update
 from .networks import Built, Network
 from .test_execution import NETWORKS
 from .test_live_model import selections
@@ -146,10 +146,7 @@ def test_gradients_at_sparsity_zero_are_torchs(name: str, samples: int, threads:
     loss = executor.train_step(x, target, learning_rate=1.0)
     expected_loss, gradients = net.reference_step(x, target, built.parameters)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    for parameter, expected in gradients.items():
-        change = built.parameters[parameter] - executor.parameter(parameter)
-        tolerance = 2e-5 * np.abs(expected).max() + 3e-7
-        np.testing.assert_allclose(change, expected, rtol=0, atol=tolerance, err_msg=parameter)
+    check_update(executor, built.parameters, gradients)
 
 
 @pytest.mark.usefixtures("eager")
@@ -195,10 +192,7 @@ def test_values_made_again_or_spilled_give_the_same_gradients(place: str) -> Non
         assert place == "spill" or turned(candidate.train.steps)  # a transfer ends every chain
         executor = Executor(candidate, built.parameters)
         executor.train_step(x, target, learning_rate=1.0)
-        for parameter, expected in gradients.items():
-            change = built.parameters[parameter] - executor.parameter(parameter)
-            tolerance = 2e-5 * np.abs(expected).max() + 3e-7
-            np.testing.assert_allclose(change, expected, rtol=0, atol=tolerance, err_msg=parameter)
+        check_update(executor, built.parameters, gradients)
     assert tried
 
 
