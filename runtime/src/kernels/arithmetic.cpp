@@ -307,8 +307,7 @@ void reduce_outer(const Call& call, const Reduction& r, const float* x, float fa
         summed.locate(i, inner, offset);
         const float* p = x + base[0] + offset[0];
         if (columns)
-          sum_columns(rows, column, stop, i > 0, sums,
-                      [=](int64_t row, int64_t c, int64_t left) { return load_upto(p + row * row_stride + c, left); });
+          sum_columns(0, rows, column, stop, i > 0, sums, MatrixTerms{p, row_stride});
         else
           total += sum_contiguous(p, rows);
       }

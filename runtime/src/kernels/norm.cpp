@@ -104,7 +104,7 @@ bool run_column_dot(const Call& call) {
   const float *w = call.as<float>(0), *g = call.as<float>(1);
   const int64_t rows = call.ints[0], cols = call.ints[1], tiles = (cols + 63) / 64;
   parallel(call, tiles, 2 * rows * 64, [&](int64_t begin, int64_t end) {
-    sum_columns(rows, begin * 64, std::min(cols, end * 64), false, call.as<float>(2),
+    sum_columns(0, rows, begin * 64, std::min(cols, end * 64), false, call.as<float>(2),
                 [=](int64_t r, int64_t c, int64_t left) {
                   return load_upto(w + r * cols + c, left) * load_upto(g + r * cols + c, left);
                 });
