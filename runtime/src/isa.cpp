@@ -30,8 +30,9 @@ bool has_avx512() {
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__) && !defined(ER_BASELINE_ONLY)
-    {"avx512vbmi2", [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi2") != 0; }, avx512::find_kernel,
-     true},
+    {"avx512vbmi2",
+     [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq"); },
+     avx512::find_kernel, true},
     {"avx512", has_avx512, avx512::find_kernel},
     {"avx2",
      [] {

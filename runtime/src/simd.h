@@ -136,6 +136,19 @@ inline VecF keep_lanes(uint32_t word, VecF v) {
 #endif
 }
 
+// Moves the lanes with set bits to `out` in order and returns their number; nothing beyond them is written.
+inline int64_t compress(VecF v, uint32_t keep, float* out) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const int n = __builtin_popcount(keep);
+  store_partial(out, (VecF)_mm512_maskz_compress_ps(static_cast<__mmask16>(keep), (__m512)v), n);
+  return n;
+#else
+  int64_t n = 0;
+  for (; keep; keep &= keep - 1) out[n++] = v[__builtin_ctz(keep)];
+  return n;
+#endif
+}
+
 template <int kStep, size_t... kLane>
 inline void swap_blocks(VecF& a, VecF& b, std::index_sequence<kLane...>) {
   VecF low = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);

@@ -8,10 +8,11 @@
 
 #include "../simd.h"
 
-// Moving the bytes of a vector that a mask selects together, and apart again (AVX-512 VBMI2). Not all processors with
-// AVX-512 have it, so functions that do are compiled for it by themselves and called where byte_masks is true.
+// Moving the bytes of a vector that a mask selects together, and apart again (AVX-512 VBMI2), and counting the bits of
+// its lanes (VPOPCNTDQ). Not all processors with AVX-512 have these, so functions that use them are compiled for them
+// by themselves and called where byte_masks is true.
 #if ER_VECTOR_BYTES == 64 && defined(__AVX512BW__)
-#define ER_BYTE_MASKS __attribute__((noinline, target("avx512vbmi2")))
+#define ER_BYTE_MASKS __attribute__((noinline, target("avx512vbmi2,avx512vpopcntdq")))
 namespace er {
 extern bool byte_masks;  // isa.cpp: settled before any kernel is found
 }

@@ -37,7 +37,7 @@ bool razor_weight_run(const WeightGradient& call);
 struct WeightRange {
   int64_t group, c0, c1, k0, k1;
 };
-// The way of convolutions with several taps, a stride or padding.
+// The way of convolutions with several taps.
 uint64_t razor_taps_scratch(const ConvShape& shape, int threads);
 bool razor_taps_range(const WeightGradient& call, const KeptReader& x, const WeightRange& range, int thread);
 // One input and one output channel a group, X in any form.

@@ -1,4 +1,4 @@
-// Weight gradient of a convolution with several taps, or a stride, straight from the razor forms:
+// Weight gradient of a convolution with several taps, straight from the razor forms:
 //
 //   G[tap, c, :] = Σ over blocks of mean[block, c] · (Σ of dY over the rows that the tap reaches) + Σ over kept of
 //   value · dY[row, :]

@@ -231,19 +231,6 @@ inline int64_t total(VecI v) {
   return sum;
 }
 
-// Moves the lanes with set bits to `out` in order and returns their number; nothing beyond them is written.
-inline int64_t compress(VecF v, uint32_t keep, float* out) {
-#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  const int n = __builtin_popcount(keep);
-  store_partial(out, (VecF)_mm512_maskz_compress_ps(static_cast<__mmask16>(keep), (__m512)v), n);
-  return n;
-#else
-  int64_t n = 0;
-  for (; keep; keep &= keep - 1) out[n++] = v[__builtin_ctz(keep)];
-  return n;
-#endif
-}
-
 // Means of columns [c, end) of a block, rows added in order. False if one is not finite.
 bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end);
 
