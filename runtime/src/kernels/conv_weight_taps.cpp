@@ -28,10 +28,11 @@ constexpr int kSums = 9;
 #endif
 constexpr int kMaxVectors = 6;                 // of output channels in a tile
 constexpr int64_t kGradientFloats = 64 << 10;  // of G in scratch: a quarter of the L2 cache of a small core or more
-constexpr int64_t kSlabFloats = 7 << 10;       // of dY: leaves a little of an L1 cache of 32 KiB
+constexpr int64_t kSlabFloats = 10 << 10;      // of dY: a little more than an L1 cache of 32 KiB, since not all is used
 constexpr int64_t kMostBlocks = 8;             // that are walked at once
 constexpr int64_t kColumns = 64;               // of X at once
 constexpr int64_t kWideMap = 2 * kBlockRows;   // from this width on, each line's part is copied for itself
+constexpr int64_t kLongRun = 24;               // neighbours, whose dY is not added up for each tap
 constexpr int kMostClasses = 4;                // whose lists are made at once
 constexpr int kAtOnce = 4;                     // bits of a word that are decoded without a branch
 constexpr int64_t kList = kMostBlocks * kBlockRows + 32;  // with what a vector writes beyond
@@ -277,7 +278,27 @@ void walk_columns(const Positions& at, const Walk& walk, int64_t n, const float*
       ER_EACH_TAP sum[r][c][v] = VecF{};
       for (int q = b ? at.end[b - 1] : 0; q < at.end[b]; q++) {
         const float* d = slab + at.place(q) * kWidth;
-        for (int64_t i = 0; i < at.runs[q].count; i++, d += kWidth)
+        const int64_t n = at.runs[q].count;
+        if (kRows == 3 && n >= kLongRun) {
+          // What all taps of a line reach is added up once.
+          constexpr int kEnds = kColumns - 1;
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; r++, d -= line)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; v++) {
+              const float* cell = d + v * kLanes;
+              VecF inside{};
+              for (int64_t i = 0; i < n - kEnds; i++) inside += load(cell + i * kWidth);
+#pragma GCC unroll 8
+              for (int c = 0; c < kColumns; c++) {
+                VecF all = inside;
+                for (int i = 0; i < kEnds; i++) all += load(cell + (i < c ? i - c : n - 1 - i) * kWidth);
+                sum[r][c][v] += all;
+              }
+            }
+          continue;
+        }
+        for (int64_t i = 0; i < n; i++, d += kWidth)
           ER_EACH_TAP sum[r][c][v] += load(d - r * line - c * kWidth + v * kLanes);
       }
       ER_EACH_TAP store(in_totals(b, r, c, v), sum[r][c][v]);
@@ -293,7 +314,14 @@ void walk_columns(const Positions& at, const Walk& walk, int64_t n, const float*
     for (int32_t i = 0; i < count[column]; i++) {
       const VecF x = broadcast(value[i]);
       const float* d = slab + place[i] * kWidth;
-      ER_EACH_TAP sum[r][c][v] += x * load(d - r * line - c * kWidth + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++, d -= line) {
+        asm("" : "+r"(d));  // one pointer and constant offsets, instead of one register for each tap
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; c++)
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; v++) sum[r][c][v] += x * load(d - c * kWidth + v * kLanes);
+      }
     }
     ER_EACH_TAP store(g + r * walk.tap_row + c * walk.tap_column + v * kLanes, sum[r][c][v]);
   }
