@@ -111,8 +111,10 @@ void share_gradient(const WeightGradient& call, const Shares& how, const Share& 
         else
           gather(s, KeptReader(call.x_layout, call.x).half_row(0), group, tap, taps, row, end, tile);
         const int64_t first = group * oc + share.k_begin;
-        TransposedProduct(taps * ic, k, end - row, taps * ic, s.oc, s.oc)
-            .run(tile, call.dy + row * s.oc + first, row > share.row_begin, g + tap * ic * s.oc + first, scratch);
+        const int64_t columns = s.taps() == 1 ? share.c_end - share.c_begin : taps * ic;
+        TransposedProduct(columns, k, end - row, taps * ic, s.oc, s.oc)
+            .run(tile + share.c_begin, call.dy + row * s.oc + first, row > share.row_begin,
+                 g + (tap * ic + share.c_begin) * s.oc + first, scratch);
       }
     }
 }
@@ -158,7 +160,7 @@ bool dense_weight_run(const WeightGradient& call) {
       return;
     }
     const bool work = s.group > 1             ? part(s.group, 1, &share.group_begin, &share.group_end)
-                      : how.direct && ic > oc ? part(ic, 16, &share.c_begin, &share.c_end)
+                      : s.taps() == 1 && ic > oc ? part(ic, 16, &share.c_begin, &share.c_end)
                                               : part(oc, 16, &share.k_begin, &share.k_end);
     if (work) share_gradient(call, how, share, tile, call.g);
   });

@@ -82,9 +82,10 @@ class TransposedProduct {
     vectors_ = whole_vectors(n) / kLanes;
     panels_ = (vectors_ + kTileVectors - 1) / kTileVectors;
     depths_ = (k + kDepth - 1) / kDepth;
-    pieces_ = (m + kRows - 1) / kRows;
-    pack_a_ = a_row > kNear && panels_ > 1;
-    pack_b_ = b_row > kNear;
+    const bool shallow = k <= kShallow;
+    pieces_ = shallow ? (m + kShallow - 1) / kShallow : (m + kRows - 1) / kRows;
+    pack_a_ = !shallow && a_row > kNear && panels_ > 1;
+    pack_b_ = !shallow && b_row > kNear;
   }
   // Enough for a smaller product, too.
   int64_t scratch_floats() const {
@@ -110,6 +111,8 @@ class TransposedProduct {
   static constexpr int64_t kRows = kLargeCache ? 384 : 258;  // of C at once: A's columns stay there
   static constexpr int64_t kSmall = 64 << 10;                // elements of C
   static constexpr int64_t kNear = 256;
+  // Sums of so few products take less time than writing C, which is written a few rows at a time then.
+  static constexpr int64_t kShallow = 16;
 
   // Floats between two packed rows of A: an odd number of lines, so that a column spreads over the cache's sets.
   static int64_t packed_row(int64_t rows) { return (rows + 15) / 32 * 32 + 16; }
