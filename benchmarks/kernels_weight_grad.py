@@ -116,7 +116,10 @@ def main() -> None:
         totals = [a + b for a, b in zip(totals, (packing, mine, theirs), strict=True)]
         razor = form >= FORMS["plain"]
         ratios["PyTorch"].append((theirs / mine, razor))
-        row = [layer.name if razor else f"{layer.name} (bf16)", *(f"{1e3 * t:.3f}" for t in (packing, mine, mine_dense))]
+        row = [
+            layer.name if razor else f"{layer.name} (bf16)",
+            *(f"{1e3 * t:.3f}" for t in (packing, mine, mine_dense)),
+        ]
         row += [f"{1e3 * seconds[5]:.3f}", f"{seconds[5] / mine:.1f}"] if sgemm else ["–", "–"]
         if sgemm:
             ratios["sgemm"].append((seconds[5] / mine, razor))
@@ -130,8 +133,8 @@ def main() -> None:
 
     summary = (
         f"Sum over the layers: pack {1e3 * totals[0]:.1f} ms, weight gradient {1e3 * totals[1]:.1f} ms, PyTorch's "
-        f"{1e3 * totals[2]:.1f} ms. Geometric mean of the speed-ups of the razor form against {means(False)}; with what "
-        f"is kept in bf16, because it has one row a sample, {means(True)}.\n"
+        f"{1e3 * totals[2]:.1f} ms. Geometric mean of the speed-ups of the razor form against {means(False)}; with "
+        f"what is kept in bf16, because it has one row a sample, {means(True)}.\n"
     )
     if not args.write:
         print(summary)

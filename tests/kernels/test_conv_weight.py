@@ -87,6 +87,10 @@ GEOMETRIES = {
     "nine classes of positions": Geometry(n=2, ih=16, iw=14, ic=9, oc=20, kh=5, kw=4, stride=(3, 3), pads=(2, 1, 2, 1)),
     "2x4 kernel": Geometry(ih=9, iw=11, ic=20, oc=20, kh=2, kw=4, pads=(1, 1, 0, 2)),
     "1x1 stride 4": Geometry(n=3, ih=17, iw=13, ic=33, oc=40, stride=(4, 4)),
+    "1x1 stride 2 of many blocks": Geometry(n=4, ih=45, iw=47, ic=37, oc=103, stride=(2, 2), pads=(1, 0, 0, 1)),
+    "1x1 stride that leaves a block out": Geometry(n=2, ih=150, iw=1, ic=20, oc=18, stride=(100, 1)),
+    "1x1 stride, groups across column groups": Geometry(ih=9, iw=18, ic=70, oc=10, stride=(2, 3), group=5),
+    "few rows, large gradient": Geometry(n=9, ih=1, iw=1, ic=310, oc=230),
     "groups": Geometry(ih=10, iw=10, ic=24, oc=36, kh=3, kw=3, pads=(1, 1, 1, 1), group=3),
     "groups across column groups": Geometry(
         ih=9, iw=8, ic=40, oc=10, kh=3, kw=3, stride=(2, 1), pads=(1, 1, 1, 1), group=5
@@ -115,10 +119,12 @@ GEOMETRIES = {
     "depthwise dilated": Geometry(ih=15, iw=13, ic=20, oc=20, kh=3, kw=3, dilation=(2, 2), pads=(2, 2, 2, 2), group=20),
     "depthwise large map": Geometry(n=1, ih=3, iw=150, ic=3, oc=3, kh=3, kw=3, pads=(1, 1, 1, 1), group=3),
     "depthwise many blocks": Geometry(n=2, ih=30, iw=31, ic=70, oc=70, kh=3, kw=3, pads=(1, 1, 1, 1), group=70),
-    # threads share the blocks; the last of three has fewer
     "many blocks": Geometry(n=3, ih=47, iw=46, ic=21, oc=101),
     "depth multiplier": Geometry(ih=8, iw=9, ic=6, oc=18, kh=3, kw=3, pads=(1, 1, 1, 1), group=6),
 }
+
+# Threads share the blocks of these (the last of three has fewer), so that the sum depends on their number.
+SHARED_BLOCKS = ("many blocks", "1x1 stride 2 of many blocks")
 
 
 def pack(x: np.ndarray, form: int, keep: int) -> np.ndarray:
@@ -211,7 +217,7 @@ def test_equals_the_gradient_of_the_unpacked_tensor(name: str, form: str) -> Non
     for sparsity in (0.95, 0.5) if FORMS[form] >= 2 else (0.0,):
         one, two, three, again = check(GEOMETRIES[name], form, sparsity, (1, 2, 3, 3), seed=1)
         assert np.array_equal(three, again), "the same threads must give the same bits"
-        if FORMS[form] >= 2 and not name.startswith("depthwise") and name != "many blocks":
+        if FORMS[form] >= 2 and not name.startswith("depthwise") and name not in SHARED_BLOCKS:
             assert np.array_equal(one, two) and np.array_equal(one, three)
 
 

@@ -159,9 +159,9 @@ bool dense_weight_run(const WeightGradient& call) {
         std::fill_n(g, s.w_elements(), 0.f);
       return;
     }
-    const bool work = s.group > 1             ? part(s.group, 1, &share.group_begin, &share.group_end)
+    const bool work = s.group > 1                ? part(s.group, 1, &share.group_begin, &share.group_end)
                       : s.taps() == 1 && ic > oc ? part(ic, 16, &share.c_begin, &share.c_end)
-                                              : part(oc, 16, &share.k_begin, &share.k_end);
+                                                 : part(oc, 16, &share.k_begin, &share.k_end);
     if (work) share_gradient(call, how, share, tile, call.g);
   });
   if (how.by_rows && threads > 1) add_partials(call, call.g, partials, threads - 1);
