@@ -38,7 +38,7 @@ void sum_columns(int64_t first_row, int64_t end_row, int64_t begin, int64_t end,
         for (int v = 0; v < vectors; v++) {
           const int64_t c = tile + int64_t{v} * kLanes, left = stop - c;
           auto two = [&](int64_t i) { return term(r + i, c, left) + term(r + i + 1, c, left); };
-          if constexpr (std::is_same_v<Term, MatrixTerms>) {
+          if constexpr (std::is_same_v<Term, MatrixTerms>) {  // no more than a load: copies cost nothing
             block[v] += (two(0) + two(2)) + (two(4) + two(6));
           } else {
             VecF pair[4];
