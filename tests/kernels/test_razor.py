@@ -194,6 +194,20 @@ def test_a_wrong_guess_of_the_threshold_changes_nothing(kind: str, looked_at: fl
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("larger", [True, False])
+@pytest.mark.parametrize("lanes", [4, 8, 16])  # of the instruction set, whichever it is
+def test_a_wrong_guess_from_an_eighth_of_the_list_changes_nothing(lanes: int, larger: bool, threads: int) -> None:
+    """Half of the columns are listed, the others small; every eighth vector of the list is unlike the rest of it."""
+    blocks, rows, cols = 128, 64, 8
+    rng = np.random.default_rng(0)
+    place = np.arange(blocks * cols * rows).reshape(blocks, cols, rows)
+    low, high = rng.uniform(1, 1.02, place.shape), rng.uniform(1.04, 1.06, place.shape)  # one bin of the first guess
+    listed = np.where((place // lanes % 8 == 0) == larger, high, low).transpose(0, 2, 1).reshape(1, blocks * rows, cols)
+    x = np.concatenate([listed, np.full_like(listed, 1e-3)], axis=2).astype(np.float32)
+    check(x, "plain", 52_000, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("form", ["plain", "centered"])
 def test_values_that_grow_from_place_to_place(form: str, threads: int) -> None:
     """The list of candidates is full again and again, and the blocks that `pack` guesses from differ."""

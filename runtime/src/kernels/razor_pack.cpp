@@ -4,7 +4,7 @@
 //    differ says how far off the guess may be: activations of pictures differ from place to place.
 // 2. The pass takes each block's means and, while its columns are in cache, lists the residuals at or above the
 //    bracket's low end (a fifth more than will be kept, as a rule) and sets their mask bits.
-// 3. Histograms over the list settle the threshold to the last bit.
+// 3. Histograms over the list, first over an eighth of it, settle the threshold to the last bit.
 // 4. What lies below it leaves the masks and the list, and the list is quantized.
 //
 // Centered: the pass also adds up the squares of all residuals, for the factor that the kept ones get in `scale`.
@@ -114,13 +114,31 @@ inline uint64_t deposit(uint64_t keep, uint64_t word) {
 #endif
 }
 
-// Takes what a threshold does not keep from `n` elements of the list, keeps the first `ties` ties. kept[i / 64] bit
-// i % 64 says whether element i was kept, and a word of zeros follows. Returns the number kept, moved to `out`, which
-// lies at or before them.
-int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t* ties, float* out, uint64_t* kept) {
+// What filter() says of a piece of the list.
+struct Kept {
+  static constexpr int64_t kGroup = kBlockRows * kGroupColumns;
+  static constexpr int64_t kMost = 4 * kGroup;  // elements of a piece
+  uint64_t bits[kMost / 64 + 1];                // bit i % 64 of bits[i / 64]: whether element i was kept; then zeros
+  uint32_t before[kMost / 64 + 1];              // kept elements before those of a word
+  // Of the elements before the i-th.
+  uint32_t number(int64_t i) const {
+    return before[i / 64] + static_cast<uint32_t>(__builtin_popcountll(bits[i / 64] & ((uint64_t{1} << (i % 64)) - 1)));
+  }
+  // Of element i and the 56 after it, from bit 0 on.
+  uint64_t from(int64_t i) const {
+    uint64_t word;
+    std::memcpy(&word, reinterpret_cast<const uint8_t*>(bits) + i / 8, sizeof word);
+    return word >> (i % 8);
+  }
+};
+
+// Takes what a threshold does not keep from `n` elements of the list, keeps the first `ties` ties. Returns the number
+// kept, moved to `out`, which lies at or before them.
+int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t* ties, float* out, Kept* kept) {
   int64_t total = 0;
   for (int64_t first = 0; first < n; first += 64) {
     uint64_t word = 0;
+    kept->before[first / 64] = static_cast<uint32_t>(total);
     for (int64_t i = first; i < std::min(n, first + 64); i += kLanes) {
       const VecF v = load_upto(list + i, n - i);
       const VecI m = bits(abs(v));
@@ -131,51 +149,53 @@ int64_t filter(const float* list, int64_t n, const Threshold& threshold, int64_t
       total += compress(v, keep, out + total);
       word |= static_cast<uint64_t>(keep) << (i % 64);
     }
-    kept[first / 64] = word;
+    kept->bits[first / 64] = word;
   }
-  kept[(n + 63) / 64] = 0;
+  kept->bits[(n + 63) / 64] = 0, kept->before[(n + 63) / 64] = static_cast<uint32_t>(total);
   return total;
 }
 
-// Of the `n` set bits of word[columns], column after column, leaves those whose turn is set in kept[], from filter().
-void drop_bits(const uint64_t* kept, int64_t n, int64_t columns, uint64_t* word) {
-  if (n <= 64) {
-    uint64_t keep = *kept;
-    for (int64_t j = 0; j < columns; j++) {
-      const int count = __builtin_popcountll(word[j]);
-      word[j] = deposit(keep, word[j]);
-      keep >>= count & 63;  // where it is 64, no bits are left
-    }
-    return;
-  }
-  int64_t first = 0;
+// Of the set bits of word[columns], column after column, leaves those whose element was kept, the first one's being
+// `first`. Returns the element after the last one's.
+inline int64_t drop_bits(const Kept& kept, int64_t first, int64_t columns, uint64_t* word) {
   for (int64_t j = 0; j < columns; j++) {
-    const int64_t count = __builtin_popcountll(word[j]), shift = first % 64;
-    uint64_t keep = kept[first / 64] >> shift;
-    if (shift) keep |= kept[first / 64 + 1] << (64 - shift);
-    word[j] = deposit(keep, word[j]);
+    const uint64_t w = word[j];
+    const int count = __builtin_popcountll(w);
+    uint64_t turn = kept.from(first);
+    if (count > 56) turn = (turn & ((uint64_t{1} << 32) - 1)) | kept.from(first + 32) << 32;
+    word[j] = deposit(turn, w);
     first += count;
   }
+  return first;
 }
 
-// Brings the part's first `groups` column groups, in the order of the list, down to the threshold.
+// Brings the part's first `groups` column groups, in the order of the list, down to the threshold. Many groups at once:
+// no branch depends on how many values one of them has.
 __attribute__((noinline)) void drop_below(const Sample& s, const Threshold& threshold, int64_t ties, int64_t groups,
                                           Part& part) {
   const float* list = part.list;
   float* out = part.list;
   uint32_t* number = s.offset + part.begin * s.at.groups;
-  int64_t b = part.begin, g = 0;
-  for (int64_t i = 0; i < groups; i++, g++) {
-    if (g == s.at.groups) b++, g = 0;
-    const int64_t n = number[i];
-    uint64_t kept[kBlockRows * kGroupColumns / 64 + 1];
-    const int64_t left = filter(list, n, threshold, &ties, out, kept);
-    if (left < n) {
-      const int64_t c = g * kGroupColumns;
-      drop_bits(kept, n, std::min(kGroupColumns, s.at.cols - c), s.mask + b * s.at.cols + c);
-      number[i] = static_cast<uint32_t>(left);
+  uint64_t* word = s.mask + part.begin * s.at.cols;
+  int64_t g = 0;
+  for (int64_t i = 0; i < groups;) {
+    int64_t n = 0, end = i;
+    while (end < groups && n <= Kept::kMost - Kept::kGroup) n += number[end++];
+    Kept kept;
+    out += filter(list, n, threshold, &ties, out, &kept);
+    list += n;
+    uint32_t before = 0;
+    for (int64_t first = 0; i < end; i++) {
+      const int64_t columns = std::min(kGroupColumns, s.at.cols - g * kGroupColumns);
+      if (columns == kGroupColumns)
+        first = drop_bits(kept, first, kGroupColumns, word);
+      else
+        first = drop_bits(kept, first, columns, word);
+      const uint32_t after = kept.number(first);
+      number[i] = after - before, before = after;
+      word += columns;
+      if (++g == s.at.groups) g = 0;
     }
-    list += n, out += left;
   }
   part.listed = out - part.list;
 }
@@ -186,7 +206,7 @@ __attribute__((noinline)) void drop_below(const Sample& s, const Threshold& thre
 __attribute__((noinline)) int32_t make_room(const Sample& s, int64_t groups, int32_t least, Part& part) {
   pad_list(part);
   const Bracket listed{least, INT_MAX};
-  list_histogram(listed, part);
+  list_histogram(listed, 1, part);
   const int shift = listed.shift();
   int64_t count = 0;
   least += std::max(0, find_bin(&part, 1, (listed.top - listed.low) >> shift, s.at.keep, &count)) << shift;
@@ -315,8 +335,9 @@ bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
   for (int p = 0; p < n_parts; p++) largest = std::max(largest, parts[p].largest);
   if (largest >= overflow) return false;
   if (guessed && keep && listed > keep) {
+    narrow_by_some(parts, packers, listed, keep, &bracket);
     do {
-      packers.each([&](int p) { list_histogram(bracket, parts[p]); });
+      packers.each([&](int p) { list_histogram(bracket, 1, parts[p]); });
     } while (!narrow(parts, n_parts, keep, &bracket, &threshold));
     share_ties();
     packers.each(

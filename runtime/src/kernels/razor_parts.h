@@ -79,33 +79,46 @@ struct Tile {
     for (int64_t j = 0; j < kGroupColumns; j++) word[j] = half[0][j] | static_cast<uint64_t>(half[1][j]) << 32;
   }
 
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512BW__)
+  static constexpr auto kRowBit = [] {
+    std::array<int32_t, 32> bit{};
+    for (size_t i = 0; i < bit.size(); i++) bit[i] = static_cast<int32_t>(1u << i);
+    return bit;
+  }();
+#endif
+
   // word[column] bit `row` = whether the residual's magnitude is `least` or more. Adds all squares to squares[].
   void mask_from(int32_t least, uint64_t* word, VecF* squares, Fetch& fetch) const {
 #if ER_VECTOR_BYTES == 64 && defined(__AVX512BW__)
-    // The bits of a row as they come; then those of a column, one instruction for 32 rows.
-    alignas(64) uint16_t row_bits[kBlockRows] = {};
+    // The comparison's bits choose the columns whose word gets the row's bit: no vector of comparisons is made.
     const __m512i bound = _mm512_set1_epi32(least);
     const VecF m = load(mean);
     VecF square[2] = {};  // two sums hide the latency of the addition
-    auto test = [&](const float* row, int64_t i, VecF* to) {
-      const VecF r = abs(load(row) - m);
-      *to += r * r;
-      row_bits[i] = _mm512_cmpge_epi32_mask((__m512i)r, bound);
-    };
+    __m512i half[2];      // of the rows
     const float* row = x;
-    int64_t i = 0;
-    for (; i + 2 <= rows; i += 2, row += 2 * stride) {
-      fetch(), fetch();
-      test(row, i, square);
-      test(row + stride, i + 1, square + 1);
+    for (int h = 0; h < 2; h++) {
+      const int64_t end = std::min<int64_t>(rows - h * 32, 32);
+      __m512i w = _mm512_setzero_si512();
+      auto test = [&](const float* row, int64_t i, VecF* to) {
+        const VecF r = abs(load(row) - m);
+        *to += r * r;
+        w = _mm512_mask_or_epi32(w, _mm512_cmpge_epi32_mask((__m512i)r, bound), w, _mm512_set1_epi32(kRowBit[i]));
+      };
+      int64_t i = 0;
+      for (; i + 2 <= end; i += 2, row += 2 * stride) {
+        fetch(), fetch();
+        test(row, i, square);
+        test(row + stride, i + 1, square + 1);
+      }
+      if (i < end) test(row, i, square), row += stride;
+      half[h] = w;
     }
-    if (i < rows) test(row, i, square);
     squares[0] += square[0] + square[1];
-    const __m512i low = _mm512_load_si512(row_bits), high = _mm512_load_si512(row_bits + 32);
-    for (int j = 0; j < kGroupColumns; j++) {
-      const __m512i column = _mm512_set1_epi16(static_cast<int16_t>(1 << j));
-      word[j] = _mm512_test_epi16_mask(low, column) | static_cast<uint64_t>(_mm512_test_epi16_mask(high, column)) << 32;
-    }
+    // Whole vectors: what reads a word next need not wait until it is in the cache.
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i eight = _mm512_set1_epi32(8);
+    _mm512_storeu_si512(word, _mm512_permutex2var_epi32(half[0], low, half[1]));
+    _mm512_storeu_si512(word + 8, _mm512_permutex2var_epi32(half[0], _mm512_add_epi32(low, eight), half[1]));
 #else
     const VecI bound = broadcast(least);
     mask(word, [&](VecI m, int v) {

@@ -117,7 +117,7 @@ int find_bin(const Part* parts, int n_parts, int bin, int64_t wanted, int64_t* c
   return -1;
 }
 
-void list_histogram(const Bracket& bracket, Part& part) {
+void list_histogram(const Bracket& bracket, int64_t step, Part& part) {
   std::fill_n(part.histogram, kBins, 0u);
   const int shift = bracket.shift();
   constexpr int64_t kChunk = 512;  // bins that are counted at once
@@ -125,7 +125,7 @@ void list_histogram(const Bracket& bracket, Part& part) {
   VecI above{};
   for (int64_t i = 0; i < part.listed;) {
     int64_t n = 0;
-    for (; i < part.listed && n <= kChunk; i += kLanes) {
+    for (; i < part.listed && n <= kChunk; i += step * kLanes) {
       const VecI m = bits(abs(load(part.list + i)));
       const VecI over = m > bracket.top;
       above -= over;
@@ -135,6 +135,23 @@ void list_histogram(const Bracket& bracket, Part& part) {
     for (int64_t j = 0; j < n; j++) part.histogram[magnitude(bin[j])]++;
   }
   part.above = total(above);
+}
+
+void narrow_by_some(Part* parts, const Packers& packers, int64_t listed, int64_t keep, Bracket* bracket) {
+  constexpr int64_t kStep = 8;           // so many vectors of a list apart
+  constexpr int64_t kWorthIt = 8192;     // elements listed
+  constexpr double kStandardErrors = 4;  // of the rank
+  if (listed < kWorthIt) return;
+  packers.each([&](int p) { list_histogram(*bracket, kStep, parts[p]); });
+  const double rank = static_cast<double>(keep) / kStep, part = static_cast<double>(keep) / static_cast<double>(listed);
+  const double margin = kStandardErrors * std::sqrt(rank * (1 - part)) + 2 * kLanes;
+  int64_t count = 0;
+  for (int p = 0; p < packers.n_parts; p++) count += parts[p].above;
+  const int shift = bracket->shift(), bins = (bracket->top - bracket->low) >> shift;
+  const int top = find_bin(parts, packers.n_parts, bins, std::llround(rank - margin), &count);
+  const int low = find_bin(parts, packers.n_parts, top, std::llround(rank + margin), &count);
+  if (top >= 0 && top < bins) bracket->top = bracket->low + ((top + 1) << shift) - 1;
+  if (low >= 0) bracket->low += low << shift;
 }
 
 void data_histogram(const Sample& s, const Bracket& bracket, Part& part) {

@@ -30,8 +30,11 @@ inline int64_t guess_block(const Part& part, int64_t blocks, int64_t i) {
   return part.begin + (2 * i + 1) * (part.end - part.begin) / (2 * blocks);
 }
 
-// Histogram of the list's magnitudes inside the bracket, and their number above it.
-void list_histogram(const Bracket& bracket, Part& part);
+// Histogram of the list's magnitudes inside the bracket, and their number above it: of each `step`-th vector.
+void list_histogram(const Bracket& bracket, int64_t step, Part& part);
+// Narrows the bracket to where an eighth of the lists, which hold `listed` elements, says that the threshold is. It may
+// be wrong: narrow() finds that out.
+void narrow_by_some(Part* parts, const Packers& packers, int64_t listed, int64_t keep, Bracket* bracket);
 // The same of the whole part.
 void data_histogram(const Sample& s, const Bracket& bracket, Part& part);
 
