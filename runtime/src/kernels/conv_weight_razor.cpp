@@ -26,17 +26,25 @@ constexpr int kMaxVectors = 6;  // as in the prototype: with the broadcast value
 constexpr int64_t kGradientBytes = (kLargeCache ? 640 : 256) << 10;
 constexpr int64_t kSharedBytes = 256 << 10;  // of G that every thread sums up
 constexpr int64_t kMostColumns = 1024;       // of X at once
+constexpr int kCounts = 16;                  // of columns with 0, 1, … kept values; the last has those with more, too
+
+// A column of a block, counted from the first one that is read, and where its values begin.
+struct Column {
+  uint16_t column, value;
+};
+static_assert(sizeof(Column) == sizeof(float), "scratch counts them as floats");
 
 // What one thread works in.
 struct Workspace {
-  float* dy;      // [kBlockRows][vectors · kLanes]
-  float* values;  // [kValueFloats]
-  float* g;       // of each tile at once: [columns][vectors · kLanes]
+  float* dy;        // [kBlockRows][vectors · kLanes]
+  float* values;    // [kValueFloats]
+  Column* columns;  // [kCounts][pitch]
+  int64_t pitch;
+  float* g;  // of each tile at once: [columns][vectors · kLanes]
 };
 
 constexpr int64_t kDyFloats = kBlockRows * kMaxVectors * kLanes;
 constexpr int64_t kValueFloats = 16 << 10;  // of the columns that are read at once: at least some groups
-constexpr int64_t kFixedFloats = kDyFloats + kValueFloats;
 constexpr int64_t kGradientFloats = kGradientBytes / 4;
 
 // The rows of a block that meet dY, and which of its rows, counted from the first one that they meet.
@@ -90,23 +98,27 @@ void gather(const float* dy, int64_t pitch, int64_t k, const Rows& rows, float* 
 
 // Some columns of a block of X, counted from the first one, by the number of their kept values.
 struct BlockColumns {
-  static constexpr int kCounts = 16;  // of columns with 0, 1, … kept values; the last has those with more, too
-  struct Column {
-    uint16_t column, value;  // … and where its values begin
-  };
   Rows rows;
   uint64_t read;  // the bits whose values are in `values`: rows.bits, or all
   const uint64_t* word;
   const uint16_t* mean;  // or null
   const float* values;
-  int64_t count[kCounts];
-  Column of_count[kCounts][kMostColumns + kLanes];  // as many as count[] says
+  const Column* list[kCounts];
+  Column* end[kCounts];  // of list[]
+
+  explicit BlockColumns(const Workspace& work) {
+    for (int k = 0; k < kCounts; k++) list[k] = work.columns + k * work.pitch;
+    clear(work);
+  }
+  void clear(const Workspace& work) {
+    for (int k = 0; k < kCounts; k++) end[k] = work.columns + k * work.pitch;
+  }
 
   // Appends columns [c, c + n), whose values begin at `value`. Returns where they end.
   int64_t append(int64_t c, int64_t n, int64_t value) {
-    for (const int64_t end = c + n; c < end; c++) {
+    for (const int64_t last = c + n; c < last; c++) {
       const auto kept = std::min(__builtin_popcountll(word[c] & rows.bits), kCounts - 1);
-      of_count[kept][count[kept]++] = {static_cast<uint16_t>(c), static_cast<uint16_t>(value)};
+      *end[kept]++ = {static_cast<uint16_t>(c), static_cast<uint16_t>(value)};
       value += __builtin_popcountll(word[c] & read);
     }
     return value;
@@ -141,14 +153,14 @@ struct BlockColumns {
 #pragma GCC unroll 8
     for (int k = 0; k < kAtOnce; k++) {
       const __mmask16 same = _mm512_mask_cmpeq_epi32_mask(lanes, (__m512i)kept, _mm512_set1_epi32(k));
-      _mm512_storeu_si512(of_count[k] + count[k], _mm512_maskz_compress_epi32(same, entries));
-      count[k] += __builtin_popcount(same);
+      _mm512_storeu_si512(end[k], _mm512_maskz_compress_epi32(same, entries));
+      end[k] += __builtin_popcount(same);
     }
     for (uint32_t more = _mm512_mask_cmpge_epi32_mask(lanes, (__m512i)kept, _mm512_set1_epi32(kAtOnce)); more;
          more &= more - 1) {
       const int j = __builtin_ctz(more);
       const int k = std::min<int>(kept[j], kCounts - 1);
-      of_count[k][count[k]++] = {static_cast<uint16_t>(c + j), static_cast<uint16_t>(begins[j])};
+      *end[k]++ = {static_cast<uint16_t>(c + j), static_cast<uint16_t>(begins[j])};
     }
     return value + ends[kLanes - 1];
   }
@@ -182,13 +194,14 @@ __attribute__((noinline)) void leave_rows(const uint64_t* word, int64_t columns,
 
 // Reads columns of [first, end) from the first on, as many groups as `values` has room for. Returns the column behind
 // them, or 0 if they point outside the sample's values.
-int64_t read_block(const KeptReader& x, int64_t sample, int64_t block, int64_t first, int64_t end, float* values,
-                   BlockColumns* out) {
+int64_t read_block(const KeptReader& x, int64_t sample, int64_t block, int64_t first, int64_t end,
+                   const Workspace& work, BlockColumns* out) {
+  float* values = work.values;
   const uint64_t* words = x.mask(sample, block);
   out->word = words + first;
   out->mean = x.at.form == kCentered ? x.mean(sample, block) + first : nullptr;
   out->values = values;
-  std::fill_n(out->count, BlockColumns::kCounts, 0);
+  out->clear(work);
   int64_t at = 0, c = first;
   while (c < end && at + kGroupValues <= kValueFloats) {
     if (!x.values(sample, block, c / kGroupColumns, values + at)) return 0;
@@ -219,7 +232,7 @@ void block_gradient(const BlockColumns& x, const float* dy, int64_t stride, int6
   gather<kVectors, kCopy>(dy, stride, k, x.rows, tile, total);
   const float* rows = kCopy ? tile : dy;
   const int64_t pitch = kCopy ? kWidth : stride;
-  auto add = [&](const BlockColumns::Column& column, int64_t n) __attribute__((always_inline)) {
+  auto add = [&](const Column& column, int64_t n) __attribute__((always_inline)) {
     const int64_t c = column.column;
     const float* value = x.values + column.value;
     float* out = g + c * kWidth;
@@ -238,12 +251,12 @@ void block_gradient(const BlockColumns& x, const float* dy, int64_t stride, int6
     }
     for (int v = 0; v < kVectors; v++) store(out + v * kLanes, sum[v]);
   };
-  for (int64_t n = 0; n < BlockColumns::kCounts; n++)
-    for (int64_t i = 0; i < x.count[n]; i++) {
-      const BlockColumns::Column& column = x.of_count[n][i];
-      const bool more = n + 1 == BlockColumns::kCounts;
-      add(column, more ? __builtin_popcountll(x.word[column.column] & x.rows.bits) : n);
-    }
+  for (int64_t n = 0; n < kCounts; n++) {
+    const bool more = n + 1 == kCounts;
+    const Column* const end = x.end[n];
+    for (const Column* c = x.list[n]; c < end; c++)
+      add(*c, more ? __builtin_popcountll(x.word[c->column] & x.rows.bits) : n);
+  }
 }
 
 // Whether a block's rows of `width` floats, `pitch` apart, are read where they are: whole vectors in whole lines of a
@@ -291,7 +304,7 @@ bool tiles_gradient(const WeightGradient& call, const KeptReader& x, const Weigh
   const ConvShape& s = call.shape;
   const int64_t column = range.group * (s.ic / s.group) + range.c0, output = range.group * (s.oc / s.group) + range.k0;
   const bool in_place = flat(s) && output % kLanes == 0 && (range.k1 - range.k0) % kLanes == 0;
-  BlockColumns read;
+  BlockColumns read(work);
   read.read = ~uint64_t{0};
   for (int64_t i = blocks.begin; i < blocks.end; i++) {
     const int64_t sample = i / x.at.blocks, block = i % x.at.blocks;
@@ -303,7 +316,7 @@ bool tiles_gradient(const WeightGradient& call, const KeptReader& x, const Weigh
       read.rows.all(end - begin);
     const float* dy = call.dy + (sample * s.oh * s.ow + dy_row) * s.oc + output;
     for (int64_t c = column, next; c < column + range.c1 - range.c0; c = next) {
-      next = read_block(x, sample, block, c, column + range.c1 - range.c0, work.values, &read);
+      next = read_block(x, sample, block, c, column + range.c1 - range.c0, work, &read);
       if (!next) return false;
       for (int64_t t = first; t < last; t++) {
         const int64_t v0 = tiles.begin(t), v1 = tiles.begin(t + 1), k0 = v0 * kLanes, width = (v1 - v0) * kLanes;
@@ -376,15 +389,23 @@ Grid choose_grid(int64_t groups, int64_t vectors, int threads) {
   return best;
 }
 
+// Of the lists of columns: a vector is stored behind the last one.
+int64_t list_pitch(const ConvShape& s) {
+  return (std::min(kMostColumns, s.ic / s.group) + 2 * kLanes - 1) / kLanes * kLanes;
+}
+
 // Of a thread.
 int64_t scratch_floats(const ConvShape& s) {
   const int64_t width = Tiles(s.oc / s.group).vectors * kLanes, columns = s.ic / s.group;
-  return kFixedFloats + (columns < kGradientFloats / width ? columns * width : kGradientFloats);
+  return kDyFloats + kValueFloats + kCounts * list_pitch(s) +
+         (columns < kGradientFloats / width ? columns * width : kGradientFloats);
 }
 
 Workspace workspace(const WeightGradient& call, int thread) {
-  float* base = static_cast<float*>(call.scratch) + thread * scratch_floats(call.shape);
-  return {base, base + kDyFloats, base + kFixedFloats};
+  float* dy = static_cast<float*>(call.scratch) + thread * scratch_floats(call.shape);
+  float *values = dy + kDyFloats, *columns = values + kValueFloats;
+  const int64_t pitch = list_pitch(call.shape);
+  return {dy, values, reinterpret_cast<Column*>(columns), pitch, columns + kCounts * pitch};
 }
 
 // Whether the threads share the blocks. Adding up their sums should take little beside making them.
