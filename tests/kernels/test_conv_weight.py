@@ -85,6 +85,16 @@ GEOMETRIES = {
     "3x3 of many small maps": Geometry(n=11, ih=7, iw=7, ic=70, oc=40, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "3x3 of many blocks": Geometry(n=2, ih=29, iw=30, ic=10, oc=140, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "nine classes of positions": Geometry(n=2, ih=16, iw=14, ic=9, oc=20, kh=5, kw=4, stride=(3, 3), pads=(2, 1, 2, 1)),
+    "3x3 stride 2 of one pixel": Geometry(n=9, ih=1, iw=1, ic=5, oc=20, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
+    "3x3 stride 2 of many blocks": Geometry(
+        n=6, ih=20, iw=22, ic=20, oc=40, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)
+    ),
+    "3x3 stride 2 whose lines take many blocks": Geometry(
+        n=1, ih=2, iw=1100, ic=5, oc=9, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)
+    ),
+    "3x3 stride that all positions of many blocks meet": Geometry(
+        n=1, ih=1100, iw=1, ic=5, oc=6, kh=3, kw=3, stride=(1, 2), pads=(1, 1, 1, 1)
+    ),
     "2x4 kernel": Geometry(ih=9, iw=11, ic=20, oc=20, kh=2, kw=4, pads=(1, 1, 0, 2)),
     "1x1 stride 4": Geometry(n=3, ih=17, iw=13, ic=33, oc=40, stride=(4, 4)),
     "1x1 stride 2 of many blocks": Geometry(n=4, ih=45, iw=47, ic=37, oc=103, stride=(2, 2), pads=(1, 0, 0, 1)),

@@ -26,16 +26,18 @@ constexpr int kSums = 18;
 #else
 constexpr int kSums = 9;
 #endif
-constexpr int kMaxVectors = 6;                 // of output channels in a tile
-constexpr int64_t kGradientFloats = 64 << 10;  // of G in scratch: a quarter of the L2 cache of a small core or more
-constexpr int64_t kSlabFloats = 10 << 10;      // of dY: a little more than an L1 cache of 32 KiB, since not all is used
-constexpr int64_t kMostBlocks = 8;             // that are walked at once
-constexpr int64_t kColumns = 64;               // of X at once
-constexpr int64_t kWideMap = 2 * kBlockRows;   // from this width on, each line's part is copied for itself
-constexpr int64_t kLongRun = 24;               // from so many neighbours on, three taps share sums of dY
-constexpr int kMostClasses = 4;                // whose lists are made at once
-constexpr int kAtOnce = 4;                     // bits of a word that are decoded without a branch
-constexpr int64_t kList = kMostBlocks * kBlockRows + 32;  // with what a vector writes beyond
+constexpr int kMaxVectors = 6;                                       // of output channels in a tile
+constexpr int64_t kGradientFloats = (kLargeCache ? 160 : 64) << 10;  // of G in scratch: a part of the L2 cache
+constexpr int64_t kSlabFloats = 10 << 10;  // of dY: a little more than an L1 cache of 32 KiB, since not all is used
+constexpr int64_t kMostBlocks = 16;        // that are walked at once
+constexpr int64_t kDenseBlocks = 8;        // … where all positions are of one class
+constexpr int64_t kMostPositions = kDenseBlocks * kBlockRows;  // of a class in these blocks
+constexpr int64_t kColumns = 64;                               // of X at once
+constexpr int64_t kWideMap = 2 * kBlockRows;    // from this width on, each line's part is copied for itself
+constexpr int64_t kLongRun = 24;                // from so many neighbours on, three taps share sums of dY
+constexpr int kMostClasses = 4;                 // whose lists are made at once
+constexpr int kAtOnce = 4;                      // bits of a word that are decoded without a branch
+constexpr int64_t kList = kMostPositions + 32;  // with what a vector writes beyond
 
 constexpr int most_vectors(int taps) { return std::min(kMaxVectors, kSums / taps); }
 
@@ -95,13 +97,16 @@ struct Tiling {
   int64_t vectors;  // of output channels in a tile
   int64_t tiles;    // of G at once
   int64_t columns;  // of X at once
+  int64_t classes;  // at once
   int64_t slab, g;  // floats
 
   __attribute__((cold, noinline)) explicit Tiling(const ConvShape& s) {
     const int64_t taps = s.taps();
     int most = 1;
     int64_t rows = 0;  // of the slab that one block can need
+    classes = 0;
     each_class(s, [&](const Class& c) {
+      classes = std::min<int64_t>(kMostClasses, classes + 1);
       c.each_walk([&](int64_t, int64_t, int height, int width) { most = std::max(most, height * width); });
       const int64_t lines = std::min(kBlockRows, 62 / s.iw + 2);  // that a block touches
       const int64_t across = std::min(s.iw, s.iw < kWideMap ? s.iw : kBlockRows) + c.columns() - 1;
@@ -118,10 +123,14 @@ struct Tiling {
     g = tiles * taps * columns * width;
   }
   int64_t width() const { return vectors * kLanes; }
-  int64_t list_floats() const { return kMostClasses * columns * (kList + (kList + 1) / 2); }
+  int64_t value_floats() const { return classes * columns * kList; }
+  int64_t place_floats() const { return (value_floats() / 2 + 15) / 16 * 16; }
+  int64_t position_floats() const;
   // Of one thread's scratch, a multiple of a cache line.
   int64_t floats() const {
-    return (slab + g + list_floats() + kGroupValues + kMostBlocks * kSums * kLanes + 15) / 16 * 16;
+    return (slab + g + value_floats() + place_floats() + position_floats() + kGroupValues +
+            kMostBlocks * kSums * kLanes + 15) /
+           16 * 16;
   }
 };
 
@@ -140,15 +149,17 @@ struct Positions {
   };
   Class c;
   int rows, columns;  // of its largest walks
-  int n_blocks, n_runs, n_pieces;
-  int end[kMostBlocks];  // of a block's runs
-  Run runs[kMostBlocks * kBlockRows];
-  uint16_t piece_of[kMostBlocks * kBlockRows];  // of a run
-  Piece pieces[kMostBlocks * kBlockRows];
+  int n_blocks, n_runs, n_pieces, n_positions;
+  int end[kMostBlocks];                                              // of a block's runs
+  static constexpr int64_t kMostRuns = kMostPositions + kBlockRows;  // with a block that turns out to be too many
+  Run runs[kMostRuns];
+  uint16_t piece_of[kMostRuns];  // of a run
+  Piece pieces[kMostRuns];
   int64_t pitch;  // slab rows of a line
   int64_t slab;   // rows in all
 
-  void start(const Class& of) { c = of, rows = c.rows(), columns = c.columns(), n_blocks = n_runs = n_pieces = 0; }
+  void start(const Class& of) { c = of, rows = c.rows(), columns = c.columns(), clear(); }
+  void clear() { n_blocks = n_runs = n_pieces = n_positions = 0; }
 
   // Appends the class's positions in rows [begin, end) of a sample.
   void add_block(const ConvShape& s, int64_t sample, int64_t begin, int64_t row_end) {
@@ -160,6 +171,7 @@ struct Positions {
       if (y % s.sh || at + skip >= next) continue;
       runs[n_runs] = {static_cast<int32_t>(at + skip - begin),
                       static_cast<int32_t>((next - at - skip + s.sw - 1) / s.sw), y / s.sh, (x0 + skip) / s.sw};
+      n_positions += runs[n_runs].count;
       Piece* last = n_pieces ? &pieces[n_pieces - 1] : nullptr;
       // A line that follows another, or goes on where a block ended, shares its piece.
       if (last && s.iw < kWideMap && last->sample == sample && runs[n_runs].y - (last->y + last->lines - 1) <= 1)
@@ -193,6 +205,8 @@ struct Positions {
   }
 };
 
+int64_t Tiling::position_floats() const { return (classes * static_cast<int64_t>(sizeof(Positions)) + 63) / 64 * 16; }
+
 // For each row of a block: the class (kMostClasses: none) and slab row of the position; and the rows of class 0.
 struct Places {
   uint8_t of_class[kBlockRows];
@@ -208,6 +222,7 @@ struct Workspace {
   float* group;                            // [kGroupValues]
   float* value;                            // [classes][columns][kList]: kept values …
   uint16_t* place;                         // … and the slab rows of their first taps, block after block
+  Positions* at;                           // [classes]
   int32_t count[kMostClasses * kColumns];  // of a class's and column's list
 
   Workspace(const Tiling& t, float* base) {
@@ -215,8 +230,9 @@ struct Workspace {
     g = base, base += t.g;
     totals = base, base += kMostBlocks * kSums * kLanes;
     group = base, base += kGroupValues;
-    value = base, base += kMostClasses * t.columns * kList;
-    place = reinterpret_cast<uint16_t*>(base);
+    value = base, base += t.value_floats();
+    place = reinterpret_cast<uint16_t*>(base), base += t.place_floats();
+    at = reinterpret_cast<Positions*>(base);
   }
 };
 
@@ -225,6 +241,7 @@ struct Workspace {
 struct Walk {
   int64_t i, j;  // its first tap is the class's i-th, j-th
   int64_t tap, tap_row, tap_column;
+  bool begin;  // G, rather than add to it
 };
 
 // Copies the part of dY that a walk meets, output channels [k, k + left) as kVectors vectors.
@@ -305,7 +322,10 @@ void walk_columns(const Positions& at, const Walk& walk, int64_t n, const float*
     }
   g += walk.tap;
   for (int64_t column = 0; column < n; column++, g += g_column, value += kList, place += kList) {
-    ER_EACH_TAP sum[r][c][v] = load(g + r * walk.tap_row + c * walk.tap_column + v * kLanes);
+    if (walk.begin)
+      ER_EACH_TAP sum[r][c][v] = VecF{};
+    else
+      ER_EACH_TAP sum[r][c][v] = load(g + r * walk.tap_row + c * walk.tap_column + v * kLanes);
     if (mean)
       for (int b = 0; b < at.n_blocks; b++) {
         const VecF m = broadcast(from_bf16(mean[b][column]));
@@ -340,42 +360,45 @@ class Accumulator {
     bool valid = true;
     int n = 0;
     each_class(s_, [&](const Class& c) {
-      at_[n++].start(c);
+      work_.at[n++].start(c);
       if (n == kMostClasses) valid = valid && add_classes(n), n = 0;
     });
     return valid && (!n || add_classes(n));
   }
 
  private:
-  // All blocks of X for the first n_classes of at_, in chunks that fit the slab.
+  // All blocks of X for the first n_classes of work_.at, in chunks that fit the slab and the lists.
   __attribute__((noinline)) bool add_classes(int n_classes) {
-    const int64_t blocks = s_.n * x_.at.blocks;
-    for (int64_t first = 0, n; first < blocks; first += n) {
-      for (n = blocks - first < kMostBlocks ? blocks - first : kMostBlocks; n > 1 && !fits(first, n, n_classes); n--) {
-      }
-      if (n == 1) fits(first, 1, n_classes);
+    const int64_t blocks = s_.n * x_.at.blocks, most = s_.sh * s_.sw == 1 ? kDenseBlocks : kMostBlocks;
+    std::fill_n(begun_, n_classes, false);
+    for (int64_t first = 0, n = most; first < blocks; first += n) {
+      n = std::min({blocks - first, most, n + 1});  // as many as before fit, as a rule
+      while (!fits(first, n, n_classes) && n > 1) n--;
       if (!add_chunk(first, n, n_classes)) return false;
     }
+    std::fill_n(work_.count, kMostClasses * kColumns, 0);
+    for (int i = 0; i < n_classes; i++)
+      if (!begun_[i]) walk_class(i, nullptr);  // that no block has
     return true;
   }
 
-  // Finds the positions of a chunk of blocks; whether the slab holds what they meet.
+  // Finds the positions of a chunk of blocks; whether the slab holds what they meet, and the lists all that is kept.
   bool fits(int64_t first, int64_t n, int n_classes) {
     bool fits = true;
     for (int i = 0; i < n_classes; i++) {
-      at_[i].start(at_[i].c);
-      for (int64_t b = first; b < first + n; b++) {
+      Positions& at = work_.at[i];
+      at.clear();
+      for (int64_t b = first; b < first + n && at.n_positions <= kMostPositions; b++) {
         const int64_t block = b % x_.at.blocks;
-        at_[i].add_block(s_, b / x_.at.blocks, x_.at.row_begin(block), x_.at.row_begin(block + 1));
+        at.add_block(s_, b / x_.at.blocks, x_.at.row_begin(block), x_.at.row_begin(block + 1));
       }
-      at_[i].lay_out(s_);
-      fits = fits && at_[i].slab * t_.width() <= t_.slab;
+      at.lay_out(s_);
+      fits = fits && at.n_positions <= kMostPositions && at.slab * t_.width() <= t_.slab;
     }
     return fits;
   }
 
   bool add_chunk(int64_t first, int64_t n, int n_classes) {
-    const int64_t columns = c1_ - c0_;
     std::fill_n(work_.count, kMostClasses * kColumns, 0);
     const uint16_t* mean[kMostBlocks];
     for (int64_t b = 0; b < n; b++) {
@@ -385,18 +408,21 @@ class Accumulator {
       if (!decode_block(sample, block, n_classes, places)) return false;
       if (x_.at.form == kCentered) mean[b] = x_.mean(sample, block) + c0_;
     }
-    for (int i = 0; i < n_classes; i++) {
-      const Positions& at = at_[i];
-      if (!at.n_runs) continue;
-      float* g = work_.g;
-      for (int64_t k = k0_; k < k1_; k += t_.width(), g += columns * s_.taps() * t_.width())
-        at.c.each_walk([&](int64_t y, int64_t x, int rows, int width) {
-          const int64_t tap = (at.c.y.first + y * at.c.y.step) * s_.kw + at.c.x.first + x * at.c.x.step;
-          const Walk walk{y, x, tap * t_.width(), at.c.y.step * s_.kw * t_.width(), at.c.x.step * t_.width()};
-          dispatch(rows, width, i, walk, k, x_.at.form == kCentered ? mean : nullptr, g);
-        });
-    }
+    for (int i = 0; i < n_classes; i++)
+      if (work_.at[i].n_runs) walk_class(i, x_.at.form == kCentered ? mean : nullptr);
     return true;
+  }
+
+  void walk_class(int i, const uint16_t* const* mean) {
+    const Class& c = work_.at[i].c;
+    float* g = work_.g;
+    for (int64_t k = k0_; k < k1_; k += t_.width(), g += (c1_ - c0_) * s_.taps() * t_.width())
+      c.each_walk([&](int64_t y, int64_t x, int rows, int width) {
+        const int64_t tap = (c.y.first + y * c.y.step) * s_.kw + c.x.first + x * c.x.step;
+        const Walk walk{y, x, tap * t_.width(), c.y.step * s_.kw * t_.width(), c.x.step * t_.width(), !begun_[i]};
+        dispatch(rows, width, i, walk, k, mean, g);
+      });
+    begun_[i] = true;
   }
 
   void find_places(int block, int n_classes, Places* places) const {
@@ -404,10 +430,10 @@ class Accumulator {
     std::fill_n(places->slab, kBlockRows, uint16_t{0});
     places->rows = 0;
     for (int i = 0; i < n_classes; i++)
-      for (int q = block ? at_[i].end[block - 1] : 0; q < at_[i].end[block]; q++) {
-        const int64_t place = at_[i].place(q);
-        for (int64_t p = 0; p < at_[i].runs[q].count; p++) {
-          const int64_t row = at_[i].runs[q].row + p * s_.sw;
+      for (int q = block ? work_.at[i].end[block - 1] : 0; q < work_.at[i].end[block]; q++) {
+        const int64_t place = work_.at[i].place(q);
+        for (int64_t p = 0; p < work_.at[i].runs[q].count; p++) {
+          const int64_t row = work_.at[i].runs[q].row + p * s_.sw;
           places->of_class[row] = static_cast<uint8_t>(i), places->slab[row] = static_cast<uint16_t>(place + p);
           if (i == 0) places->rows |= uint64_t{1} << row;
         }
@@ -509,8 +535,8 @@ class Accumulator {
     if constexpr (kVectors > 1)
       if (t_.vectors < kVectors) return vectors<kRows, kCols, kVectors - 1>(i, walk, k, mean, g);
     const int64_t list = i * t_.columns;
-    copy_map<kVectors>(s_, dy_, k, k1_ - k, at_[i], walk, work_.slab);
-    walk_columns<kRows, kCols, kVectors>(at_[i], walk, c1_ - c0_, work_.value + list * kList,
+    copy_map<kVectors>(s_, dy_, k, k1_ - k, work_.at[i], walk, work_.slab);
+    walk_columns<kRows, kCols, kVectors>(work_.at[i], walk, c1_ - c0_, work_.value + list * kList,
                                          work_.place + list * kList, work_.count + list, mean, work_.slab, work_.totals,
                                          g, s_.taps() * kVectors * kLanes);
   }
@@ -521,7 +547,7 @@ class Accumulator {
   const KeptReader& x_;
   Workspace& work_;
   const int64_t c0_, c1_, k0_, k1_;
-  Positions at_[kMostClasses];
+  bool begun_[kMostClasses];  // whether G holds sums of a class
 };
 
 }  // namespace
@@ -540,12 +566,13 @@ bool razor_taps_range(const WeightGradient& call, const KeptReader& x, const Wei
       const int64_t k1 = std::min(range.k1, k0 + t.tiles * width), n = std::min(t.columns, range.c1 - c0);
       const int64_t column = range.group * ic_group + c0, k = range.group * oc_group + k0;
       const int64_t tiles = (k1 - k0 + width - 1) / width;
-      std::fill_n(work.g, tiles * n * taps * width, 0.f);
       Accumulator accumulator(call, t, x, &work, column, column + n, k, k + k1 - k0);
       if (!accumulator.run()) return false;
       for (int64_t tap = 0; tap < taps; tap++)
         for (int64_t c = 0; c < n; c++) {
           float* out = call.g + (tap * ic_group + c0 + c) * s.oc + k;
+          // A store waits for its line: those of a few columns further on are fetched.
+          for (int64_t at = 0; at < k1 - k0; at += 16) __builtin_prefetch(out + 4 * s.oc + at, 1);
           for (int64_t i = 0; i < tiles; i++) {
             const float* tile = work.g + ((i * n + c) * taps + tap) * width;
             for (int64_t at = i * width, v = 0; v < width && at < k1 - k0; v += kLanes, at += kLanes)
