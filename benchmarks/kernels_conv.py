@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import markdown_table, write_result
-from edge_razor.runtime import kernel_run, kernel_scratch
+from edge_razor.runtime import KernelCall, kernel_scratch
 
 HUGE_PAGE = 2 << 20  # bytes
 
@@ -151,8 +151,8 @@ def our_calls(layer: Layer, batch: int, threads: int) -> tuple[Callable[[], obje
     forward_operands = [x, w, scale, shift, y, kept, scratch("conv", forward, floats)]
     gradient_operands = [dy, w, scale, dx, None, None, scratch("conv_grad_input", gradient, floats)]
     return (
-        lambda: kernel_run("conv", forward, floats, forward_operands, threads),
-        lambda: kernel_run("conv_grad_input", gradient, floats, gradient_operands, threads),
+        KernelCall("conv", forward, floats, forward_operands, threads),
+        KernelCall("conv_grad_input", gradient, floats, gradient_operands, threads),
     )
 
 

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.common import markdown_table, write_result
 from benchmarks.kernels_conv import LAYERS, Layer, aligned, alternate
-from edge_razor.runtime import kernel_run, kernel_scratch, packed_bytes
+from edge_razor.runtime import KernelCall, kernel_scratch, packed_bytes
 from tests.reference.razor import FORMS, keep_count
 
 SLEEPING = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
@@ -74,10 +74,8 @@ def our_calls(
     g = aligned((layer.k**2, layer.ic // layer.group, layer.oc))
     operands = [packed, dy, g, aligned((size,), np.uint8) if size else None]
 
-    def pack() -> None:
-        kernel_run("pack", kept, [], pack_operands, threads)
-
-    return pack, lambda: kernel_run("conv_grad_weight", ints, [], operands, threads)
+    pack = KernelCall("pack", kept, [], pack_operands, threads)
+    return pack, KernelCall("conv_grad_weight", ints, [], operands, threads)
 
 
 def main() -> None:

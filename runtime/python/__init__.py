@@ -4,12 +4,13 @@ Only numpy and the standard library are imported. The library is loaded at the f
 """
 
 from ._library import abi_version, isa, library_path
-from .kernels import Context, kernel_run, kernel_scratch, packed_bytes, unpack
+from .kernels import Context, KernelCall, kernel_run, kernel_scratch, packed_bytes, unpack
 from .session import Evaluation, Parameter, Port, Session, SessionInfo, SpillInfo, StepTime
 
 __all__ = [
     "Context",
     "Evaluation",
+    "KernelCall",
     "Parameter",
     "Port",
     "Session",

@@ -34,6 +34,63 @@ def _attributes(ints: Sequence[int], floats: Sequence[float]) -> tuple[Any, int,
     return (ctypes.c_int64 * len(ints))(*ints), len(ints), (ctypes.c_float * len(floats))(*floats), len(floats)
 
 
+class KernelCall:
+    """One kernel on the caller's arrays (C-contiguous, written in place), to be run as often as one likes.
+
+    Args:
+        name, ints, floats, operands: as the kernel table of docs/plan-format.md says; None is an absent operand.
+            Scratch, where a kernel needs some, is the last operand: nothing is added implicitly.
+        threads: size of the thread pool.
+        context: fields of `Context`.
+
+    Raises:
+        UsageError: an operand is not C-contiguous.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ints: Sequence[int],
+        floats: Sequence[float],
+        operands: Sequence[np.ndarray | None],
+        threads: int = 1,
+        **context: Any,
+    ) -> None:
+        c_operands = (COperand * len(operands))()
+        for i, array in enumerate(operands):
+            if array is None:
+                continue
+            if not array.flags.c_contiguous:
+                raise UsageError(f"{name}: operand {i} is not C-contiguous")
+            c_operands[i] = COperand(array.ctypes.data, array.nbytes)
+        values = Context(**context)
+        self._arrays = operands  # that C has only addresses of
+        self._context = CContext(*(getattr(values, field.name) for field in fields(Context)))
+        self._run = library().er_kernel_run
+        self._arguments = (
+            name.encode(),
+            *_attributes(ints, floats),
+            c_operands,
+            len(operands),
+            threads,
+            ctypes.byref(self._context),
+        )
+
+    def __call__(self) -> None:
+        """Checks and runs the kernel.
+
+        Raises:
+            UsageError: the call is not valid.
+            NonFiniteError: the kernel met a NaN or an infinity.
+        """
+        check(self._run(*self._arguments))
+
+    @property
+    def context(self) -> Context:
+        """The context after the last call, which the next one gets."""
+        return Context(*(getattr(self._context, field.name) for field in fields(Context)))
+
+
 def kernel_run(
     name: str,
     ints: Sequence[int],
@@ -42,41 +99,14 @@ def kernel_run(
     threads: int = 1,
     **context: Any,
 ) -> Context:
-    """Checks and runs one kernel on the caller's arrays (C-contiguous, written in place).
-
-    Args:
-        name, ints, floats, operands: as the kernel table of docs/plan-format.md says; None is an absent operand.
-            Scratch, where a kernel needs some, is the last operand: nothing is added implicitly.
-        threads: size of the thread pool.
-        context: fields of `Context`.
+    """Checks and runs one kernel once: `KernelCall`, whose arguments and errors are these.
 
     Returns:
         The context after the call.
-
-    Raises:
-        UsageError: the call is not valid.
-        NonFiniteError: the kernel met a NaN or an infinity.
     """
-    c_operands = (COperand * len(operands))()
-    for i, array in enumerate(operands):
-        if array is None:
-            continue
-        if not array.flags.c_contiguous:
-            raise UsageError(f"{name}: operand {i} is not C-contiguous")
-        c_operands[i] = COperand(array.ctypes.data, array.nbytes)
-    values = Context(**context)
-    c_context = CContext(*(getattr(values, field.name) for field in fields(Context)))
-    check(
-        library().er_kernel_run(
-            name.encode(),
-            *_attributes(ints, floats),
-            c_operands,
-            len(operands),
-            threads,
-            ctypes.byref(c_context),
-        )
-    )
-    return Context(*(getattr(c_context, field.name) for field in fields(Context)))
+    call = KernelCall(name, ints, floats, operands, threads, **context)
+    call()
+    return call.context
 
 
 def kernel_scratch(name: str, ints: Sequence[int], floats: Sequence[float] = (), threads: int = 1) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from edge_razor import runtime
 from edge_razor.errors import NonFiniteError, UsageError
-from edge_razor.runtime import kernel_run, kernel_scratch, packed_bytes, unpack
+from edge_razor.runtime import KernelCall, kernel_run, kernel_scratch, packed_bytes, unpack
 
 
 def child(code: str, **environment: str) -> str:
@@ -61,6 +61,18 @@ def test_kernel_run_returns_the_context_and_writes_in_place() -> None:
     context = kernel_run("neg", [5], [], [x, y], update=7, valid_batch=3)
     np.testing.assert_array_equal(y, -x)
     assert (context.update, context.valid_batch, context.loss) == (7, 3, 0.0)
+
+
+def test_a_prepared_call_runs_again_on_what_its_arrays_hold() -> None:
+    x, y = np.arange(5, dtype=np.float32), np.zeros(5, np.float32)
+    call = KernelCall("neg", [5], [], [x, y], update=7)
+    for factor in (1, 3):
+        x[:] = factor * np.arange(5)
+        call()
+        np.testing.assert_array_equal(y, -x)
+    assert (call.context.update, call.context.loss) == (7, 0.0)
+    with pytest.raises(UsageError, match="operand 1 is not C-contiguous"):
+        KernelCall("neg", [2], [], [x, x[::2]])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 1])
