@@ -26,6 +26,7 @@ PYTORCH = (Case("PyTorch eager", "torch"), Case("PyTorch eager, channels_last", 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97)
 DEFAULT = {"batch": 8, "resolution": 224, "threads": 2}  # where another axis varies
 WARM_UP = 1
+SETTLE = 0.1  # seconds: two steps a turn, the second of which counts, where the fastest system's takes less
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def measure(model: str, axis: str, value: float, rounds: int) -> list[Measured]:
     if axis == "sparsity":
         cases = [Case(f"{s:g}", "edge-razor", ("--sparsity", f"{s:g}")) for s in SPARSITIES]
         cases += PYTORCH  # in the same turns, so that the curves of one plot compare
-    return take_turns(cases, model, (*common, "--threads", str(settings["threads"])), rounds, WARM_UP)
+    return take_turns(cases, model, (*common, "--threads", str(settings["threads"])), rounds, WARM_UP, settle=SETTLE)
 
 
 def measure_model(model: str, axes: Sequence[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -155,7 +156,8 @@ def write_report(content: dict[str, Any]) -> None:
             body += f"## {title}\n\n![{axis}]({path.name})\n\n{table(axis, points)}\n"
             body += "".join(f"- {text}\n" for text in errors_of(points)) + ("\n" if errors_of(points) else "")
     body += (
-        f"Each point: the systems in turns, one step each, {content['rounds']} rounds after {WARM_UP} of warm-up, "
+        f"Each point: the systems in turns, one step each (the second of two where the fastest takes less than "
+        f"{SETTLE:g} s), {content['rounds']} rounds after {WARM_UP} of warm-up, "
         "medians; peak RSS of the whole process.\n"
     )
     write_result(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from benchmarks import common, growth, suite_report
+from benchmarks import common, growth, suite_report, turns
 from benchmarks.growth import SPARSITIES, curves_of, errors_of, point, table
 from benchmarks.plots import STYLES, growth_curves, memory_against_time, thread_bars
 from benchmarks.suite import CASES
@@ -162,3 +162,31 @@ def test_a_system_that_cannot_run_does_not_stop_the_others(tmp_path: Path) -> No
     assert [r.label for r in results] == ["no bundle", "no file"]
     assert results[0].error is not None and "absent" in results[0].error and "\n" not in results[0].error
     assert results[1].error is not None and results[1].error != results[0].error
+
+
+@pytest.mark.parametrize(("settle", "counted"), [(0.0, [3.0, 4.0]), (2.5, [4.0, 6.0])])
+def test_of_short_steps_the_second_of_a_turn_counts(
+    monkeypatch: pytest.MonkeyPatch, settle: float, counted: list[float]
+) -> None:
+    class Numbered:
+        """A worker whose first step takes 2 seconds, the next one 3, and so on."""
+
+        setup: ClassVar[dict[str, Any]] = {}
+
+        def __init__(self) -> None:
+            self.steps = 1.0
+
+        def ask(self, command: str) -> dict[str, Any]:
+            if command == "stop":
+                return {"peak_rss_bytes": 1}
+            self.steps += 1
+            return {"seconds": self.steps, "loss": 0.0}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(turns, "_start", lambda *_: Numbered())
+    monkeypatch.setattr(turns, "PAUSE", 0.0)
+    (result,) = take_turns([Case("one", "torch")], "resnet18", (), rounds=2, warm_up=1, settle=settle)
+    assert result.seconds == counted
+    assert result.error is None
