@@ -277,10 +277,11 @@ __attribute__((noinline)) void copy_map(const ConvShape& s, const float* dy, int
 
 // The walk over columns [0, n), whose lists begin at `value`, `place` and `count`. mean[b] is the first column's mean
 // in block b; null for the plain form.
+// Hot: a function that always calls a cold one, as Tiling's constructor is, is taken for cold with all that it calls.
 template <int kRows, int kColumns, int kVectors>
-void walk_columns(const Positions& at, const Walk& walk, int64_t n, const float* value, const uint16_t* place,
-                  const int32_t* count, const uint16_t* const* mean, const float* slab, float* totals, float* g,
-                  int64_t g_column) {
+__attribute__((hot)) void walk_columns(const Positions& at, const Walk& walk, int64_t n, const float* value,
+                                       const uint16_t* place, const int32_t* count, const uint16_t* const* mean,
+                                       const float* slab, float* totals, float* g, int64_t g_column) {
 #define ER_EACH_TAP                                                                                                  \
   _Pragma("GCC unroll 8") for (int r = 0; r < kRows; r++) _Pragma("GCC unroll 8") for (int c = 0; c < kColumns; c++) \
       _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; v++)
