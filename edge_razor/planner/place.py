@@ -4,11 +4,13 @@ Each buffer is live from its first to its last step; buffers that live at the sa
 smallest arena is NP-hard; placing buffers one by one, largest first, each into the smallest gap that holds it, comes
 within a few percent of the lower bound (the maximum of live bytes). Beside that order, others are tried: by lifetime,
 and step by step from the fullest (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net
-Inference", 2020); in the best of them the buffer that ends highest is moved forward while that helps.
+Inference", 2020); in the best of them the buffer that ends highest is moved forward while that helps. If that leaves
+more than a few percent, it and buffers that live when it does are moved forward at random, where that costs nothing.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +24,8 @@ GOOD_ENOUGH = 1.005  # of the lower bound: stop searching
 MAX_ROUNDS = 60
 LARGE = (16, 32)  # a buffer of at least such a part of the lower bound is large
 IMPROVED = 3  # orders, those that begin best
-FAIR = 1.03  # of the lower bound: above it the other orders are improved, too
+FAIR = 1.03  # of the lower bound: above it the other orders are improved, too, and then buffers are moved at random
+RESTARTS, MOVES = 3, 40  # of the random search, and moves in each
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,13 @@ def place(lives: list[Lifetime], enough: int = 0) -> int:
                 best = (total, offsets)
             if total <= good:
                 break
+        fair = max(good, int(live.max() * FAIR))
+        for seed in range(RESTARTS if best[0] > fair else 0):
+            offsets, total = _move_at_random(fullest, sizes, starts, ends, good, seed)
+            if total < best[0]:
+                best = (total, offsets)
+            if total <= fair:
+                break
     for life, offset in zip(lives, best[1].tolist(), strict=True):
         life.buffer.offset = offset
         for part in life.parts:
@@ -143,6 +153,29 @@ def _improve(
         else:
             seen_worse += 1
     return best
+
+
+def _move_at_random(
+    order: np.ndarray, sizes: np.ndarray, starts: np.ndarray, ends: np.ndarray, good: int, seed: int
+) -> tuple[np.ndarray, int]:
+    """Best fit in `order`; then again and again with the buffer on top, or one that lives when it does, somewhere
+    farther in front. Moves that make the arena larger are taken back."""
+    chance = random.Random(seed)
+    offsets, total = _best_fit(order, sizes, starts, ends)
+    for _ in range(MOVES):
+        if total <= good:
+            break
+        moved = top = int(np.argmax(offsets + sizes))
+        if chance.random() < 0.5:
+            near = np.flatnonzero((starts <= ends[top]) & (ends >= starts[top]))
+            moved = int(near[chance.randrange(len(near))])
+        rest = order[order != moved]
+        position = chance.randrange(int(np.flatnonzero(order == moved)[0]) + 1)
+        changed = np.concatenate([rest[:position], [moved], rest[position:]])
+        placed, height = _best_fit(changed, sizes, starts, ends)
+        if height <= total:
+            order, offsets, total = changed, placed, height
+    return offsets, total
 
 
 def _best_fit(order: np.ndarray, sizes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, int]:
