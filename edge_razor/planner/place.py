@@ -73,7 +73,7 @@ def place(lives: list[Lifetime], enough: int = 0) -> int:
     if not lives:
         return 0
     live = live_bytes(lives)
-    good = max(enough, int(live.max() * GOOD_ENOUGH))
+    good, fair = (max(enough, int(live.max() * part)) for part in (GOOD_ENOUGH, FAIR))
     sizes = np.array([life.size for life in lives], np.int64)
     starts = np.array([life.start for life in lives], np.int64)
     ends = np.array([life.end for life in lives], np.int64)
@@ -98,14 +98,13 @@ def place(lives: list[Lifetime], enough: int = 0) -> int:
             break
     else:
         for rank, (_, number) in enumerate(sorted(begun)):
-            if rank >= IMPROVED and best[0] <= max(good, int(live.max() * FAIR)):
+            if rank >= IMPROVED and best[0] <= fair:
                 break
             offsets, total = _improve(orders[number], sizes, starts, ends, good)
             if total < best[0]:
                 best = (total, offsets)
             if total <= good:
                 break
-        fair = max(good, int(live.max() * FAIR))
         for seed in range(RESTARTS if best[0] > fair else 0):
             offsets, total = _move_at_random(fullest, sizes, starts, ends, good, seed)
             if total < best[0]:
