@@ -124,6 +124,14 @@ inline uint32_t bits_from(VecI v, int32_t least) {
   return mask_bits(v >= least);
 #endif
 }
+// Bit i is set where lane i is more than `most`.
+inline uint32_t bits_above(VecI v, int32_t most) {
+#if ER_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_cmpgt_epi32_mask((__m512i)v, _mm512_set1_epi32(most));
+#else
+  return mask_bits(v > most);
+#endif
+}
 // The reverse of mask_bits: lane i is true where bit i of `word` is set.
 inline VecI bits_mask(uint32_t word) { return (broadcast(static_cast<int32_t>(word)) & (1 << lane_index())) != 0; }
 

@@ -208,6 +208,16 @@ def test_a_wrong_guess_from_an_eighth_of_the_list_changes_nothing(lanes: int, la
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+def test_many_values_near_the_threshold(threads: int) -> None:
+    """They differ by a few bits: no histogram parts them soon. Behind one thread's list is no room to copy them all."""
+    near = 12_000
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1e-3, 2e-3, (1, 2048 * 64)).astype(np.float32)
+    x[0, rng.choice(x.size, near, replace=False)] = 1 + rng.integers(0, 16, near) * np.float32(2**-23)
+    check(x.reshape(1, 2048, 64), "plain", keep_count(x.size, 0.95), threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("form", ["plain", "centered"])
 def test_values_that_grow_from_place_to_place(form: str, threads: int) -> None:
     """The list of candidates is full again and again, and the blocks that `pack` guesses from differ."""

@@ -336,6 +336,7 @@ bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
   if (largest >= overflow) return false;
   if (guessed && keep && listed > keep) {
     narrow_by_some(parts, packers, listed, keep, &bracket);
+    packers.each([&](int p) { copy_among(s, bracket, parts[p]); });
     do {
       packers.each([&](int p) { list_histogram(bracket, 1, parts[p]); });
     } while (!narrow(parts, n_parts, keep, &bracket, &threshold));

@@ -206,13 +206,21 @@ struct Tile {
   }
 };
 
+// Those of a list whose magnitudes lie in [low, top], none at first, and the number of those above.
+struct Among {
+  int32_t low = INT_MAX, top = 0;
+  const float* list = nullptr;
+  int64_t listed = 0, above = 0;
+};
+
 // A range of a sample's blocks, the share of one thread.
 struct Part {
   int64_t begin, end;
-  uint32_t* histogram;   // [kBins]
-  float* list;           // [list_capacity]: residuals
-  int64_t listed;        // beyond the capacity if there were too many
-  int64_t above;         // magnitudes over the bracket
+  uint32_t* histogram;  // [kBins]
+  float* list;          // [list_capacity]: residuals
+  int64_t listed;       // beyond the capacity if there were too many
+  int64_t above;        // magnitudes over the bracket
+  Among among;
   int64_t guess_blocks;  // that the guess looked at: they have their means
   bool all_means;        // all blocks have them
   int64_t looked;        // elements in the guess's histogram

@@ -122,19 +122,37 @@ void list_histogram(const Bracket& bracket, int64_t step, Part& part) {
   const int shift = bracket.shift();
   constexpr int64_t kChunk = 512;  // bins that are counted at once
   float bin[kChunk + kLanes];
-  VecI above{};
-  for (int64_t i = 0; i < part.listed;) {
+  const bool some = bracket.low >= part.among.low && bracket.top <= part.among.top;
+  const float* list = some ? part.among.list : part.list;
+  const int64_t listed = some ? part.among.listed : part.listed;
+  part.above = some ? part.among.above : 0;
+  for (int64_t i = 0; i < listed;) {
     int64_t n = 0;
-    for (; i < part.listed && n <= kChunk; i += step * kLanes) {
-      const VecI m = bits(abs(load(part.list + i)));
-      const VecI over = m > bracket.top;
-      above -= over;
-      const uint32_t inside = mask_bits((m >= bracket.low) & ~over);
+    for (; i < listed && n <= kChunk; i += step * kLanes) {
+      const VecI m = bits(abs(load(list + i)));
+      const uint32_t over = bits_above(m, bracket.top), inside = bits_from(m, bracket.low) & ~over;
+      part.above += __builtin_popcount(over);
       if (inside) n += compress((VecF)((m - bracket.low) >> shift), inside, bin + n);
     }
     for (int64_t j = 0; j < n; j++) part.histogram[magnitude(bin[j])]++;
   }
-  part.above = total(above);
+}
+
+void copy_among(const Sample& s, const Bracket& bracket, Part& part) {
+  const int64_t begin = (part.listed + kLanes - 1) / kLanes * kLanes, room = list_capacity(s.at) - kLanes - begin;
+  float* out = part.list + begin;
+  int64_t n = 0, above = 0;
+  for (int64_t i = 0; i < part.listed; i += kLanes) {
+    if (n > room) return;
+    const VecF v = load(part.list + i);
+    const VecI m = bits(abs(v));
+    const uint32_t over = bits_above(m, bracket.top);
+    above += __builtin_popcount(over);
+    n += compress(v, bits_from(m, bracket.low) & ~over, out + n);
+  }
+  if (n > room) return;
+  std::fill_n(out + n, kLanes, 0.f);
+  part.among = {bracket.low, bracket.top, out, n, above};
 }
 
 void narrow_by_some(Part* parts, const Packers& packers, int64_t listed, int64_t keep, Bracket* bracket) {

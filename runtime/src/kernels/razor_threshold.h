@@ -35,7 +35,10 @@ void list_histogram(const Bracket& bracket, int64_t step, Part& part);
 // Narrows the bracket to where an eighth of the lists, which hold `listed` elements, says that the threshold is. It may
 // be wrong: narrow() finds that out.
 void narrow_by_some(Part* parts, const Packers& packers, int64_t listed, int64_t keep, Bracket* bracket);
-// The same of the whole part.
+// Copies the list's magnitudes inside the bracket behind the list, if there is room: histograms of the bracket and of
+// what it is narrowed to then read those alone.
+void copy_among(const Sample& s, const Bracket& bracket, Part& part);
+// Histogram of the whole part.
 void data_histogram(const Sample& s, const Bracket& bracket, Part& part);
 
 // Narrows the bracket by the histogram of its inside until the threshold is exact: true, and *threshold.
