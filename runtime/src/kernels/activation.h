@@ -192,6 +192,9 @@ inline void activate_row(float alpha, float beta, const float* x, float* y, uint
 
 // Y = f(X) and the kept form of `rows` × `cols` values. Strides are in elements for x and y (which may be the same),
 // bytes for kept. `kept` points at the byte of the first column, which is a multiple of 8 within its row.
+#if defined(ER_SMALL)
+__attribute__((cold))  // its 22 loops, each with a few vectors in registers, are made small
+#endif
 __attribute__((noinline)) inline void activate_rows(const Activation& act, int64_t keep, const float* x,
                                                     int64_t x_stride, float* y, int64_t y_stride, uint8_t* kept,
                                                     int64_t kept_stride, int64_t rows, int64_t cols) {

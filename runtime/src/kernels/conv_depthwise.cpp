@@ -213,11 +213,11 @@ void row_pixels(const Row& row) {
         return fixed_pixels<3, 1>(row);
       case 5:
         return fixed_pixels<5, 1>(row);
-#if !defined(__OPTIMIZE_SIZE__)
       case 1:
         return fixed_pixels<1, 1>(row);
       case 2:
         return fixed_pixels<2, 1>(row);
+#if !defined(ER_SMALL)
       case 4:
         return fixed_pixels<4, 1>(row);
       case 7:
@@ -229,7 +229,7 @@ void row_pixels(const Row& row) {
         return fixed_pixels<3, 2>(row);
       case 5:
         return fixed_pixels<5, 2>(row);
-#if !defined(__OPTIMIZE_SIZE__)
+#if !defined(ER_SMALL)
       case 7:
         return fixed_pixels<7, 2>(row);
 #endif

@@ -93,7 +93,7 @@ inline __attribute__((always_inline)) void multiply(const GemmTile& g, VecF (&ac
 
 // kPartialB: B's last vector may be partial, which GemmTile::partial_b says.
 template <int kRows, int kVectors, bool kPartialB>
-void gemm_tile(const GemmTile& g) {
+void gemm_tile(const GemmTile& g) noexcept {
   VecF acc[kRows][kVectors];
   constexpr int kEnd = kVectors - 1;
 #pragma GCC unroll 8
@@ -151,7 +151,7 @@ inline int gemm_tile_rows(int vectors) { return vectors == kTileVectors ? kTileR
 // rows: 1 … gemm_tile_rows(vectors). Where only part of B's last vector may be read, that is a tile of its own, unless
 // the tile is narrow and has masked loads: the widest, which has most code, would have its loop twice.
 inline void gemm_tile(const GemmTile& g, int rows, int vectors) {
-  using Function = void (*)(const GemmTile&);
+  using Function = void (*)(const GemmTile&) noexcept;
   constexpr bool kMasked = kMaskedLoads;
 #define ER_ROWS(v, p)                                                                                              \
   {                                                                                                                \

@@ -363,7 +363,7 @@ bool pack_parts(const Sample& s, Part* parts, const Packers& packers) {
 
 }  // namespace
 
-bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) {
+bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) noexcept {
   constexpr int64_t kRows = 8;  // at once, so that memory is read in its order, in a few streams
   const int64_t rows = block.rows;
   const float* x = s.x + block.begin * s.row;

@@ -253,6 +253,6 @@ inline int64_t total(VecI v) {
 }
 
 // Means of columns [c, end) of a block, rows added in order. False if one is not finite.
-bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end);
+bool write_means(const Sample& s, const Block& block, int64_t c, int64_t end) noexcept;
 
 }  // namespace er::ER_ISA
