@@ -109,6 +109,12 @@ CASES = {
     "one_channel": Case(2, 9, 9, 1, 1, (3, 3), (1, 1), (1, 1, 1, 1)),
     "many_taps": Case(1, 40, 41, 2, 3, (31, 33), (1, 1), (15, 16, 15, 16)),
     "patches": Case(2, 32, 32, 3, 24, (8, 8), (8, 8)),
+    # few channels: a tap joins the pixels of a kernel row
+    "joined_of_several_tiles": Case(3, 61, 53, 4, 9, (3, 3), (1, 1), SAME),
+    "joined_lines_of_three": Case(2, 900, 3, 16, 5, (3, 5), (1, 1), (1, 2, 1, 2)),
+    "joined_all_over_the_edge": Case(1, 2500, 1, 3, 6, (2, 3), (1, 2), (0, 4, 1, 5)),
+    "joined_beyond_the_depth": Case(1, 6, 90, 16, 20, (2, 70), (1, 3), (0, 5, 0, 7)),
+    "joined_lines_apart": Case(2, 30, 31, 3, 8, (3, 4), (2, 3), (2, 1, 3, 2), (2, 1)),
     # Winograd's tiles, see test_conv_winograd.py
     **WINOGRAD,
     # groups

@@ -78,6 +78,12 @@ GEOMETRIES = {
     ),
     "kernel larger than the map": Geometry(ih=2, iw=3, ic=4, oc=5, kh=5, kw=5, pads=(2, 2, 2, 2)),
     "first layer": Geometry(n=2, ih=31, iw=33, ic=3, oc=32, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
+    "first layer in one piece of many lines": Geometry(
+        n=3, ih=41, iw=6, ic=3, oc=5, kh=3, kw=4, stride=(2, 1), pads=(2, 1, 3, 2), dilation=(2, 1)
+    ),
+    "first layer of wide output": Geometry(
+        n=1, ih=9, iw=40, ic=16, oc=170, kh=3, kw=3, stride=(1, 3), pads=(0, 1, 1, 1)
+    ),
     "7x7 of many channels": Geometry(n=1, ih=9, iw=9, ic=40, oc=100, kh=7, kw=7, pads=(3, 3, 3, 3)),
     "3x3 wide map": Geometry(n=2, ih=3, iw=150, ic=18, oc=20, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "3x3 wide map, stride 2": Geometry(n=1, ih=5, iw=201, ic=5, oc=33, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
@@ -240,7 +246,7 @@ def test_nothing_kept_and_everything_kept(form: str) -> None:
 
 
 IN_TURNS = [
-    *("pointwise", "one row a sample", "1x1 stride 2", "3x3", "3x3 stride 2", "3x3 of many small maps"),
+    *("pointwise", "one row a sample", "1x1 stride 2", "3x3", "3x3 stride 2", "3x3 of many small maps", "first layer"),
     *("groups", "pointwise groups", "depthwise", "depthwise stride 2", "depthwise dilated", "many blocks"),
 ]
 

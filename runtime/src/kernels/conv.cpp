@@ -25,7 +25,13 @@ std::string weight_form_error(const ConvShape& s, int64_t form) {
   return form != kHwio && is_depthwise(s) ? "a depthwise convolution takes W as HWIO" : "";
 }
 
-GatherGemm forward_gemm(const ConvShape& s, int64_t form) {
+// Few channels: the taps of a kernel row, which lie side by side in X and in W, are read as one.
+bool joins_taps(const ConvShape& s) {
+  constexpr int64_t kFewChannels = 16;
+  return s.group == 1 && s.dw == 1 && s.kw > 1 && s.ic <= kFewChannels;
+}
+
+GatherGemm forward_gemm(const ConvShape& s, int64_t form, const void* weight) {
   GatherGemm g{};
   g.rows_axis = forward_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh);
   g.cols_axis = forward_axis(s.iw, s.ow, s.kw, s.sw, s.pl, s.dw);
@@ -44,7 +50,13 @@ GatherGemm forward_gemm(const ConvShape& s, int64_t form) {
   g.k_tap = s.ic / s.group;
   g.n = s.oc / s.group;
   g.kernel_w = s.kw;
-  g.weight = weight_view(s, form, nullptr);
+  g.weight = weight_view(s, form, weight);
+  if (joins_taps(s)) {
+    g.joined = s.kw;
+    g.cols_axis.taps = g.kernel_w = 1;
+    g.k_tap = s.kw * s.ic;
+    g.weight = {form, s.kh, g.k_tap, s.oc, weight};
+  }
   return g;
 }
 
@@ -127,9 +139,10 @@ uint64_t scratch_bytes(const ConvShape& s, int64_t form, bool gradient, int thre
       for (int x = 0; x < nx; x++)
         *part = std::max(*part, aligned(gather_gemm_scratch(gradient_gemm(s, form, ys[y], xs[x]))));
   } else {
-    *part = aligned(gather_gemm_scratch(forward_gemm(s, form)));
+    *part = aligned(gather_gemm_scratch(forward_gemm(s, form, nullptr)));
   }
-  return aligned(static_cast<uint64_t>(gradient ? s.oc : s.ic) * 4) + *part * static_cast<uint64_t>(threads);
+  const int64_t zeros = gradient ? s.oc : zero_floats(forward_gemm(s, form, nullptr));
+  return aligned(static_cast<uint64_t>(zeros) * 4) + *part * static_cast<uint64_t>(threads);
 }
 
 // Attributes behind the shape.
@@ -243,16 +256,15 @@ bool conv_run(const Call& call) {
     winograd(w, call.pool, call.as<char>(scratch));
     return true;
   }
-  GatherGemm g = forward_gemm(s, weight.form);
+  GatherGemm g = forward_gemm(s, weight.form, weight.data);
   g.source = call.as<const float>(0);
-  g.weight = weight;
   g.out = call.as<float>(4);
   g.finish = finish;
   uint64_t part;
   scratch_bytes(s, weight.form, false, threads, &part);
   float* zeros = call.as<float>(scratch);
-  std::fill_n(zeros, s.ic, 0.0f);
-  char* parts = call.as<char>(scratch) + aligned(static_cast<uint64_t>(s.ic) * 4);
+  std::fill_n(zeros, zero_floats(g), 0.0f);
+  char* parts = call.as<char>(scratch) + aligned(static_cast<uint64_t>(zero_floats(g)) * 4);
   call.pool->cut(gather_gemm_units(g, threads));
   call.pool->run([&](int thread) {
     gather_gemm(g, call.pool, thread, true, parts + part * static_cast<uint64_t>(thread), zeros);

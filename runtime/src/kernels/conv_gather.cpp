@@ -1,6 +1,6 @@
 // Convolutions as one GEMM over gathered rows (an "indirect convolution", Dukhan 2019): no column buffer, any stride,
 // padding, dilation and group, forward and input gradient alike. A tile of rows keeps a table of row pointers, one per
-// tap; padding points at zeros.
+// tap; padding points at zeros. Where a tap joins several pixels, those that reach over the edge are copied.
 #include "conv_paths.h"
 #include "gemm_tile.h"
 
@@ -29,6 +29,7 @@ struct Layout {
   int64_t chunks, taps_per_block;  // depth blocks: chunks of a tap, or several taps
   int64_t blocks;
   bool few_rows, pack, resident;
+  int64_t copies;  // of taps that reach over the edge, at most, in a tile
 
   __attribute__((noinline)) explicit Layout(const GatherGemm& g) {
     rows = g.samples * g.rows_axis.count * g.cols_axis.count;
@@ -47,12 +48,25 @@ struct Layout {
     pack = !as_it_lies(g) || (!few_rows && (panels > 1 || g.n % kLanes));
     const int64_t bytes = packed_floats(g) * 4;
     resident = bytes <= kResidentBytes && (bytes <= kNarrowBytes || bytes + tile_rows * depth * 4 <= kTileBytes);
+    int64_t first, last;
+    whole_taps(g).position_range(0, &first, &last);
+    const int64_t line = g.cols_axis.count, over = g.joined > 1 ? line - (last - first) : 0;
+    copies = std::min(tile_rows, (tile_rows / line + 2) * over) * g.rows_axis.taps;
+  }
+  // Whose positions are those from which a tap reads only pixels that exist.
+  static Axis whole_taps(const GatherGemm& g) {
+    Axis axis = g.cols_axis;
+    axis.source -= g.joined - 1;
+    return axis;
   }
   // Whether the weight's rows can be rows of B.
   static bool as_it_lies(const GatherGemm& g) { return !g.gradient && g.weight.by_input(); }
   // In a row's part of the table: a source a tap, the output, the kept slopes.
   int64_t pointers() const { return taps + 2; }
-  int64_t table_bytes() const { return (tile_rows * pointers() * static_cast<int64_t>(sizeof(float*)) + 63) / 64 * 64; }
+  int64_t table_bytes(const GatherGemm& g) const {
+    const int64_t floats = copies * g.k_tap * static_cast<int64_t>(sizeof(float));
+    return (tile_rows * pointers() * static_cast<int64_t>(sizeof(float*)) + floats + 63) / 64 * 64;
+  }
   int64_t packed_floats(const GatherGemm& g) const {
     int64_t cols = vectors * kLanes;
     if (g.group > kResidentBytes / cols || taps * g.k_tap > kResidentBytes / cols / g.group) return kResidentBytes;
@@ -160,16 +174,28 @@ struct Table {
   const float** sources;  // [t·tile_rows + r]
   float** outputs;        // [r]
   const uint8_t** kept;   // [r]
+  float* copies;          // [l.copies][k_tap]
 
   Table(const Layout& l, char* memory)
       : sources(reinterpret_cast<const float**>(memory)),
         outputs(reinterpret_cast<float**>(memory) + l.tile_rows * l.taps),
-        kept(reinterpret_cast<const uint8_t**>(memory) + l.tile_rows * (l.taps + 1)) {}
+        kept(reinterpret_cast<const uint8_t**>(memory) + l.tile_rows * (l.taps + 1)),
+        copies(reinterpret_cast<float*>(reinterpret_cast<float**>(memory) + l.tile_rows * l.pointers())) {}
 };
+
+// What a tap reads that joins the pixels of a line from x on, zeros where they do not exist.
+void copy_tap(const GatherGemm& g, const float* line, int64_t x, float* out) {
+  for (int64_t j = 0; j < g.joined; j++, x++, out += g.source_cols)
+    if (x >= 0 && x < g.cols_axis.source)
+      std::copy_n(line + x * g.source_cols, g.source_cols, out);
+    else
+      std::fill_n(out, g.source_cols, 0.0f);
+}
 
 // The table of rows [row, row + count).
 void gather(const GatherGemm& g, const Layout& l, int64_t row, int64_t count, const Table& table, const float* zeros) {
-  const Axis &ys = g.rows_axis, &xs = g.cols_axis;
+  const Axis &ys = g.rows_axis, &xs = g.cols_axis, whole = Layout::whole_taps(g);
+  float* copy = table.copies;
   for (int64_t done = 0; done < count;) {
     int64_t i = (row + done) % xs.count, line = (row + done) / xs.count;
     int64_t j = line % ys.count, s = line / ys.count, length = std::min(count - done, xs.count - i);
@@ -182,19 +208,27 @@ void gather(const GatherGemm& g, const Layout& l, int64_t row, int64_t count, co
       int64_t y = ys.src_start + j * ys.src_step + ty * ys.tap_step;
       for (int64_t tx = 0; tx < xs.taps; tx++) {
         const float** sources = table.sources + (ty * xs.taps + tx) * l.tile_rows + done;
+        const bool exists = y >= 0 && y < ys.source;
         int64_t first = 0, last = 0;
-        if (y >= 0 && y < ys.source) xs.position_range(tx, &first, &last);
+        if (exists) whole.position_range(tx, &first, &last);
         first = std::clamp(first - i, int64_t{0}, length);
         last = std::clamp(last - i, first, length);
+        const int64_t x = xs.src_start + tx * xs.tap_step + i * xs.src_step;
+        auto over_the_edge = [&](int64_t r) -> const float* {
+          if (!exists || g.joined == 1) return zeros;
+          float* to = copy;
+          copy += g.k_tap;
+          copy_tap(g, g.source + (s * ys.source + y) * xs.source * g.source_cols, x + r * xs.src_step, to);
+          return to;
+        };
         int64_t r = 0;
-        for (; r < first; r++) sources[r] = zeros;
+        for (; r < first; r++) sources[r] = over_the_edge(r);
         if (first < last) {
-          int64_t x = xs.src_start + tx * xs.tap_step + i * xs.src_step;
           const int64_t base = ((s * ys.source + y) * xs.source + x) * g.source_cols,
                         step = xs.src_step * g.source_cols;
           for (; r < last; r++) sources[r] = g.source + (base + r * step);
         }
-        for (; r < length; r++) sources[r] = zeros;
+        for (; r < length; r++) sources[r] = over_the_edge(r);
       }
     }
     done += length;
@@ -219,7 +253,7 @@ class Multiplier {
         f_(g.finish),
         threads_(threads),
         table_(l, scratch),
-        buffer_(reinterpret_cast<float*>(scratch + l.table_bytes())),
+        buffer_(reinterpret_cast<float*>(scratch + l.table_bytes(g))),
         zeros_(zeros),
         sums_(f_.running_sums(thread)) {
     masks_ = f_.slope.kind == SlopeKind::kMask;
@@ -366,7 +400,7 @@ class Multiplier {
 
 uint64_t gather_gemm_scratch(const GatherGemm& g) {
   Layout l(g);
-  return static_cast<uint64_t>(l.table_bytes()) + static_cast<uint64_t>(l.buffer_floats(g)) * 4;
+  return static_cast<uint64_t>(l.table_bytes(g)) + static_cast<uint64_t>(l.buffer_floats(g)) * 4;
 }
 
 int64_t gather_gemm_units(const GatherGemm& g, int threads) {

@@ -80,18 +80,21 @@ struct GatherGemm {
   int64_t out_h, out_w, out_cols;
   int64_t group, k_tap, n;
   WeightView weight;
-  int64_t kernel_w;  // tap (ky, kx) is the weight's tap ky·kernel_w + kx
-  bool gradient;     // B_g[t·k_tap + o, i] = weight[tap, i, g·k_tap + o] · weight_scale[g·k_tap + o]
+  int64_t kernel_w;    // tap (ky, kx) is the weight's tap ky·kernel_w + kx
+  int64_t joined = 1;  // neighbouring source pixels that a tap reads: k_tap counts the channels of all
+  bool gradient;       // B_g[t·k_tap + o, i] = weight[tap, i, g·k_tap + o] · weight_scale[g·k_tap + o]
   const float* weight_scale;
   Finish finish;
 };
+// What stands for a source pixel outside, or for all that a tap reads.
+inline int64_t zero_floats(const GatherGemm& g) { return g.source_cols * g.joined; }
 // Bytes of scratch that each thread needs.
 uint64_t gather_gemm_scratch(const GatherGemm& g);
 // The units that threads share: pool->cut() them. The parts of the rows that have running sums of their own.
 int64_t gather_gemm_units(const GatherGemm& g, int threads);
 int64_t gather_gemm_parts(const GatherGemm& g, int threads);
-// `scratch` is this thread's, `zeros` has source_cols zeros. Every thread calls it with its number. Not `shared`: each
-// does its own units, its number is the part of its sums.
+// `scratch` is this thread's, `zeros` has zero_floats() zeros. Every thread calls it with its number. Not `shared`:
+// each does its own units, its number is the part of its sums.
 void gather_gemm(const GatherGemm& g, ThreadPool* pool, int thread, bool shared, char* scratch, const float* zeros);
 
 // 3×3 taps, stride and dilation 1, one group: out[s, y, x, c] = Σ source[s, y − pad_y + ky, x − pad_x + kx, k] · B[ky,

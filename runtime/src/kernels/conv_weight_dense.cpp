@@ -1,10 +1,11 @@
 // Weight gradient from float32 or bf16 by GEMM: G[taps · ic/g, oc/g] = Colᵀ·dY, where Col holds the input values that
 // the output rows read.
 //
-// A 1×1 convolution on float32 multiplies X as it lies in memory. Everything else gathers (and widens) a tile of output
-// rows and as many taps at once as give the GEMM enough columns. Small gradients are summed by each thread over its own
-// rows, in partial sums that are added up in the order of the threads; for large ones the threads share the output
-// channels (or input channels, or groups).
+// A 1×1 convolution on float32 multiplies X as it lies in memory. Of few channels (an image's), some lines are copied
+// with zeros around them, where all taps of neighbouring outputs lie equally far apart. Everything else gathers (and
+// widens) a tile of output rows and as many taps at once as give the GEMM enough columns. Small gradients are summed by
+// each thread over its own rows, in partial sums that are added up in the order of the threads; for large ones the
+// threads share the output channels (or input channels, or groups).
 #include "conv_weight.h"
 #include "product.h"
 
@@ -15,12 +16,25 @@ constexpr int64_t kTileFloats = 64 << 10;  // of gathered input a thread
 constexpr int64_t kTileColumns = 512;      // wide enough for the GEMM
 constexpr int64_t kMaxTileRows = 1024;
 constexpr int64_t kPartialElements = 64 << 10;  // gradients up to this size are summed by rows
+constexpr int64_t kFewChannels = 16;
+
+// Lines of X from which some lines of dY's map are met.
+struct Lines {
+  static constexpr int64_t kFloats = 4096;  // of them, if there is room for more than one of dY's
+  int64_t count, pitch;                     // lines of dY at once; floats of a line of X
+
+  explicit Lines(const ConvShape& s) : pitch(((s.ow - 1) * s.sw + s.kw) * s.ic) {
+    count = std::clamp<int64_t>((kFloats / pitch - height(s, 1)) / s.sh + 1, 1, s.oh);
+  }
+  int64_t height(const ConvShape& s, int64_t lines) const { return (lines - 1) * s.sh + (s.kh - 1) * s.dh + 1; }
+};
 
 struct Shares {
   int64_t taps;       // at once: 1, or whole kernel rows
   int64_t tile_rows;  // output rows a tile
   bool direct;        // no tile: X as it lies
   bool by_rows;       // threads share output rows, else channels
+  bool by_lines;      // whole lines of them
 
   Shares(const ConvShape& s, const PackedLayout& x) {
     const int64_t row_columns = s.kw * (s.ic / s.group);
@@ -28,12 +42,18 @@ struct Shares {
     taps = row_columns > kTileColumns ? 1 : s.kw * std::min(s.kh, kTileColumns / row_columns);
     tile_rows = std::clamp<int64_t>(kTileFloats / (taps * (s.ic / s.group)), 16, kMaxTileRows);
     by_rows = s.w_elements() <= kPartialElements;
+    by_lines = by_rows && x.form == kDense && s.group == 1 && s.dw == 1 && s.kw > 1 && s.ic <= kFewChannels;
   }
   int64_t gathered_floats(const ConvShape& s) const {
+    if (by_lines) {
+      const Lines lines(s);
+      return (lines.height(s, lines.count) * lines.pitch + 15) / 16 * 16;
+    }
     return direct ? 0 : (tile_rows * taps * (s.ic / s.group) + 15) / 16 * 16;
   }
   // Of each thread: gathered inputs, then the product's scratch.
-  int64_t thread_floats(const ConvShape& s) const {
+  __attribute__((noinline)) int64_t thread_floats(const ConvShape& s) const {
+    if (by_lines) return gathered_floats(s);
     const int64_t ic = s.ic / s.group, columns = direct ? ic : taps * ic;
     const int64_t rows = direct ? s.n * s.oh * s.ow : tile_rows;
     const TransposedProduct product(columns, s.oc / s.group, rows, columns, s.oc, s.oc);
@@ -81,6 +101,37 @@ void gather(const ConvShape& s, const T* x, int64_t group, int64_t tap, int64_t 
       ox = 0;
       if (++oy == s.oh) oy = 0, image += s.ih * s.iw * s.ic;
     }
+  }
+}
+
+// tile[height][pitch] = X's lines from `first` on and its columns from −pl on, 0 outside the map.
+__attribute__((noinline)) void copy_lines(const ConvShape& s, const float* image, int64_t first, int64_t height,
+                                          int64_t pitch, float* tile) {
+  const int64_t left = std::min(pitch, s.pl * s.ic), width = std::min(pitch - left, s.iw * s.ic);
+  for (int64_t y = first; y < first + height; y++, tile += pitch) {
+    if (y < 0 || y >= s.ih) {
+      std::fill_n(tile, pitch, 0.f);
+      continue;
+    }
+    std::fill_n(tile, left, 0.f);
+    std::copy_n(image + y * s.iw * s.ic, width, tile + left);
+    std::fill_n(tile + left + width, pitch - left - width, 0.f);
+  }
+}
+
+// G of the output lines [begin, end), counted over all samples.
+void lines_gradient(const WeightGradient& call, int64_t begin, int64_t end, float* tile, float* g) {
+  const ConvShape& s = call.shape;
+  const Lines how(s);
+  const int64_t row = s.kw * s.ic;  // of the kernel
+  for (int64_t line = begin; line < end;) {
+    const int64_t sample = line / s.oh, y = line % s.oh, count = std::min({how.count, end - line, s.oh - y});
+    copy_lines(s, static_cast<const float*>(call.x) + sample * s.ih * s.iw * s.ic, y * s.sh - s.pt,
+               how.height(s, count), how.pitch, tile);
+    for (int64_t j = 0; j < count; j++, line++)
+      for (int64_t ky = 0; ky < s.kh; ky++)
+        product(row, s.oc, s.ow, tile + (j * s.sh + ky * s.dh) * how.pitch, 1, s.sw * s.ic,
+                {call.dy + line * s.ow * s.oc, s.oc, 0}, line > begin, g + ky * row * s.oc, s.oc);
   }
 }
 
@@ -153,7 +204,9 @@ bool dense_weight_run(const WeightGradient& call) {
     Share share{0, rows, 0, s.group, 0, ic, 0, oc};
     if (how.by_rows) {
       float* g = thread ? partials + (thread - 1) * s.w_elements() : call.g;
-      if (part(rows, 1, &share.row_begin, &share.row_end))
+      if (how.by_lines && part(s.n * s.oh, 1, &share.row_begin, &share.row_end))
+        lines_gradient(call, share.row_begin, share.row_end, tile, g);
+      else if (!how.by_lines && part(rows, 1, &share.row_begin, &share.row_end))
         share_gradient(call, how, share, tile, g);
       else
         std::fill_n(g, s.w_elements(), 0.f);
