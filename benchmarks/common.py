@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import platform
 import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,12 +91,19 @@ class Worker:
         arguments: of ``benchmarks.worker``: system, model, options.
         python: interpreter to run it with, for a system in an environment of its own.
         timeout: seconds to wait for an answer.
+        environment: what the process has besides this one's.
 
     Raises:
         WorkerError: the system could not be set up.
     """
 
-    def __init__(self, *arguments: str, python: str | Path = sys.executable, timeout: float = 900.0) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        python: str | Path = sys.executable,
+        timeout: float = 900.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.timeout = timeout
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -105,6 +113,7 @@ class Worker:
             stderr=self.errors,
             text=True,
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
         )
         self.setup = self._answer()
 

@@ -20,11 +20,13 @@ PAUSE = 0.02  # seconds before each step: thread pools of the system before it m
 
 @dataclass(frozen=True)
 class Case:
-    """A system to measure: its name in tables, and what ``benchmarks.worker`` is given for it."""
+    """A system to measure: its name in tables, and what ``benchmarks.worker`` is given for it: options, and names and
+    values that its environment has besides."""
 
     label: str
     system: str
     options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -74,7 +76,8 @@ def _start(case: Case, model: str, common: Sequence[str], timeout: float) -> Wor
             python = ort_training.environment()
         except RuntimeError as error:
             raise WorkerError(str(error)) from error
-    return Worker(case.system, model, *common, *case.options, python=python, timeout=timeout)
+    arguments = (case.system, model, *common, *case.options)
+    return Worker(*arguments, python=python, timeout=timeout, environment=dict(case.environment))
 
 
 def take_turns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +10,8 @@ import pytest
 
 from benchmarks import common, growth, suite_report, turns
 from benchmarks.growth import SPARSITIES, curves_of, errors_of, point, table
+from benchmarks.instruction_sets import cases as isa_cases
+from benchmarks.instruction_sets import row
 from benchmarks.plots import STYLES, growth_curves, memory_against_time, thread_bars
 from benchmarks.suite import CASES
 from benchmarks.suite_report import HEADER, floor_seconds, loss_remarks, profile_table, system_rows
@@ -162,6 +165,24 @@ def test_a_system_that_cannot_run_does_not_stop_the_others(tmp_path: Path) -> No
     assert [r.label for r in results] == ["no bundle", "no file"]
     assert results[0].error is not None and "absent" in results[0].error and "\n" not in results[0].error
     assert results[1].error is not None and results[1].error != results[0].error
+
+
+def test_a_case_has_its_own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"  # stands in for the interpreter: its setup is what it finds in the environment
+    python.write_text('#!/bin/sh\necho "{\\"error\\": \\"isa $EDGE_RAZOR_ISA\\"}"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("EDGE_RAZOR_ISA", "inherited")
+    own = Case("own", "edge-razor", (), (("EDGE_RAZOR_ISA", "avx2"),))
+    assert [r.error for r in take_turns([own, Case("none", "torch")], "m", (), 1, 0)] == ["isa avx2", "isa inherited"]
+
+
+def test_a_row_of_instruction_sets() -> None:
+    ours, exact, eager, last = (Measured("", "", [seconds]) for seconds in (0.2, 0.25, 0.5, 0.4))
+    assert row("m", "avx2", [ours, exact, eager, last])[1:] == ("AVX2", "0.200", "0.250", "0.400", "2.00x", "1.60x")
+    lacking = Measured("", "", error="avx512: not | here")
+    assert row("m", "avx512", [lacking, exact, eager, last]) == ("m", "AVX-512", "avx512: not / here", *4 * "–")
+    assert [dict(case.environment).get("EDGE_RAZOR_ISA") for case in isa_cases("avx2")] == ["avx2", "avx2", None, None]
 
 
 @pytest.mark.parametrize(("settle", "counted"), [(0.0, [3.0, 4.0]), (2.5, [4.0, 6.0])])
