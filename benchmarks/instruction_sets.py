@@ -69,7 +69,8 @@ def main() -> None:
         "python dev.py bench instruction_sets",
         "Medians of the systems in turns; PyTorch in the better of its memory formats, held to the same instructions "
         "by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS; the last columns are its time over "
-        "ours. All on this processor: one without AVX2 is slower in other ways, too.\n\n"
+        "ours. All on this processor: one without AVX2 is slower in other ways, too. Whether MKL, which makes "
+        "PyTorch's matrix products, heeds its variable is not known: ViT-Tiny was hardly slower with it.\n\n"
         + markdown_table(header, rows),
         "torch",
     )
