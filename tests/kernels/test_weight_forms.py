@@ -23,16 +23,8 @@ LINEAR = {
 # The way from a weight's element to the product is what the forms change: one case of each kernel's path suffices.
 OTHERS = (
     *("pointwise_strided", "first_layer", "k3_deep", "stride_above_kernel", "mixed_strides", "dilated_strided"),
-    *(
-        "one_channel",
-        "joined_beyond_the_depth",
-        "winograd_odd",
-        "winograd_chunks",
-        "winograd_asymmetric",
-        "groups",
-        "groups_odd",
-        "groups_wide",
-    ),
+    *("one_channel", "winograd_odd", "winograd_chunks", "winograd_asymmetric", "groups", "groups_odd", "groups_wide"),
+    "joined_beyond_the_depth",
 )
 ALL = {**LINEAR, **{name: CASES[name] for name in OTHERS}}
 

@@ -25,12 +25,6 @@ std::string weight_form_error(const ConvShape& s, int64_t form) {
   return form != kHwio && is_depthwise(s) ? "a depthwise convolution takes W as HWIO" : "";
 }
 
-// Few channels: the taps of a kernel row, which lie side by side in X and in W, are read as one.
-bool joins_taps(const ConvShape& s) {
-  constexpr int64_t kFewChannels = 16;
-  return s.group == 1 && s.dw == 1 && s.kw > 1 && s.ic <= kFewChannels;
-}
-
 GatherGemm forward_gemm(const ConvShape& s, int64_t form, const void* weight) {
   GatherGemm g{};
   g.rows_axis = forward_axis(s.ih, s.oh, s.kh, s.sh, s.pt, s.dh);
@@ -51,7 +45,7 @@ GatherGemm forward_gemm(const ConvShape& s, int64_t form, const void* weight) {
   g.n = s.oc / s.group;
   g.kernel_w = s.kw;
   g.weight = weight_view(s, form, weight);
-  if (joins_taps(s)) {
+  if (s.joins_taps()) {
     g.joined = s.kw;
     g.cols_axis.taps = g.kernel_w = 1;
     g.k_tap = s.kw * s.ic;

@@ -22,6 +22,11 @@ struct ConvShape {
   bool pointwise() const {
     return kh == 1 && kw == 1 && sh == 1 && sw == 1 && pt == 0 && pl == 0 && oh == ih && ow == iw && group == 1;
   }
+  // Few channels: the taps of a kernel row, which lie side by side in X and in W, are read as one.
+  bool joins_taps() const {
+    constexpr int64_t kFewChannels = 16;
+    return group == 1 && dw == 1 && kw > 1 && ic <= kFewChannels;
+  }
   // Every output channel reads one input channel.
   bool depthwise() const { return group == ic && group > 1; }
 };

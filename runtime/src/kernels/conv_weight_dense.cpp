@@ -16,7 +16,6 @@ constexpr int64_t kTileFloats = 64 << 10;  // of gathered input a thread
 constexpr int64_t kTileColumns = 512;      // wide enough for the GEMM
 constexpr int64_t kMaxTileRows = 1024;
 constexpr int64_t kPartialElements = 64 << 10;  // gradients up to this size are summed by rows
-constexpr int64_t kFewChannels = 16;
 
 // Lines of X from which some lines of dY's map are met.
 struct Lines {
@@ -42,7 +41,7 @@ struct Shares {
     taps = row_columns > kTileColumns ? 1 : s.kw * std::min(s.kh, kTileColumns / row_columns);
     tile_rows = std::clamp<int64_t>(kTileFloats / (taps * (s.ic / s.group)), 16, kMaxTileRows);
     by_rows = s.w_elements() <= kPartialElements;
-    by_lines = by_rows && x.form == kDense && s.group == 1 && s.dw == 1 && s.kw > 1 && s.ic <= kFewChannels;
+    by_lines = by_rows && x.form == kDense && s.joins_taps();
   }
   int64_t gathered_floats(const ConvShape& s) const {
     if (by_lines) {
@@ -204,12 +203,12 @@ bool dense_weight_run(const WeightGradient& call) {
     Share share{0, rows, 0, s.group, 0, ic, 0, oc};
     if (how.by_rows) {
       float* g = thread ? partials + (thread - 1) * s.w_elements() : call.g;
-      if (how.by_lines && part(s.n * s.oh, 1, &share.row_begin, &share.row_end))
-        lines_gradient(call, share.row_begin, share.row_end, tile, g);
-      else if (!how.by_lines && part(rows, 1, &share.row_begin, &share.row_end))
-        share_gradient(call, how, share, tile, g);
-      else
+      if (!part(how.by_lines ? s.n * s.oh : rows, 1, &share.row_begin, &share.row_end))
         std::fill_n(g, s.w_elements(), 0.f);
+      else if (how.by_lines)
+        lines_gradient(call, share.row_begin, share.row_end, tile, g);
+      else
+        share_gradient(call, how, share, tile, g);
       return;
     }
     const bool work = s.group > 1                ? part(s.group, 1, &share.group_begin, &share.group_end)
