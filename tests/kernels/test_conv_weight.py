@@ -69,6 +69,10 @@ GEOMETRIES = {
     "3x3 stride 2": Geometry(ih=13, iw=15, ic=18, oc=9, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
     "3x3 without padding": Geometry(ih=9, iw=9, ic=6, oc=9, kh=3, kw=3),
     "large gradient": Geometry(n=1, ih=6, iw=5, ic=72, oc=112, kh=3, kw=3, pads=(1, 1, 1, 1)),
+    "large gradient, stride 2": Geometry(
+        n=2, ih=13, iw=11, ic=75, oc=110, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)
+    ),
+    "large gradient of many taps": Geometry(n=1, ih=9, iw=12, ic=21, oc=190, kh=4, kw=5, pads=(1, 2, 2, 0)),
     "1x1 stride 2": Geometry(ih=15, iw=8, ic=21, oc=22, stride=(2, 2)),
     "1x1 padded": Geometry(ih=5, iw=4, ic=4, oc=3, pads=(1, 0, 0, 2)),
     "asymmetric": Geometry(ih=11, iw=17, ic=5, oc=7, kh=2, kw=5, stride=(3, 1), pads=(0, 1, 1, 3)),
@@ -91,6 +95,12 @@ GEOMETRIES = {
     "3x3 of many small maps": Geometry(n=11, ih=7, iw=7, ic=70, oc=40, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "3x3 of many blocks": Geometry(n=2, ih=29, iw=30, ic=10, oc=140, kh=3, kw=3, pads=(1, 1, 1, 1)),
     "nine classes of positions": Geometry(n=2, ih=16, iw=14, ic=9, oc=20, kh=5, kw=4, stride=(3, 3), pads=(2, 1, 2, 1)),
+    "strides that dilations divide": Geometry(
+        n=3, ih=23, iw=26, ic=6, oc=18, kh=3, kw=4, stride=(4, 2), dilation=(2, 2), pads=(2, 1, 3, 2)
+    ),
+    "classes of positions whose taps lie far apart": Geometry(
+        n=2, ih=70, iw=2, ic=5, oc=7, kh=2, kw=3, stride=(1, 3), dilation=(1, 2000), pads=(0, 2000, 0, 1999)
+    ),
     "3x3 stride 2 of one pixel": Geometry(n=9, ih=1, iw=1, ic=5, oc=20, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
     "3x3 stride 2 of many blocks": Geometry(
         n=6, ih=20, iw=22, ic=20, oc=40, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)

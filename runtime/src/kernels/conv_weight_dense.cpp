@@ -5,7 +5,8 @@
 // with zeros around them, where all taps of neighbouring outputs lie equally far apart. Everything else gathers (and
 // widens) a tile of output rows and as many taps at once as give the GEMM enough columns. Small gradients are summed by
 // each thread over its own rows, in partial sums that are added up in the order of the threads; for large ones the
-// threads share the output channels (or input channels, or groups).
+// threads share the columns of Col, so that none gathers what another does, or groups, or, if there are more of them,
+// output channels.
 #include "conv_weight.h"
 #include "product.h"
 
@@ -42,6 +43,14 @@ struct Shares {
     tile_rows = std::clamp<int64_t>(kTileFloats / (taps * (s.ic / s.group)), 16, kMaxTileRows);
     by_rows = s.w_elements() <= kPartialElements;
     by_lines = by_rows && x.form == kDense && s.joins_taps();
+  }
+  // Of columns [column, end) of [taps][ic/g], those that are gathered at once: whole kernel rows, or taps of one, or
+  // part of a tap.
+  int64_t columns_at_once(const ConvShape& s, int64_t column, int64_t end) const {
+    const int64_t ic = s.ic / s.group, x = column / ic % s.kw, whole = (end - column) / ic;
+    if (column % ic || !whole) return std::min(ic - column % ic, end - column);
+    const int64_t most = std::min(taps, whole), rows = x ? 0 : most / s.kw;
+    return ic * (rows ? rows * s.kw : std::min(most, s.kw - x));
   }
   int64_t gathered_floats(const ConvShape& s) const {
     if (by_lines) {
@@ -137,7 +146,7 @@ void lines_gradient(const WeightGradient& call, int64_t begin, int64_t end, floa
 // What one thread computes: G (or a partial sum of it) over output rows, convolution groups, input and output channels
 // within the group.
 struct Share {
-  int64_t row_begin, row_end, group_begin, group_end, c_begin, c_end, k_begin, k_end;
+  int64_t row_begin, row_end, group_begin, group_end, c_begin, c_end, k_begin, k_end;  // c: of [taps][ic/g]
 };
 
 void share_gradient(const WeightGradient& call, const Shares& how, const Share& share, float* tile, float* g) {
@@ -152,8 +161,9 @@ void share_gradient(const WeightGradient& call, const Shares& how, const Share& 
     return;
   }
   for (int64_t group = share.group_begin; group < share.group_end; group++)
-    for (int64_t tap = 0; tap < s.taps(); tap += how.taps) {
-      const int64_t taps = std::min(how.taps, s.taps() - tap);
+    for (int64_t column = share.c_begin, columns; column < share.c_end; column += columns) {
+      columns = how.columns_at_once(s, column, share.c_end);
+      const int64_t tap = column / ic, c = column % ic, taps = (c + columns + ic - 1) / ic;
       for (int64_t row = share.row_begin; row < share.row_end; row += how.tile_rows) {
         const int64_t end = std::min(share.row_end, row + how.tile_rows);
         if (call.x_layout.form == kDense)
@@ -161,10 +171,8 @@ void share_gradient(const WeightGradient& call, const Shares& how, const Share& 
         else
           gather(s, KeptReader(call.x_layout, call.x).half_row(0), group, tap, taps, row, end, tile);
         const int64_t first = group * oc + share.k_begin;
-        const int64_t columns = s.taps() == 1 ? share.c_end - share.c_begin : taps * ic;
         TransposedProduct(columns, k, end - row, taps * ic, s.oc, s.oc)
-            .run(tile + share.c_begin, call.dy + row * s.oc + first, row > share.row_begin,
-                 g + (tap * ic + share.c_begin) * s.oc + first, scratch);
+            .run(tile + c, call.dy + row * s.oc + first, row > share.row_begin, g + column * s.oc + first, scratch);
       }
     }
 }
@@ -200,7 +208,7 @@ bool dense_weight_run(const WeightGradient& call) {
       *end = std::min(items, chunks * (thread + 1) / threads * grain);
       return *begin < *end;
     };
-    Share share{0, rows, 0, s.group, 0, ic, 0, oc};
+    Share share{0, rows, 0, s.group, 0, s.taps() * ic, 0, oc};
     if (how.by_rows) {
       float* g = thread ? partials + (thread - 1) * s.w_elements() : call.g;
       if (!part(how.by_lines ? s.n * s.oh : rows, 1, &share.row_begin, &share.row_end))
@@ -211,9 +219,9 @@ bool dense_weight_run(const WeightGradient& call) {
         share_gradient(call, how, share, tile, g);
       return;
     }
-    const bool work = s.group > 1                ? part(s.group, 1, &share.group_begin, &share.group_end)
-                      : s.taps() == 1 && ic > oc ? part(ic, 16, &share.c_begin, &share.c_end)
-                                                 : part(oc, 16, &share.k_begin, &share.k_end);
+    const bool work = s.group > 1          ? part(s.group, 1, &share.group_begin, &share.group_end)
+                      : s.taps() * ic > oc ? part(s.taps() * ic, 16, &share.c_begin, &share.c_end)
+                                           : part(oc, 16, &share.k_begin, &share.k_end);
     if (work) share_gradient(call, how, share, tile, call.g);
   });
   if (how.by_rows && threads > 1) add_partials(call, call.g, partials, threads - 1);

@@ -4,8 +4,8 @@
 //   value · dY[row, :]
 //
 // Positions of X fall into classes by their remainders modulo the strides. Those of one class meet dY through the same
-// taps, and neighbours in X meet neighbours in dY. For some blocks of X, a class and a tile of output channels, the
-// part of dY's map that is met is copied with zeros around it; there tap (r, c) of a position lies a constant distance
+// taps, and neighbours in X meet neighbours in dY. For some blocks of X and a tile of output channels, the part of dY's
+// map that any class meets is copied with zeros around it; there tap (r, c) of a position lies a constant distance
 // before its first tap. So one walk over a column's kept values, whose mask words are decoded once for all tiles,
 // serves up to nine taps, while the sums of these taps stay in registers for all the blocks.
 //
@@ -60,6 +60,10 @@ TapSet tap_set(int64_t first, int64_t taps, int64_t stride, int64_t dilation) {
   return {first, step, first < step ? (taps - first + step - 1) / step : 0, dilation / common};
 }
 
+// Whether the first taps of classes meet nearly the same: position i's is i / stride for every one of them, or there is
+// only one. (Otherwise they may lie far apart.)
+bool meet_alike(int64_t stride, int64_t dilation) { return stride % dilation == 0 || dilation % stride == 0; }
+
 struct Class {
   TapSet y, x;
   // Of the largest walks. The last columns may be walked with more rows than the first: two where three are too many.
@@ -103,32 +107,34 @@ struct Tiling {
   __attribute__((cold, noinline)) explicit Tiling(const ConvShape& s) {
     const int64_t taps = s.taps();
     int most = 1;
-    int64_t rows = 0;  // of the slab that one block can need
+    int height = 1, width = 1;
+    const bool together = meet_alike(s.sh, s.dh) && meet_alike(s.sw, s.dw);
     classes = 0;
     each_class(s, [&](const Class& c) {
-      classes = std::min<int64_t>(kMostClasses, classes + 1);
-      c.each_walk([&](int64_t, int64_t, int height, int width) { most = std::max(most, height * width); });
-      const int64_t lines = std::min(kBlockRows, 62 / s.iw + 2);  // that a block touches
-      const int64_t across = std::min(s.iw, s.iw < kWideMap ? s.iw : kBlockRows) + c.columns() - 1;
-      const int64_t down = s.iw < kWideMap ? lines + c.rows() - 1 : lines * c.rows();
-      rows = std::max(rows, across * down);
+      classes = std::min<int64_t>(together ? kMostClasses : 1, classes + 1);
+      c.each_walk([&](int64_t, int64_t, int rows, int columns) { most = std::max(most, rows * columns); });
+      height = std::max(height, c.rows()), width = std::max(width, c.columns());
     });
+    const bool wide = s.iw >= kWideMap;
+    const int64_t lines = std::min(kBlockRows, 62 / s.iw + 2);  // that a block touches
+    const int64_t across = (wide ? kBlockRows : s.iw) + width - 1;
+    const int64_t down = wide ? lines * height : lines + height - 1;
     const int64_t all = (s.oc / s.group + kLanes - 1) / kLanes,
                   parts = (all + most_vectors(most) - 1) / most_vectors(most);
     vectors = (all + parts - 1) / parts;
-    const int64_t width = vectors * kLanes, group = taps * width * kGroupColumns;  // floats of G of a column group
+    const int64_t floats = vectors * kLanes, group = taps * floats * kGroupColumns;  // of G of a column group
     columns = std::clamp(kGradientFloats / group * kGroupColumns, kGroupColumns, kColumns);
-    tiles = std::clamp<int64_t>(kGradientFloats / (taps * columns * width), 1, parts);
-    slab = std::max(kSlabFloats, rows * width);
-    g = tiles * taps * columns * width;
+    tiles = std::clamp<int64_t>(kGradientFloats / (taps * columns * floats), 1, parts);
+    slab = std::max(kSlabFloats, across * down * floats);  // one block always fits
+    g = tiles * taps * columns * floats;
   }
   int64_t width() const { return vectors * kLanes; }
   int64_t value_floats() const { return classes * columns * kList; }
   int64_t place_floats() const { return (value_floats() / 2 + 15) / 16 * 16; }
-  int64_t position_floats() const;
+  static int64_t position_floats(int64_t classes);
   // Of one thread's scratch, a multiple of a cache line.
   int64_t floats() const {
-    return (slab + g + value_floats() + place_floats() + position_floats() + kGroupValues +
+    return (slab + g + value_floats() + place_floats() + position_floats(classes) + kGroupValues +
             kMostBlocks * kSums * kLanes + 15) /
            16 * 16;
   }
@@ -137,75 +143,97 @@ struct Tiling {
 // Neighbouring positions of a class on one line of a block: row, row + stride, … of the block. The first meets line y
 // and column x of dY through the class's first tap.
 struct Run {
-  int32_t row, count;
-  int64_t y, x;
+  int32_t row, count, y, x;
 };
 
-// The positions of one class in some blocks, and where the slab holds what they meet.
-struct Positions {
-  struct Piece {  // of dY's map: lines from y on, columns from x on
-    int64_t sample, y, x, lines;
-    int64_t slab;  // its first row there
+// The part of dY's map that the positions of some blocks meet, those of all classes that are walked together, and where
+// the slab holds it.
+struct Map {
+  struct Piece {  // lines from y on, columns [x, end)
+    int32_t sample, y, x, end, lines;
+    int32_t slab;  // its first row there
   };
+  static constexpr int64_t kMostPieces = kMostBlocks * kBlockRows;
+  int rows, columns;  // of the largest walks
+  int n_pieces;
+  int64_t n_positions;  // of all classes
+  int64_t pitch;        // slab rows of a line
+  int64_t slab;         // … in all
+  Piece pieces[kMostPieces];
+
+  void clear() { n_pieces = 0, n_positions = 0; }
+  // The piece that holds columns [x, x_end) of line y. A line that follows another, or goes on where a block ended,
+  // shares its piece; on a wide map only what classes meet through the same line of X, whose piece is `mine`, does.
+  int add(bool wide, int mine, int32_t sample, int32_t y, int32_t x, int32_t x_end) {
+    const int at = wide ? mine : n_pieces - 1;
+    if (at >= 0 && pieces[at].sample == sample && y - (pieces[at].y + pieces[at].lines - 1) <= !wide) {
+      Piece& p = pieces[at];
+      p.lines = y - p.y + 1, p.x = std::min(p.x, x), p.end = std::max(p.end, x_end);
+      return at;
+    }
+    pieces[n_pieces] = {sample, y, x, x_end, 1, 0};
+    return n_pieces++;
+  }
+  void lay_out(bool wide) {
+    int32_t left = INT32_MAX, right = INT32_MIN, longest = 0;
+    for (int p = 0; p < n_pieces; p++) {
+      left = std::min(left, pieces[p].x), right = std::max(right, pieces[p].end);
+      longest = std::max(longest, pieces[p].end - pieces[p].x);
+    }
+    pitch = n_pieces ? (wide ? longest : right - left) + columns - 1 : 0;
+    slab = 0;
+    for (int p = 0; p < n_pieces; p++) {
+      if (!wide) pieces[p].x = left;
+      pieces[p].slab = static_cast<int32_t>(slab);
+      slab += (pieces[p].lines + rows - 1) * pitch;
+    }
+  }
+};
+
+// The positions of one class in some blocks.
+struct Positions {
   Class c;
-  int rows, columns;  // of its largest walks
-  int n_blocks, n_runs, n_pieces, n_positions;
+  int n_blocks, n_runs, n_positions;
   int end[kMostBlocks];                                              // of a block's runs
   static constexpr int64_t kMostRuns = kMostPositions + kBlockRows;  // with a block that turns out to be too many
   Run runs[kMostRuns];
   uint16_t piece_of[kMostRuns];  // of a run
-  Piece pieces[kMostRuns];
-  int64_t pitch;  // slab rows of a line
-  int64_t slab;   // rows in all
 
-  void start(const Class& of) { c = of, rows = c.rows(), columns = c.columns(), clear(); }
-  void clear() { n_blocks = n_runs = n_pieces = n_positions = 0; }
-
-  // Appends the class's positions in rows [begin, end) of a sample.
-  void add_block(const ConvShape& s, int64_t sample, int64_t begin, int64_t row_end) {
-    for (int64_t at = begin, next; at < row_end; at = next) {
-      const int64_t iy = at / s.iw, ix = at - iy * s.iw;
-      const int64_t y = iy + s.pt - c.y.first * s.dh, x0 = ix + s.pl - c.x.first * s.dw;
-      next = std::min(row_end, (iy + 1) * s.iw);
-      const int64_t skip = ((-x0) % s.sw + s.sw) % s.sw;
-      if (y % s.sh || at + skip >= next) continue;
-      runs[n_runs] = {static_cast<int32_t>(at + skip - begin),
-                      static_cast<int32_t>((next - at - skip + s.sw - 1) / s.sw), y / s.sh, (x0 + skip) / s.sw};
-      n_positions += runs[n_runs].count;
-      Piece* last = n_pieces ? &pieces[n_pieces - 1] : nullptr;
-      // A line that follows another, or goes on where a block ended, shares its piece.
-      if (last && s.iw < kWideMap && last->sample == sample && runs[n_runs].y - (last->y + last->lines - 1) <= 1)
-        last->lines = runs[n_runs].y - last->y + 1;
-      else
-        pieces[n_pieces++] = {sample, runs[n_runs].y, runs[n_runs].x, 1, 0};
-      piece_of[n_runs++] = static_cast<uint16_t>(n_pieces - 1);
-    }
-    end[n_blocks++] = n_runs;
-  }
-  // Lays out the slab.
-  void lay_out(const ConvShape& s) {
-    int64_t left = INT64_MAX, right = INT64_MIN, longest = 0;
-    for (int q = 0; q < n_runs; q++) {
-      left = std::min(left, runs[q].x), right = std::max(right, runs[q].x + runs[q].count);
-      longest = std::max<int64_t>(longest, runs[q].count);
-    }
-    const bool wide = s.iw >= kWideMap;
-    pitch = n_runs ? (wide ? longest : right - left) + columns - 1 : 0;
-    slab = 0;
-    for (int p = 0; p < n_pieces; p++) {
-      if (!wide) pieces[p].x = left;
-      pieces[p].slab = slab;
-      slab += (pieces[p].lines + rows - 1) * pitch;
-    }
-  }
+  void clear() { n_blocks = n_runs = n_positions = 0; }
   // Slab row of a run's first position and first tap.
-  int64_t place(int run) const {
-    const Piece& piece = pieces[piece_of[run]];
-    return piece.slab + (runs[run].y - piece.y + rows - 1) * pitch + runs[run].x - piece.x + columns - 1;
+  int64_t place(const Map& map, int run) const {
+    const Map::Piece& piece = map.pieces[piece_of[run]];
+    return piece.slab + (runs[run].y - piece.y + map.rows - 1) * map.pitch + runs[run].x - piece.x + map.columns - 1;
   }
 };
 
-int64_t Tiling::position_floats() const { return (classes * static_cast<int64_t>(sizeof(Positions)) + 63) / 64 * 16; }
+// Appends the positions of n_classes classes in rows [begin, row_end) of a sample.
+void add_block(const ConvShape& s, int n_classes, int32_t sample, int64_t begin, int64_t row_end, Positions* classes,
+               Map* map) {
+  const bool wide = s.iw >= kWideMap;
+  for (int64_t row = begin, next; row < row_end; row = next) {
+    const int64_t iy = row / s.iw, ix = row - iy * s.iw;
+    next = std::min(row_end, (iy + 1) * s.iw);
+    int piece = -1;
+    for (int i = 0; i < n_classes; i++) {
+      Positions& at = classes[i];
+      const int64_t y = iy + s.pt - at.c.y.first * s.dh, x0 = ix + s.pl - at.c.x.first * s.dw;
+      const int64_t skip = ((-x0) % s.sw + s.sw) % s.sw;
+      if (y % s.sh || row + skip >= next) continue;
+      const auto count = static_cast<int32_t>((next - row - skip + s.sw - 1) / s.sw);
+      const auto line = static_cast<int32_t>(y / s.sh), x = static_cast<int32_t>((x0 + skip) / s.sw);
+      piece = map->add(wide, piece, sample, line, x, x + count);
+      at.runs[at.n_runs] = {static_cast<int32_t>(row + skip - begin), count, line, x};
+      at.piece_of[at.n_runs++] = static_cast<uint16_t>(piece);
+      at.n_positions += count, map->n_positions += count;
+    }
+  }
+  for (int i = 0; i < n_classes; i++) classes[i].end[classes[i].n_blocks++] = classes[i].n_runs;
+}
+
+int64_t Tiling::position_floats(int64_t classes) {
+  return (classes * static_cast<int64_t>(sizeof(Positions)) + static_cast<int64_t>(sizeof(Map)) + 63) / 64 * 16;
+}
 
 // For each row of a block: the class (kMostClasses: none) and slab row of the position; and the rows of class 0.
 struct Places {
@@ -217,11 +245,12 @@ struct Places {
 // What one thread works in.
 struct Workspace {
   float* slab;
-  float* g;                                // [tiles][columns][taps][vectors · kLanes]
-  float* totals;                           // [blocks][taps of a walk][vectors · kLanes]
-  float* group;                            // [kGroupValues]
-  float* value;                            // [classes][columns][kList]: kept values …
-  uint16_t* place;                         // … and the slab rows of their first taps, block after block
+  float* g;         // [tiles][columns][taps][vectors · kLanes]
+  float* totals;    // [blocks][taps of a walk][vectors · kLanes]
+  float* group;     // [kGroupValues]
+  float* value;     // [classes][columns][kList]: kept values …
+  uint16_t* place;  // … and the slab rows of their first taps, block after block
+  Map* map;
   Positions* at;                           // [classes]
   int32_t count[kMostClasses * kColumns];  // of a class's and column's list
 
@@ -232,45 +261,47 @@ struct Workspace {
     group = base, base += kGroupValues;
     value = base, base += t.value_floats();
     place = reinterpret_cast<uint16_t*>(base), base += t.place_floats();
-    at = reinterpret_cast<Positions*>(base);
+    map = reinterpret_cast<Map*>(base);
+    at = reinterpret_cast<Positions*>(map + 1);
   }
 };
 
 // One walk's taps, row r and column c of them: `tap` + r · tap_row + c · tap_column floats from the beginning of a
 // column of G.
 struct Walk {
-  int64_t i, j;  // its first tap is the class's i-th, j-th
   int64_t tap, tap_row, tap_column;
   bool begin;  // G, rather than add to it
 };
 
-// Copies the part of dY that a walk meets, output channels [k, k + left) as kVectors vectors.
+// Copies the part of dY that walks meet whose first tap lies `up` lines and `left` columns before the classes' first
+// one, output channels [k, k + channels) as kVectors vectors. Fetches what is copied next, `ahead` floats further on.
 template <int kVectors>
-__attribute__((noinline)) void copy_map(const ConvShape& s, const float* dy, int64_t k, int64_t left,
-                                        const Positions& at, const Walk& walk, float* slab) {
+__attribute__((noinline)) void copy_map(const ConvShape& s, const float* dy, int64_t k, int64_t channels, int64_t ahead,
+                                        const Map& map, int64_t up, int64_t left, float* slab) {
   constexpr int64_t kWidth = kVectors * kLanes;
-  for (int p = 0; p < at.n_pieces; p++) {
-    const Positions::Piece& piece = at.pieces[p];
-    const int64_t x = piece.x - (at.columns - 1) - walk.j * at.c.x.distance;
-    const int64_t before = std::clamp<int64_t>(-x, 0, at.pitch), inside = std::clamp(s.ow - x, before, at.pitch);
+  for (int p = 0; p < map.n_pieces; p++) {
+    const Map::Piece& piece = map.pieces[p];
+    const int64_t x = piece.x - (map.columns - 1) - left;
+    const int64_t before = std::clamp<int64_t>(-x, 0, map.pitch), inside = std::clamp(s.ow - x, before, map.pitch);
     float* to = slab + piece.slab * kWidth;
-    for (int64_t line = 0; line < piece.lines + at.rows - 1; line++, to += at.pitch * kWidth) {
-      const int64_t y = piece.y - (at.rows - 1) + line - walk.i * at.c.y.distance;
+    for (int64_t line = 0; line < piece.lines + map.rows - 1; line++, to += map.pitch * kWidth) {
+      const int64_t y = piece.y - (map.rows - 1) + line - up;
       if (y < 0 || y >= s.oh) {
-        std::fill_n(to, at.pitch * kWidth, 0.f);
+        std::fill_n(to, map.pitch * kWidth, 0.f);
         continue;
       }
       std::fill_n(to, before * kWidth, 0.f);
       const float* from = dy + ((piece.sample * s.oh + y) * s.ow + x + before) * s.oc + k;
       for (int64_t i = before; i < inside; i++, from += s.oc) {
         float* out = to + i * kWidth;
-        if (left >= kWidth)
+        for (int v = 0; v < kVectors; v++) __builtin_prefetch(from + ahead + v * kLanes, 0, 2);
+        if (channels >= kWidth)
           for (int v = 0; v < kVectors; v++) store(out + v * kLanes, load(from + v * kLanes));
         else  // the last tile may have fewer vectors
           for (int64_t v = 0; v < kVectors; v++)
-            store(out + v * kLanes, load_upto(from + v * kLanes, std::max<int64_t>(0, left - v * kLanes)));
+            store(out + v * kLanes, load_upto(from + v * kLanes, std::max<int64_t>(0, channels - v * kLanes)));
       }
-      std::fill_n(to + inside * kWidth, (at.pitch - inside) * kWidth, 0.f);
+      std::fill_n(to + inside * kWidth, (map.pitch - inside) * kWidth, 0.f);
     }
   }
 }
@@ -279,14 +310,15 @@ __attribute__((noinline)) void copy_map(const ConvShape& s, const float* dy, int
 // in block b; null for the plain form.
 // Hot: a function that always calls a cold one, as Tiling's constructor is, is taken for cold with all that it calls.
 template <int kRows, int kColumns, int kVectors>
-__attribute__((hot)) void walk_columns(const Positions& at, const Walk& walk, int64_t n, const float* value,
-                                       const uint16_t* place, const int32_t* count, const uint16_t* const* mean,
-                                       const float* slab, float* totals, float* g, int64_t g_column) {
+__attribute__((hot)) void walk_columns(const Positions& at, const Map& map, const Walk& walk, int64_t n,
+                                       const float* value, const uint16_t* place, const int32_t* count,
+                                       const float* mean, const float* slab, float* totals, float* g,
+                                       int64_t g_column) {
 #define ER_EACH_TAP                                                                                                  \
   _Pragma("GCC unroll 8") for (int r = 0; r < kRows; r++) _Pragma("GCC unroll 8") for (int c = 0; c < kColumns; c++) \
       _Pragma("GCC unroll 8") for (int v = 0; v < kVectors; v++)
   constexpr int64_t kWidth = kVectors * kLanes;
-  const int64_t line = at.pitch * kWidth;
+  const int64_t line = map.pitch * kWidth;
   VecF sum[kRows][kColumns][kVectors];
   auto in_totals = [&](int64_t b, int r, int c, int v) __attribute__((always_inline)) {
     return totals + (((b * kRows + r) * kColumns + c) * kVectors + v) * kLanes;
@@ -295,7 +327,7 @@ __attribute__((hot)) void walk_columns(const Positions& at, const Walk& walk, in
     for (int b = 0; b < at.n_blocks; b++) {
       ER_EACH_TAP sum[r][c][v] = VecF{};
       for (int q = b ? at.end[b - 1] : 0; q < at.end[b]; q++) {
-        const float* d = slab + at.place(q) * kWidth;
+        const float* d = slab + at.place(map, q) * kWidth;
         const int64_t n = at.runs[q].count;
         if (kRows == 3 && n >= kLongRun) {
           // What all taps of a line reach is added up once.
@@ -329,7 +361,7 @@ __attribute__((hot)) void walk_columns(const Positions& at, const Walk& walk, in
       ER_EACH_TAP sum[r][c][v] = load(g + r * walk.tap_row + c * walk.tap_column + v * kLanes);
     if (mean)
       for (int b = 0; b < at.n_blocks; b++) {
-        const VecF m = broadcast(from_bf16(mean[b][column]));
+        const VecF m = broadcast(mean[column * kMostBlocks + b]);
         ER_EACH_TAP sum[r][c][v] += m * load(in_totals(b, r, c, v));
       }
     for (int32_t i = 0; i < count[column]; i++) {
@@ -361,8 +393,8 @@ class Accumulator {
     bool valid = true;
     int n = 0;
     each_class(s_, [&](const Class& c) {
-      work_.at[n++].start(c);
-      if (n == kMostClasses) valid = valid && add_classes(n), n = 0;
+      work_.at[n++].c = c;
+      if (n == t_.classes) valid = valid && add_classes(n), n = 0;
     });
     return valid && (!n || add_classes(n));
   }
@@ -372,58 +404,78 @@ class Accumulator {
   __attribute__((noinline)) bool add_classes(int n_classes) {
     const int64_t blocks = s_.n * x_.at.blocks, most = s_.sh * s_.sw == 1 ? kDenseBlocks : kMostBlocks;
     std::fill_n(begun_, n_classes, false);
+    work_.map->rows = work_.map->columns = 1;
+    for (int i = 0; i < n_classes; i++) {
+      work_.map->rows = std::max(work_.map->rows, work_.at[i].c.rows());
+      work_.map->columns = std::max(work_.map->columns, work_.at[i].c.columns());
+    }
     for (int64_t first = 0, n = most; first < blocks; first += n) {
       n = std::min({blocks - first, most, n + 1});  // as many as before fit, as a rule
       while (!fits(first, n, n_classes) && n > 1) n--;
       if (!add_chunk(first, n, n_classes)) return false;
     }
     std::fill_n(work_.count, kMostClasses * kColumns, 0);
-    for (int i = 0; i < n_classes; i++)
-      if (!begun_[i]) walk_class(i, nullptr);  // that no block has
+    bool unknown[kMostClasses];  // to any block
+    for (int i = 0; i < n_classes; i++) unknown[i] = !begun_[i];
+    walk_classes(n_classes, unknown, nullptr);
     return true;
   }
 
   // Finds the positions of a chunk of blocks; whether the slab holds what they meet, and the lists all that is kept.
   bool fits(int64_t first, int64_t n, int n_classes) {
+    Map& map = *work_.map;
+    map.clear();
+    for (int i = 0; i < n_classes; i++) work_.at[i].clear();
     bool fits = true;
-    for (int i = 0; i < n_classes; i++) {
-      Positions& at = work_.at[i];
-      at.clear();
-      for (int64_t b = first; b < first + n && at.n_positions <= kMostPositions; b++) {
-        const int64_t block = b % x_.at.blocks;
-        at.add_block(s_, b / x_.at.blocks, x_.at.row_begin(block), x_.at.row_begin(block + 1));
-      }
-      at.lay_out(s_);
-      fits = fits && at.n_positions <= kMostPositions && at.slab * t_.width() <= t_.slab;
+    for (int64_t b = first; b < first + n && fits; b++) {
+      const int64_t block = b % x_.at.blocks;
+      add_block(s_, n_classes, static_cast<int32_t>(b / x_.at.blocks), x_.at.row_begin(block),
+                x_.at.row_begin(block + 1), work_.at, &map);
+      for (int i = 0; i < n_classes; i++) fits = fits && work_.at[i].n_positions <= kMostPositions;
     }
-    return fits;
+    map.lay_out(s_.iw >= kWideMap);
+    return fits && map.slab * t_.width() <= t_.slab;
   }
 
   bool add_chunk(int64_t first, int64_t n, int n_classes) {
     std::fill_n(work_.count, kMostClasses * kColumns, 0);
-    const uint16_t* mean[kMostBlocks];
+    float mean[kColumns * kMostBlocks];
     for (int64_t b = 0; b < n; b++) {
       const int64_t sample = (first + b) / x_.at.blocks, block = (first + b) % x_.at.blocks;
       Places places;
       find_places(static_cast<int>(b), n_classes, &places);
       if (!decode_block(sample, block, n_classes, places)) return false;
-      if (x_.at.form == kCentered) mean[b] = x_.mean(sample, block) + c0_;
+      if (x_.at.form == kCentered)
+        for (int64_t c = c0_; c < c1_; c++) mean[(c - c0_) * kMostBlocks + b] = from_bf16(x_.mean(sample, block)[c]);
     }
-    for (int i = 0; i < n_classes; i++)
-      if (work_.at[i].n_runs) walk_class(i, x_.at.form == kCentered ? mean : nullptr);
+    bool walked[kMostClasses];
+    for (int i = 0; i < n_classes; i++) walked[i] = work_.at[i].n_runs;
+    walk_classes(n_classes, walked, x_.at.form == kCentered ? mean : nullptr);
     return true;
   }
 
-  void walk_class(int i, const uint16_t* const* mean) {
-    const Class& c = work_.at[i].c;
+  // Walks the classes of which walked[i] is true, one tile of output channels after the other.
+  void walk_classes(int n_classes, const bool* walked, const float* mean) {
+    const int64_t width = t_.width();
     float* g = work_.g;
-    for (int64_t k = k0_; k < k1_; k += t_.width(), g += (c1_ - c0_) * s_.taps() * t_.width())
-      c.each_walk([&](int64_t y, int64_t x, int rows, int width) {
-        const int64_t tap = (c.y.first + y * c.y.step) * s_.kw + c.x.first + x * c.x.step;
-        const Walk walk{y, x, tap * t_.width(), c.y.step * s_.kw * t_.width(), c.x.step * t_.width(), !begun_[i]};
-        dispatch(rows, width, i, walk, k, mean, g);
-      });
-    begun_[i] = true;
+    for (int64_t k = k0_; k < k1_; k += width, g += (c1_ - c0_) * s_.taps() * width) {
+      const int64_t ahead = k + width < k1_ ? width : work_.map->n_positions / (s_.sh * s_.sw) * s_.oc - (k - k0_);
+      int64_t up = -1, left = -1;  // of what the slab holds
+      for (int i = 0; i < n_classes; i++) {
+        if (!walked[i]) continue;
+        const Class& c = work_.at[i].c;
+        c.each_walk([&](int64_t y, int64_t x, int rows, int columns) {
+          if (up != y * c.y.distance || left != x * c.x.distance) {
+            up = y * c.y.distance, left = x * c.x.distance;
+            copy(k, ahead, up, left);
+          }
+          const int64_t tap = (c.y.first + y * c.y.step) * s_.kw + c.x.first + x * c.x.step;
+          const Walk walk{tap * width, c.y.step * s_.kw * width, c.x.step * width, !begun_[i]};
+          dispatch(rows, columns, i, walk, mean, g);
+        });
+      }
+    }
+    for (int i = 0; i < n_classes; i++) begun_[i] |= walked[i];
   }
 
   void find_places(int block, int n_classes, Places* places) const {
@@ -432,7 +484,7 @@ class Accumulator {
     places->rows = 0;
     for (int i = 0; i < n_classes; i++)
       for (int q = block ? work_.at[i].end[block - 1] : 0; q < work_.at[i].end[block]; q++) {
-        const int64_t place = work_.at[i].place(q);
+        const int64_t place = work_.at[i].place(*work_.map, q);
         for (int64_t p = 0; p < work_.at[i].runs[q].count; p++) {
           const int64_t row = work_.at[i].runs[q].row + p * s_.sw;
           places->of_class[row] = static_cast<uint8_t>(i), places->slab[row] = static_cast<uint16_t>(place + p);
@@ -523,21 +575,27 @@ class Accumulator {
     return true;
   }
 
-  void dispatch(int rows, int columns, int i, const Walk& walk, int64_t k, const uint16_t* const* mean, float* g) {
-    if (rows == 3) return vectors<3, 3>(i, walk, k, mean, g);
-    if (rows == 2 && columns == 2) return vectors<2, 2>(i, walk, k, mean, g);
-    if (rows == 2) return vectors<2, 1>(i, walk, k, mean, g);
-    if (columns == 3) return vectors<1, 3>(i, walk, k, mean, g);
-    if (columns == 2) return vectors<1, 2>(i, walk, k, mean, g);
-    vectors<1, 1>(i, walk, k, mean, g);
+  template <int kVectors = kMaxVectors>
+  void copy(int64_t k, int64_t ahead, int64_t up, int64_t left) {
+    if constexpr (kVectors > 1)
+      if (t_.vectors < kVectors) return copy<kVectors - 1>(k, ahead, up, left);
+    copy_map<kVectors>(s_, dy_, k, k1_ - k, ahead, *work_.map, up, left, work_.slab);
+  }
+
+  void dispatch(int rows, int columns, int i, const Walk& walk, const float* mean, float* g) {
+    if (rows == 3) return vectors<3, 3>(i, walk, mean, g);
+    if (rows == 2 && columns == 2) return vectors<2, 2>(i, walk, mean, g);
+    if (rows == 2) return vectors<2, 1>(i, walk, mean, g);
+    if (columns == 3) return vectors<1, 3>(i, walk, mean, g);
+    if (columns == 2) return vectors<1, 2>(i, walk, mean, g);
+    vectors<1, 1>(i, walk, mean, g);
   }
   template <int kRows, int kCols, int kVectors = most_vectors(kRows * kCols)>
-  void vectors(int i, const Walk& walk, int64_t k, const uint16_t* const* mean, float* g) {
+  void vectors(int i, const Walk& walk, const float* mean, float* g) {
     if constexpr (kVectors > 1)
-      if (t_.vectors < kVectors) return vectors<kRows, kCols, kVectors - 1>(i, walk, k, mean, g);
+      if (t_.vectors < kVectors) return vectors<kRows, kCols, kVectors - 1>(i, walk, mean, g);
     const int64_t list = i * t_.columns;
-    copy_map<kVectors>(s_, dy_, k, k1_ - k, work_.at[i], walk, work_.slab);
-    walk_columns<kRows, kCols, kVectors>(work_.at[i], walk, c1_ - c0_, work_.value + list * kList,
+    walk_columns<kRows, kCols, kVectors>(work_.at[i], *work_.map, walk, c1_ - c0_, work_.value + list * kList,
                                          work_.place + list * kList, work_.count + list, mean, work_.slab, work_.totals,
                                          g, s_.taps() * kVectors * kLanes);
   }
