@@ -99,7 +99,7 @@ GEOMETRIES = {
         n=3, ih=23, iw=26, ic=6, oc=18, kh=3, kw=4, stride=(4, 2), dilation=(2, 2), pads=(2, 1, 3, 2)
     ),
     "classes of positions whose taps lie far apart": Geometry(
-        n=2, ih=70, iw=2, ic=5, oc=7, kh=2, kw=3, stride=(1, 3), dilation=(1, 2000), pads=(0, 2000, 0, 1999)
+        n=1, ih=64, iw=3, ic=5, oc=7, kh=2, kw=3, stride=(1, 3), dilation=(1, 5000), pads=(0, 5000, 0, 5000)
     ),
     "3x3 stride 2 of one pixel": Geometry(n=9, ih=1, iw=1, ic=5, oc=20, kh=3, kw=3, stride=(2, 2), pads=(1, 1, 1, 1)),
     "3x3 stride 2 of many blocks": Geometry(
