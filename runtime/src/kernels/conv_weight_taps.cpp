@@ -3,18 +3,18 @@
 //   G[tap, c, :] = Σ over blocks of mean[block, c] · (Σ of dY over the rows that the tap reaches) + Σ over kept of
 //   value · dY[row, :]
 //
-// Positions of X fall into classes by their remainders modulo the strides. Those of one class meet dY through the same
-// taps, and neighbours in X meet neighbours in dY. For some blocks of X and a tile of output channels, the part of dY's
-// map that any class meets is copied with zeros around it; there tap (r, c) of a position lies a constant distance
-// before its first tap. So one walk over a column's kept values, whose mask words are decoded once for all tiles,
-// serves up to nine taps, while the sums of these taps stay in registers for all the blocks.
+// Positions of X fall into classes (conv_weight_classes.h), whose positions meet dY through the same taps. For some
+// blocks of X and a tile of output channels, the part of dY's map that any class meets is copied with zeros around it;
+// there tap (r, c) of a position lies a constant distance before its first tap. So one walk over a column's kept
+// values, whose mask words are decoded once for all tiles, serves up to nine taps, while the sums of these taps stay in
+// registers for all the blocks.
 //
 // G is accumulated in scratch that fits the L2 cache, and written once. Each element is summed by one thread in the
 // order of the blocks, so the result does not depend on the number of threads.
 #include <atomic>
-#include <numeric>
 
 #include "conv_weight.h"
+#include "conv_weight_classes.h"
 
 namespace er::ER_ISA {
 namespace {
@@ -29,96 +29,39 @@ constexpr int kSums = 9;
 constexpr int kMaxVectors = 6;                                       // of output channels in a tile
 constexpr int64_t kGradientFloats = (kLargeCache ? 160 : 64) << 10;  // of G in scratch: a part of the L2 cache
 constexpr int64_t kSlabFloats = 10 << 10;  // of dY: a little more than an L1 cache of 32 KiB, since not all is used
-constexpr int64_t kMostBlocks = 16;        // that are walked at once
-constexpr int64_t kDenseBlocks = 8;        // … where all positions are of one class
-constexpr int64_t kMostPositions = kDenseBlocks * kBlockRows;  // of a class in these blocks
-constexpr int64_t kColumns = 64;                               // of X at once
-constexpr int64_t kWideMap = 2 * kBlockRows;    // from this width on, each line's part is copied for itself
-constexpr int64_t kLongRun = 24;                // from so many neighbours on, three taps share sums of dY
-constexpr int kMostClasses = 4;                 // whose lists are made at once
-constexpr int kAtOnce = 4;                      // bits of a word that are decoded without a branch
+constexpr int64_t kColumns = 64;           // of X at once
+constexpr int64_t kLongRun = 24;           // from so many neighbours on, three taps share sums of dY
+constexpr int kMostClasses = 4;            // whose lists are made at once
+constexpr int kAtOnce = 4;                 // bits of a word that are decoded without a branch
 constexpr int64_t kList = kMostPositions + 32;  // with what a vector writes beyond
 
 constexpr int most_vectors(int taps) { return std::min(kMaxVectors, kSums / taps); }
 
-// Kernel rows first, first + step, … (n of them; kernel columns alike) that positions of one remainder meet, the second
-// one `distance` output lines before the first, and so on.
-struct TapSet {
-  int64_t first, step, n, distance;
-  // How many of the set's rows, from row i on, one walk takes beside `columns` columns.
-  int rows_at_once(int64_t i, int columns) const {
-    if (distance != 1) return 1;
-    if (columns == 3) return n - i >= 3 ? 3 : 1;
-    return n - i >= 2 ? 2 : 1;
-  }
-  int columns_at_once(int64_t i) const { return distance == 1 ? static_cast<int>(std::min<int64_t>(n - i, 3)) : 1; }
-};
-
-// The taps t with t·dilation ≡ first·dilation (mod stride); n = 0 if `first` is not the first of them.
-TapSet tap_set(int64_t first, int64_t taps, int64_t stride, int64_t dilation) {
-  const int64_t common = std::gcd(stride, dilation), step = stride / common;
-  return {first, step, first < step ? (taps - first + step - 1) / step : 0, dilation / common};
-}
-
-// Whether the first taps of classes meet nearly the same: position i's is i / stride for every one of them, or there is
-// only one. (Otherwise they may lie far apart.)
-bool meet_alike(int64_t stride, int64_t dilation) { return stride % dilation == 0 || dilation % stride == 0; }
-
-struct Class {
-  TapSet y, x;
-  // Of the largest walks. The last columns may be walked with more rows than the first: two where three are too many.
-  int rows() const {
-    int most = 1;
-    each_walk([&](int64_t, int64_t, int rows, int) { most = std::max(most, rows); });
-    return most;
-  }
-  int columns() const { return x.columns_at_once(0); }
-  // each(i, j, rows, columns): walks that serve all taps, the first of each being the class's i-th, j-th.
-  template <class Each>
-  void each_walk(Each&& each) const {
-    for (int64_t j = 0, columns; j < x.n; j += columns) {
-      columns = x.columns_at_once(j);
-      for (int64_t i = 0, rows; i < y.n; i += rows) {
-        rows = y.rows_at_once(i, static_cast<int>(columns));
-        each(i, j, static_cast<int>(rows), static_cast<int>(columns));
-      }
-    }
-  }
-};
-
-// each(class) for every class of positions that meets dY.
-template <class Each>
-void each_class(const ConvShape& s, Each&& each) {
-  for (int64_t ky = 0; ky < s.kh; ky++)
-    for (int64_t kx = 0; kx < s.kw; kx++) {
-      const Class c{tap_set(ky, s.kh, s.sh, s.dh), tap_set(kx, s.kw, s.sw, s.dw)};
-      if (c.y.n && c.x.n) each(c);
-    }
-}
-
 // Everything that follows from the shape alone.
 struct Tiling {
-  int64_t vectors;  // of output channels in a tile
-  int64_t tiles;    // of G at once
-  int64_t columns;  // of X at once
-  int64_t classes;  // at once
-  int64_t slab, g;  // floats
+  int64_t vectors;                      // of output channels in a tile
+  int64_t tiles;                        // of G at once
+  int64_t columns;                      // of X at once
+  int64_t classes;                      // at once
+  int walk_rows = 1, walk_columns = 1;  // taps, of the largest walks
+  int64_t slab, g;                      // floats
 
   __attribute__((cold, noinline)) explicit Tiling(const ConvShape& s) {
     const int64_t taps = s.taps();
     int most = 1;
-    int height = 1, width = 1;
     const bool together = meet_alike(s.sh, s.dh) && meet_alike(s.sw, s.dw);
     classes = 0;
     each_class(s, [&](const Class& c) {
       classes = std::min<int64_t>(together ? kMostClasses : 1, classes + 1);
-      c.each_walk([&](int64_t, int64_t, int rows, int columns) { most = std::max(most, rows * columns); });
-      height = std::max(height, c.rows()), width = std::max(width, c.columns());
+      c.each_walk([&](int64_t, int64_t, int rows, int columns) {
+        most = std::max(most, rows * columns);
+        walk_rows = std::max(walk_rows, rows), walk_columns = std::max(walk_columns, columns);
+      });
     });
     const bool wide = s.iw >= kWideMap;
     const int64_t lines = std::min(kBlockRows, 62 / s.iw + 2);  // that a block touches
-    const int64_t across = (wide ? kBlockRows : s.iw) + width - 1;
-    const int64_t down = wide ? lines * height : lines + height - 1;
+    const int64_t across = (wide ? kBlockRows : s.iw) + walk_columns - 1;
+    const int64_t down = wide ? lines * walk_rows : lines + walk_rows - 1;
     const int64_t all = (s.oc / s.group + kLanes - 1) / kLanes,
                   parts = (all + most_vectors(most) - 1) / most_vectors(most);
     vectors = (all + parts - 1) / parts;
@@ -131,109 +74,16 @@ struct Tiling {
   int64_t width() const { return vectors * kLanes; }
   int64_t value_floats() const { return classes * columns * kList; }
   int64_t place_floats() const { return (value_floats() / 2 + 15) / 16 * 16; }
-  static int64_t position_floats(int64_t classes);
+  int64_t position_floats() const {
+    return (classes * static_cast<int64_t>(sizeof(Positions)) + static_cast<int64_t>(sizeof(Map)) + 63) / 64 * 16;
+  }
   // Of one thread's scratch, a multiple of a cache line.
   int64_t floats() const {
-    return (slab + g + value_floats() + place_floats() + position_floats(classes) + kGroupValues +
+    return (slab + g + value_floats() + place_floats() + position_floats() + kGroupValues +
             kMostBlocks * kSums * kLanes + 15) /
            16 * 16;
   }
 };
-
-// Neighbouring positions of a class on one line of a block: row, row + stride, … of the block. The first meets line y
-// and column x of dY through the class's first tap.
-struct Run {
-  int32_t row, count, y, x;
-};
-
-// The part of dY's map that the positions of some blocks meet, those of all classes that are walked together, and where
-// the slab holds it.
-struct Map {
-  struct Piece {  // lines from y on, columns [x, end)
-    int32_t sample, y, x, end, lines;
-    int32_t slab;  // its first row there
-  };
-  static constexpr int64_t kMostPieces = kMostBlocks * kBlockRows;
-  int rows, columns;  // of the largest walks
-  int n_pieces;
-  int64_t n_positions;  // of all classes
-  int64_t pitch;        // slab rows of a line
-  int64_t slab;         // … in all
-  Piece pieces[kMostPieces];
-
-  void clear() { n_pieces = 0, n_positions = 0; }
-  // The piece that holds columns [x, x_end) of line y. A line that follows another, or goes on where a block ended,
-  // shares its piece; on a wide map only what classes meet through the same line of X, whose piece is `mine`, does.
-  int add(bool wide, int mine, int32_t sample, int32_t y, int32_t x, int32_t x_end) {
-    const int at = wide ? mine : n_pieces - 1;
-    if (at >= 0 && pieces[at].sample == sample && y - (pieces[at].y + pieces[at].lines - 1) <= !wide) {
-      Piece& p = pieces[at];
-      p.lines = y - p.y + 1, p.x = std::min(p.x, x), p.end = std::max(p.end, x_end);
-      return at;
-    }
-    pieces[n_pieces] = {sample, y, x, x_end, 1, 0};
-    return n_pieces++;
-  }
-  void lay_out(bool wide) {
-    int32_t left = INT32_MAX, right = INT32_MIN, longest = 0;
-    for (int p = 0; p < n_pieces; p++) {
-      left = std::min(left, pieces[p].x), right = std::max(right, pieces[p].end);
-      longest = std::max(longest, pieces[p].end - pieces[p].x);
-    }
-    pitch = n_pieces ? (wide ? longest : right - left) + columns - 1 : 0;
-    slab = 0;
-    for (int p = 0; p < n_pieces; p++) {
-      if (!wide) pieces[p].x = left;
-      pieces[p].slab = static_cast<int32_t>(slab);
-      slab += (pieces[p].lines + rows - 1) * pitch;
-    }
-  }
-};
-
-// The positions of one class in some blocks.
-struct Positions {
-  Class c;
-  int n_blocks, n_runs, n_positions;
-  int end[kMostBlocks];                                              // of a block's runs
-  static constexpr int64_t kMostRuns = kMostPositions + kBlockRows;  // with a block that turns out to be too many
-  Run runs[kMostRuns];
-  uint16_t piece_of[kMostRuns];  // of a run
-
-  void clear() { n_blocks = n_runs = n_positions = 0; }
-  // Slab row of a run's first position and first tap.
-  int64_t place(const Map& map, int run) const {
-    const Map::Piece& piece = map.pieces[piece_of[run]];
-    return piece.slab + (runs[run].y - piece.y + map.rows - 1) * map.pitch + runs[run].x - piece.x + map.columns - 1;
-  }
-};
-
-// Appends the positions of n_classes classes in rows [begin, row_end) of a sample.
-void add_block(const ConvShape& s, int n_classes, int32_t sample, int64_t begin, int64_t row_end, Positions* classes,
-               Map* map) {
-  const bool wide = s.iw >= kWideMap;
-  for (int64_t row = begin, next; row < row_end; row = next) {
-    const int64_t iy = row / s.iw, ix = row - iy * s.iw;
-    next = std::min(row_end, (iy + 1) * s.iw);
-    int piece = -1;
-    for (int i = 0; i < n_classes; i++) {
-      Positions& at = classes[i];
-      const int64_t y = iy + s.pt - at.c.y.first * s.dh, x0 = ix + s.pl - at.c.x.first * s.dw;
-      const int64_t skip = ((-x0) % s.sw + s.sw) % s.sw;
-      if (y % s.sh || row + skip >= next) continue;
-      const auto count = static_cast<int32_t>((next - row - skip + s.sw - 1) / s.sw);
-      const auto line = static_cast<int32_t>(y / s.sh), x = static_cast<int32_t>((x0 + skip) / s.sw);
-      piece = map->add(wide, piece, sample, line, x, x + count);
-      at.runs[at.n_runs] = {static_cast<int32_t>(row + skip - begin), count, line, x};
-      at.piece_of[at.n_runs++] = static_cast<uint16_t>(piece);
-      at.n_positions += count, map->n_positions += count;
-    }
-  }
-  for (int i = 0; i < n_classes; i++) classes[i].end[classes[i].n_blocks++] = classes[i].n_runs;
-}
-
-int64_t Tiling::position_floats(int64_t classes) {
-  return (classes * static_cast<int64_t>(sizeof(Positions)) + static_cast<int64_t>(sizeof(Map)) + 63) / 64 * 16;
-}
 
 // For each row of a block: the class (kMostClasses: none) and slab row of the position; and the rows of class 0.
 struct Places {
@@ -404,11 +254,7 @@ class Accumulator {
   __attribute__((noinline)) bool add_classes(int n_classes) {
     const int64_t blocks = s_.n * x_.at.blocks, most = s_.sh * s_.sw == 1 ? kDenseBlocks : kMostBlocks;
     std::fill_n(begun_, n_classes, false);
-    work_.map->rows = work_.map->columns = 1;
-    for (int i = 0; i < n_classes; i++) {
-      work_.map->rows = std::max(work_.map->rows, work_.at[i].c.rows());
-      work_.map->columns = std::max(work_.map->columns, work_.at[i].c.columns());
-    }
+    work_.map->rows = t_.walk_rows, work_.map->columns = t_.walk_columns;
     for (int64_t first = 0, n = most; first < blocks; first += n) {
       n = std::min({blocks - first, most, n + 1});  // as many as before fit, as a rule
       while (!fits(first, n, n_classes) && n > 1) n--;
@@ -582,7 +428,7 @@ class Accumulator {
     copy_map<kVectors>(s_, dy_, k, k1_ - k, ahead, *work_.map, up, left, work_.slab);
   }
 
-  void dispatch(int rows, int columns, int i, const Walk& walk, const float* mean, float* g) {
+  __attribute__((noinline)) void dispatch(int rows, int columns, int i, const Walk& walk, const float* mean, float* g) {
     if (rows == 3) return vectors<3, 3>(i, walk, mean, g);
     if (rows == 2 && columns == 2) return vectors<2, 2>(i, walk, mean, g);
     if (rows == 2) return vectors<2, 1>(i, walk, mean, g);
